@@ -1,0 +1,3 @@
+//! The decoder, layer by layer, written once for prefill and decode.
+
+pub mod weights;

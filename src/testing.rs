@@ -1,0 +1,1 @@
+//! Float64 oracles, fills and tolerances, shared by tests and benches.
