@@ -74,8 +74,8 @@ pub trait Backend: Send + 'static {
     fn alloc(&self, dtype: DType, len: usize) -> Result<Self::Buf>;
     /// Makes row-stacked parts `[out_i, in]` resident. Parts stay where they are mapped whenever the compute type allows it.
     fn matrix(&self, parts: &[Tensor], compute: DType) -> Result<Self::Matrix>;
-    /// A vector widened to f32 (norm weights, biases).
-    fn vector(&self, tensor: &Tensor) -> Result<Self::Buf>;
+    /// Vectors laid end to end and widened to f32 (norm weights, biases).
+    fn vector(&self, parts: &[Tensor]) -> Result<Self::Buf>;
     /// Copies `dst.len()` elements from `src[start..]` to the host, widened to f32. Counts one read-back.
     fn read_f32(&mut self, src: &Self::Buf, start: usize, dst: &mut [f32]) -> Result<()>;
     /// The bytes of `src[start..start + len]`, for swapping blocks out.

@@ -1,3 +1,652 @@
-//! The decoder, layer by layer, written once for prefill and decode.
+//! The decoder, layer by layer, written once for prefill, decode, verification and scoring.
+//!
+//! A pass runs *segments* of layers between probed layers. At a cut the gates decide; rows that go on are packed by a
+//! stable permutation, backbone rows first and rows of the second weight set behind them, and attention still runs
+//! over all of them. With no gate at work there is one segment and nothing is permuted.
+//!
+//! The file ends where the queries are answered: final norm, unembedding and row statistics of the chosen rows.
 
+pub mod family;
+mod live;
 pub mod weights;
+
+use std::ops::Range;
+
+use crate::backend::{
+    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStats,
+    RowStatsOp, SiluMul,
+};
+use crate::batch::Batch;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::gate::{Effect, GateSpec};
+use crate::kv::KvLayout;
+use crate::sampler::{self, DrawKey, SamplingParams};
+use crate::tree::RowAnswer;
+use family::ModelConfig;
+use live::LiveRows;
+use weights::{Tensor, WeightStore};
+
+/// Logits kept at a time: rows are answered in chunks of at most this many bytes.
+const LOGITS_CHUNK_BYTES: usize = 16 << 20;
+
+/// What to read from one row once its logits exist.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RowQuery {
+    /// Batch row.
+    pub(crate) row: usize,
+    /// Choose a token.
+    pub(crate) draw: Option<Draw>,
+    /// Report the log-probabilities of these tokens.
+    pub(crate) watch: Vec<u32>,
+    /// Report this many of the most likely tokens.
+    pub(crate) top_k: usize,
+}
+
+/// How to choose a token from a row.
+#[derive(Clone, Debug)]
+pub(crate) struct Draw {
+    pub(crate) params: SamplingParams,
+    /// Tokens that may not be taken yet.
+    pub(crate) banned: Vec<u32>,
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) generated: Vec<u32>,
+    pub(crate) key: DrawKey,
+}
+
+/// What became of a sequence in a pass with gates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// It ran through every layer of the backbone.
+    Done,
+    /// It left after this layer; nothing of it may be committed.
+    Dropped(u32),
+    /// Its logits were read after this layer; its KV is incomplete and may not be committed.
+    Stopped(u32),
+    /// Its layers after this one used the second weight set.
+    River(u32),
+}
+
+/// The result of a pass.
+#[derive(Debug, Default)]
+pub(crate) struct PassOutput {
+    /// One per query; `None` where the row was dropped.
+    pub(crate) answers: Vec<Option<RowAnswer>>,
+    /// One per sequence.
+    pub(crate) fates: Vec<Fate>,
+    /// KV slots attention reads in each layer before any gate, shared runs once.
+    pub(crate) slots_read: usize,
+}
+
+/// A model with its KV cache on some device: all that the engine knows of both.
+pub(crate) trait Runner: Send {
+    fn run(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[GateSpec]) -> Result<PassOutput>;
+    /// Appends the bytes of one block, all layers, to `out`.
+    fn read_block(&mut self, block: u32, out: &mut Vec<u8>) -> Result<()>;
+    /// The inverse; returns the bytes taken.
+    fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<usize>;
+    fn counters(&self) -> Counters;
+    fn reset_counters(&mut self);
+    /// Bytes of weights copied beyond what is mapped in place.
+    fn weight_copy_bytes(&self) -> u64;
+}
+
+struct Layer<B: Backend> {
+    attn_norm: B::Buf,
+    qkv: B::Matrix,
+    qkv_bias: Option<B::Buf>,
+    q_norm: Option<B::Buf>,
+    k_norm: Option<B::Buf>,
+    o: B::Matrix,
+    o_bias: Option<B::Buf>,
+    mlp_norm: B::Buf,
+    gate_up: B::Matrix,
+    down: B::Matrix,
+}
+
+/// Which copy of the layers a row uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WeightSet {
+    Backbone,
+    River,
+}
+
+/// See the module text.
+pub(crate) struct Model<B: Backend> {
+    backend: B,
+    config: ModelConfig,
+    compute: DType,
+    layout: KvLayout,
+    embed: B::Matrix,
+    layers: Vec<Layer<B>>,
+    /// The second weight set; empty when there is none.
+    river: Vec<Layer<B>>,
+    final_norm: B::Buf,
+    /// `None` when tied to `embed`.
+    lm_head: Option<B::Matrix>,
+    inv_freq: Vec<f32>,
+    /// K and V of each layer.
+    kv: Vec<(B::Buf, B::Buf)>,
+    ws: Workspace<B>,
+    max_rows: usize,
+    max_group_rows: usize,
+}
+
+/// Activations of one pass, reused by every pass.
+struct Workspace<B: Backend> {
+    x: B::Buf,       // [max_rows, hidden] f32: the residual stream
+    x_alt: B::Buf,   // [max_rows, hidden] f32: its permuted copy at a cut
+    h: B::Buf,       // [max_rows, hidden] compute type: norm output
+    qkv: B::Buf,     // [max_rows, (Hq + 2 Hkv) D] f32
+    q: B::Buf,       // [max_rows, Hq D] compute type
+    o: B::Buf,       // [max_rows, Hq D] compute type
+    lse: B::Buf,     // [max_rows, Hq] f32
+    delta: B::Buf,   // [max_rows, hidden] f32: what the block adds to x
+    gate_up: B::Buf, // [max_rows, 2 inter] f32
+    act: B::Buf,     // [max_rows, inter] compute type
+    out_x: B::Buf,   // [chunk, hidden] f32: residual rows to unembed
+    out_h: B::Buf,   // [chunk, hidden] compute type
+    logits: B::Buf,  // [chunk, vocab] f32
+    chunk: usize,
+    stats: Vec<RowStats>,
+    row: Vec<f32>, // [vocab]: one row on the host, when sampling needs it
+}
+
+/// What [`Model::new`] needs beyond the weights.
+pub(crate) struct ModelOptions {
+    pub(crate) compute: DType,
+    pub(crate) layout: KvLayout,
+    /// Rows of the largest pass.
+    pub(crate) max_rows: usize,
+    /// Rows of one query tile, as the backend likes them.
+    pub(crate) max_group_rows: usize,
+}
+
+impl<B: Backend> Model<B> {
+    pub(crate) fn new(backend: B, config: ModelConfig, store: &WeightStore, options: ModelOptions) -> Result<Self> {
+        let load = Loader { backend: &backend, store, compute: options.compute, config: &config };
+        let embed = load.matrix(&[("model.embed_tokens.weight", config.vocab_size)], config.hidden)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(load.matrix(&[("lm_head.weight", config.vocab_size)], config.hidden)?),
+        };
+        let layers = (0..config.num_layers).map(|i| load.layer(i)).collect::<Result<Vec<_>>>()?;
+        let final_norm = load.vector("model.norm.weight", config.hidden)?;
+        let kv_elems = options.layout.num_blocks * options.layout.block_elems();
+        let kv = (0..config.num_layers)
+            .map(|_| Ok((backend.alloc(options.compute, kv_elems)?, backend.alloc(options.compute, kv_elems)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let ws = Workspace::new(&backend, &config, &options)?;
+        Ok(Self {
+            inv_freq: config.inv_freq(),
+            compute: options.compute,
+            layout: options.layout,
+            max_rows: options.max_rows,
+            max_group_rows: options.max_group_rows,
+            river: Vec::new(),
+            backend,
+            config,
+            embed,
+            layers,
+            final_norm,
+            lm_head,
+            kv,
+            ws,
+        })
+    }
+
+    /// Makes the layers of `store` the second weight set (norms and biases come from it too).
+    #[cfg_attr(not(test), expect(dead_code, reason = "the river loads its own weights; tests load a second checkpoint"))]
+    pub(crate) fn set_river(&mut self, store: &WeightStore) -> Result<()> {
+        let load = Loader { backend: &self.backend, store, compute: self.compute, config: &self.config };
+        self.river = (0..self.config.num_layers).map(|i| load.layer(i)).collect::<Result<Vec<_>>>()?;
+        Ok(())
+    }
+
+    fn forward(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[GateSpec]) -> Result<PassOutput> {
+        let mut pass = Pass::new(batch, queries.len(), self.layout.block_size, self.max_group_rows);
+        let slots_read = pass.live.plan.slots_read();
+        let hidden = self.config.hidden;
+        self.backend.embed(Embed { table: &self.embed, ids: &batch.token_ids, x: &mut self.ws.x, hidden })?;
+        for layer_idx in 0..self.config.num_layers {
+            self.decoder_layer(layer_idx, batch, &mut pass)?;
+            let after = layer_idx as u32 + 1;
+            if (after as usize) < self.config.num_layers {
+                for gate in gates.iter().filter(|g| g.layers.contains(&after)) {
+                    self.cut(gate, after, batch, queries, &mut pass)?;
+                }
+            }
+            if pass.live.is_empty() {
+                break;
+            }
+        }
+        self.flush_delta(&mut pass, None)?;
+        self.answer(queries, &mut pass)?;
+        Ok(PassOutput { answers: pass.answers, fates: pass.fates, slots_read })
+    }
+
+    /// One layer for every row in flight, each with its weight set.
+    fn decoder_layer(&mut self, layer_idx: usize, batch: &Batch, pass: &mut Pass<B>) -> Result<()> {
+        let Self { backend, config, ws, layout, .. } = self;
+        let (hidden, eps) = (config.hidden, config.rms_norm_eps);
+        let groups = pass.live.groups();
+        let weights = |set: WeightSet| match set {
+            WeightSet::Backbone => &self.layers[layer_idx],
+            WeightSet::River => &self.river[layer_idx],
+        };
+        let delta = std::mem::replace(&mut pass.delta_pending, true);
+        let (k_cache, v_cache) = &mut self.kv[layer_idx];
+
+        // Attention half: norm, qkv, RoPE and KV write.
+        for (rows, set) in groups.clone() {
+            let w = weights(set);
+            backend.add_rms_norm(AddRmsNorm {
+                rows: rows.clone(),
+                x: &mut ws.x,
+                delta: delta.then_some(&ws.delta),
+                weight: Some(&w.attn_norm),
+                y: &mut ws.h,
+                step_similarity: None,
+                hidden,
+                eps,
+            })?;
+            backend.linear(Linear {
+                rows: rows.clone(),
+                x: &ws.h,
+                w: &w.qkv,
+                bias: w.qkv_bias.as_ref(),
+                y: &mut ws.qkv,
+            })?;
+            backend.rope_append(RopeAppend {
+                rows,
+                qkv: &ws.qkv,
+                q: &mut ws.q,
+                k_cache,
+                v_cache,
+                positions: &pass.live.positions,
+                slots: &pass.live.slots,
+                inv_freq: &self.inv_freq,
+                rope_scale: 1.0,
+                q_norm: w.q_norm.as_ref().map(|w| (w, eps)),
+                k_norm: w.k_norm.as_ref().map(|w| (w, eps)),
+                num_q_heads: config.num_q_heads,
+                layout,
+            })?;
+        }
+        if !batch.copies.is_empty() {
+            backend.kv_copy_blocks(KvCopyBlocks { copies: &batch.copies, k_cache, v_cache, layout })?;
+        }
+        backend.paged_attention(PagedAttention {
+            plan: &pass.live.plan,
+            q: &ws.q,
+            k_cache,
+            v_cache,
+            o: &mut ws.o,
+            lse: &mut ws.lse,
+            num_q_heads: config.num_q_heads,
+            sm_scale: config.sm_scale(),
+            layout,
+        })?;
+
+        // Output projection and MLP half.
+        for (rows, set) in groups {
+            let w = weights(set);
+            backend.linear(Linear {
+                rows: rows.clone(),
+                x: &ws.o,
+                w: &w.o,
+                bias: w.o_bias.as_ref(),
+                y: &mut ws.delta,
+            })?;
+            backend.add_rms_norm(AddRmsNorm {
+                rows: rows.clone(),
+                x: &mut ws.x,
+                delta: Some(&ws.delta),
+                weight: Some(&w.mlp_norm),
+                y: &mut ws.h,
+                step_similarity: None,
+                hidden,
+                eps,
+            })?;
+            backend.linear(Linear { rows: rows.clone(), x: &ws.h, w: &w.gate_up, bias: None, y: &mut ws.gate_up })?;
+            backend.silu_mul(SiluMul {
+                rows: rows.clone(),
+                gate_up: &ws.gate_up,
+                y: &mut ws.act,
+                intermediate: config.intermediate,
+            })?;
+            backend.linear(Linear { rows, x: &ws.act, w: &w.down, bias: None, y: &mut ws.delta })?;
+        }
+        Ok(())
+    }
+
+    /// Adds the last block's output to the residual stream, if that is still to be done.
+    fn flush_delta(&mut self, pass: &mut Pass<B>, step_similarity: Option<&mut [f32]>) -> Result<()> {
+        if pass.live.is_empty() || !std::mem::take(&mut pass.delta_pending) {
+            return Ok(());
+        }
+        self.backend.add_rms_norm(AddRmsNorm {
+            rows: 0..pass.live.num_rows(),
+            x: &mut self.ws.x,
+            delta: Some(&self.ws.delta),
+            weight: None,
+            y: &mut self.ws.h,
+            step_similarity,
+            hidden: self.config.hidden,
+            eps: self.config.rms_norm_eps,
+        })
+    }
+
+    /// Lets one gate decide after layer `after`, and packs the rows that go on.
+    fn cut(
+        &mut self,
+        gate: &GateSpec,
+        after: u32,
+        batch: &Batch,
+        queries: &[RowQuery],
+        pass: &mut Pass<B>,
+    ) -> Result<()> {
+        let mut similarity = vec![f32::NAN; pass.live.num_rows()];
+        self.flush_delta(pass, Some(&mut similarity))?;
+        if gate.effect == Effect::River && self.river.is_empty() {
+            return Err(Error::config("gate", "effect river needs a second weight set"));
+        }
+        let eligible = pass.live.eligible(gate.effect);
+        let last_rows: Vec<(u32, f32)> =
+            eligible.iter().map(|&i| pass.live.last_row(i)).map(|row| (row as u32, similarity[row])).collect();
+        let fired: Vec<usize> =
+            gate.decide(&last_rows).iter().zip(&eligible).filter(|(fired, _)| **fired).map(|(_, &i)| i).collect();
+        if fired.is_empty() {
+            return Ok(());
+        }
+        for &i in &fired {
+            let seq = pass.live.seq_of(i);
+            pass.fates[seq] = match gate.effect {
+                Effect::Drop => Fate::Dropped(after),
+                Effect::Stop => Fate::Stopped(after),
+                Effect::River => Fate::River(after),
+            };
+            if gate.effect == Effect::Stop {
+                self.keep_exit_rows(i, batch, queries, pass)?;
+            }
+        }
+        let kept = pass.live.apply(gate.effect, &fired);
+        pass.live.rebuild(batch, self.layout.block_size, self.max_group_rows);
+        self.backend.gather_rows(GatherRows {
+            rows: &kept,
+            src: &self.ws.x,
+            dst: &mut self.ws.x_alt,
+            width: self.config.hidden,
+        })?;
+        std::mem::swap(&mut self.ws.x, &mut self.ws.x_alt);
+        Ok(())
+    }
+
+    /// Copies the queried rows of a sequence that leaves with an answer.
+    fn keep_exit_rows(&mut self, live_seq: usize, batch: &Batch, queries: &[RowQuery], pass: &mut Pass<B>) -> Result<()> {
+        let seq = &batch.seqs[pass.live.seq_of(live_seq)];
+        let first_live = pass.live.first_row(live_seq);
+        let (ids, rows): (Vec<usize>, Vec<u32>) = queries
+            .iter()
+            .enumerate()
+            .filter(|(_, q)| seq.rows.contains(&q.row))
+            .map(|(i, q)| (i, (first_live + q.row - seq.rows.start) as u32))
+            .unzip();
+        let mut dst = self.backend.alloc(DType::F32, rows.len() * self.config.hidden)?;
+        self.backend.gather_rows(GatherRows { rows: &rows, src: &self.ws.x, dst: &mut dst, width: self.config.hidden })?;
+        pass.exits.push((ids, dst));
+        Ok(())
+    }
+
+    /// Answers every query whose row survived, chunk by chunk.
+    fn answer(&mut self, queries: &[RowQuery], pass: &mut Pass<B>) -> Result<()> {
+        let (ids, rows): (Vec<usize>, Vec<u32>) =
+            queries.iter().enumerate().filter_map(|(i, q)| Some((i, pass.live.live_row(q.row)? as u32))).unzip();
+        let mut from = 0;
+        while from < ids.len() {
+            let to = (from + self.ws.chunk).min(ids.len());
+            self.backend.gather_rows(GatherRows {
+                rows: &rows[from..to],
+                src: &self.ws.x,
+                dst: &mut self.ws.out_x,
+                width: self.config.hidden,
+            })?;
+            self.unembed(queries, &ids[from..to], &mut pass.answers)?;
+            from = to;
+        }
+        for (ids, x) in std::mem::take(&mut pass.exits) {
+            for (i, chunk) in ids.chunks(self.ws.chunk).enumerate() {
+                let rows: Vec<u32> = (0..chunk.len()).map(|r| (i * self.ws.chunk + r) as u32).collect();
+                self.backend.gather_rows(GatherRows {
+                    rows: &rows,
+                    src: &x,
+                    dst: &mut self.ws.out_x,
+                    width: self.config.hidden,
+                })?;
+                self.unembed(queries, chunk, &mut pass.answers)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Final norm, logits and statistics of the rows in `out_x`; answers query `ids[i]` from row i.
+    fn unembed(&mut self, queries: &[RowQuery], ids: &[usize], answers: &mut [Option<RowAnswer>]) -> Result<()> {
+        let Self { backend, config, ws, .. } = self;
+        let rows = 0..ids.len();
+        backend.add_rms_norm(AddRmsNorm {
+            rows: rows.clone(),
+            x: &mut ws.out_x,
+            delta: None,
+            weight: Some(&self.final_norm),
+            y: &mut ws.out_h,
+            step_similarity: None,
+            hidden: config.hidden,
+            eps: config.rms_norm_eps,
+        })?;
+        let w = self.lm_head.as_ref().unwrap_or(&self.embed);
+        backend.linear(Linear { rows, x: &ws.out_h, w, bias: None, y: &mut ws.logits })?;
+        let vocab = config.vocab_size;
+        ws.stats.resize(ids.len(), RowStats::default());
+        backend.row_stats(RowStatsOp { logits: &ws.logits, num_rows: ids.len(), vocab, stats: &mut ws.stats })?;
+        for (i, &id) in ids.iter().enumerate() {
+            let mut answer = RowAnswer { stats: ws.stats[i], ..Default::default() };
+            if answer.stats.finite == 1 {
+                Self::read_row(backend, ws, i, vocab, &queries[id], &mut answer)?;
+            }
+            answers[id] = Some(answer);
+        }
+        Ok(())
+    }
+
+    /// Everything beyond the statistics: the draw, the watched tokens, the top k.
+    fn read_row(
+        backend: &mut B,
+        ws: &mut Workspace<B>,
+        row: usize,
+        vocab: usize,
+        query: &RowQuery,
+        answer: &mut RowAnswer,
+    ) -> Result<()> {
+        let stats = answer.stats;
+        let logit = |backend: &mut B, token: u32| -> Result<f32> {
+            let mut x = [0.0];
+            backend.read_f32(&ws.logits, row * vocab + token as usize, &mut x)?;
+            Ok(x[0])
+        };
+        for &token in &query.watch {
+            let x = if (token as usize) < vocab { logit(backend, token)? } else { f32::NEG_INFINITY };
+            answer.watched.push(x - stats.lse);
+        }
+        if let Some(draw) = &query.draw {
+            let token = if draw.params.is_argmax() && !draw.banned.contains(&stats.argmax) {
+                stats.argmax
+            } else {
+                ws.row.resize(vocab, 0.0);
+                backend.read_f32(&ws.logits, row * vocab, &mut ws.row)?;
+                for &banned in &draw.banned {
+                    if let Some(x) = ws.row.get_mut(banned as usize) {
+                        *x = f32::NEG_INFINITY;
+                    }
+                }
+                sampler::sample(&mut ws.row, &draw.params, &draw.prompt, &draw.generated, draw.key)
+            };
+            answer.token = Some(token);
+            answer.token_logprob = logit(backend, token)? - stats.lse;
+        }
+        if query.top_k > 0 {
+            ws.row.resize(vocab, 0.0);
+            backend.read_f32(&ws.logits, row * vocab, &mut ws.row)?;
+            answer.top = sampler::top_k(&ws.row, query.top_k).into_iter().map(|(t, x)| (t, x - stats.lse)).collect();
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> Runner for Model<B> {
+    fn run(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[GateSpec]) -> Result<PassOutput> {
+        if batch.num_rows() > self.max_rows {
+            return Err(Error::Internal(format!("a pass of {} rows; at most {}", batch.num_rows(), self.max_rows)));
+        }
+        self.forward(batch, queries, gates)
+    }
+
+    fn read_block(&mut self, block: u32, out: &mut Vec<u8>) -> Result<()> {
+        let elems = self.layout.block_elems();
+        for (k, v) in &self.kv {
+            self.backend.read_bytes(k, block as usize * elems, elems, out)?;
+            self.backend.read_bytes(v, block as usize * elems, elems, out)?;
+        }
+        Ok(())
+    }
+
+    fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<usize> {
+        let elems = self.layout.block_elems();
+        let mut taken = 0;
+        for (k, v) in &mut self.kv {
+            taken += self.backend.write_bytes(k, block as usize * elems, elems, &bytes[taken..])?;
+            taken += self.backend.write_bytes(v, block as usize * elems, elems, &bytes[taken..])?;
+        }
+        Ok(taken)
+    }
+
+    fn counters(&self) -> Counters {
+        self.backend.counters()
+    }
+
+    fn reset_counters(&mut self) {
+        self.backend.reset_counters();
+    }
+
+    fn weight_copy_bytes(&self) -> u64 {
+        let extra = |m: &B::Matrix| self.backend.matrix_extra_bytes(m);
+        let layers = self.layers.iter().chain(&self.river);
+        layers.map(|l| extra(&l.qkv) + extra(&l.o) + extra(&l.gate_up) + extra(&l.down)).sum::<u64>()
+            + extra(&self.embed)
+            + self.lm_head.as_ref().map_or(0, extra)
+    }
+}
+
+/// What changes in the course of one pass.
+struct Pass<B: Backend> {
+    live: LiveRows,
+    /// `delta` holds a block's output that `x` has not received yet.
+    delta_pending: bool,
+    answers: Vec<Option<RowAnswer>>,
+    fates: Vec<Fate>,
+    /// Residual rows of sequences that stopped: (query ids, rows).
+    exits: Vec<(Vec<usize>, B::Buf)>,
+}
+
+impl<B: Backend> Pass<B> {
+    fn new(batch: &Batch, num_queries: usize, block_size: usize, max_group_rows: usize) -> Self {
+        Self {
+            live: LiveRows::new(batch, block_size, max_group_rows),
+            delta_pending: false,
+            answers: vec![None; num_queries],
+            fates: vec![Fate::Done; batch.seqs.len()],
+            exits: Vec::new(),
+        }
+    }
+}
+
+impl<B: Backend> Workspace<B> {
+    fn new(backend: &B, config: &ModelConfig, options: &ModelOptions) -> Result<Self> {
+        let rows = options.max_rows;
+        let chunk = (LOGITS_CHUNK_BYTES / 4 / config.vocab_size).clamp(8, 64);
+        let f32s = |width: usize| backend.alloc(DType::F32, rows * width);
+        let rounded = |width: usize| backend.alloc(options.compute, rows * width);
+        let q_width = config.num_q_heads * config.head_dim;
+        Ok(Self {
+            x: f32s(config.hidden)?,
+            x_alt: f32s(config.hidden)?,
+            h: rounded(config.hidden)?,
+            qkv: f32s(q_width + 2 * config.num_kv_heads * config.head_dim)?,
+            q: rounded(q_width)?,
+            o: rounded(q_width)?,
+            lse: f32s(config.num_q_heads)?,
+            delta: f32s(config.hidden)?,
+            gate_up: f32s(2 * config.intermediate)?,
+            act: rounded(config.intermediate)?,
+            out_x: backend.alloc(DType::F32, chunk * config.hidden)?,
+            out_h: backend.alloc(options.compute, chunk * config.hidden)?,
+            logits: backend.alloc(DType::F32, chunk * config.vocab_size)?,
+            chunk,
+            stats: Vec::new(),
+            row: Vec::new(),
+        })
+    }
+}
+
+/// Takes named tensors from a store and makes them resident.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    store: &'a WeightStore,
+    compute: DType,
+    config: &'a ModelConfig,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn matrix(&self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix> {
+        let parts: Vec<Tensor> =
+            parts.iter().map(|(name, rows)| self.store.get(name, &[*rows, cols])).collect::<Result<_>>()?;
+        self.backend.matrix(&parts, self.compute)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<B::Buf> {
+        self.backend.vector(&[self.store.get(name, &[len])?])
+    }
+
+    fn layer(&self, idx: usize) -> Result<Layer<B>> {
+        let c = self.config;
+        let name = |suffix: &str| format!("model.layers.{idx}.{suffix}");
+        let (q_width, kv_width) = (c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let qkv = [("self_attn.q_proj", q_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)];
+        let weights: Vec<(String, usize)> = qkv.iter().map(|(n, w)| (name(&format!("{n}.weight")), *w)).collect();
+        let borrowed: Vec<(&str, usize)> = weights.iter().map(|(n, w)| (n.as_str(), *w)).collect();
+        let qkv_bias = if c.qkv_bias {
+            let parts: Vec<Tensor> =
+                qkv.iter().map(|(n, w)| self.store.get(&name(&format!("{n}.bias")), &[*w])).collect::<Result<_>>()?;
+            Some(self.backend.vector(&parts)?)
+        } else {
+            None
+        };
+        let head_norm = |suffix: &str| c.qk_norm.then(|| self.vector(&name(suffix), c.head_dim)).transpose();
+        Ok(Layer {
+            attn_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,
+            qkv: self.matrix(&borrowed, c.hidden)?,
+            qkv_bias,
+            q_norm: head_norm("self_attn.q_norm.weight")?,
+            k_norm: head_norm("self_attn.k_norm.weight")?,
+            o: self.matrix(&[(&name("self_attn.o_proj.weight"), c.hidden)], q_width)?,
+            o_bias: c.o_bias.then(|| self.vector(&name("self_attn.o_proj.bias"), c.hidden)).transpose()?,
+            mlp_norm: self.vector(&name("post_attention_layernorm.weight"), c.hidden)?,
+            gate_up: self.matrix(
+                &[(&name("mlp.gate_proj.weight"), c.intermediate), (&name("mlp.up_proj.weight"), c.intermediate)],
+                c.hidden,
+            )?,
+            down: self.matrix(&[(&name("mlp.down_proj.weight"), c.hidden)], c.intermediate)?,
+        })
+    }
+}
+
+type Groups = Vec<(Range<usize>, WeightSet)>;

@@ -1,0 +1,113 @@
+//! What the engine is asked to be. Values are checked once, when the engine opens, and trusted afterwards.
+
+use std::path::PathBuf;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// Where the weights come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelSource {
+    /// The model inside the library (feature `bundled-model`).
+    Bundled,
+    /// A local Hugging Face folder.
+    Dir(PathBuf),
+    /// Random weights of a known shape, for speed measurements; there is no tokenizer.
+    Random {
+        /// A name [`ModelConfig::shape`](crate::model::family::ModelConfig::shape) knows.
+        shape: String,
+        /// Key of the weights.
+        seed: u64,
+    },
+}
+
+/// Everything [`Engine::open`](crate::Engine::open) needs. Start from `default()` and change what matters.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Where the weights come from.
+    pub model: ModelSource,
+    /// What activations and the KV cache are rounded to.
+    pub dtype: DType,
+    /// `auto`, `cpu` or `cuda:N`.
+    pub device: String,
+    /// `auto`, `amx`, `avx512`, `avx2` or `portable`.
+    pub simd: String,
+    /// CPU threads; 0 takes one per core.
+    pub threads: usize,
+    /// Bytes of KV cache; `None` takes a quarter of the free memory, at most 64 contexts' worth.
+    pub kv_cache_memory: Option<u64>,
+    /// Tokens per KV block: 16 or 32.
+    pub block_size: usize,
+    /// Tokens in one pass; longer prompts run in chunks.
+    pub max_batch_tokens: usize,
+    /// Host bytes for branches that cannot be recomputed exactly.
+    pub swap_space: u64,
+    /// Look for NaN and infinities in the weights while opening.
+    pub check_tensors: bool,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            model: ModelSource::Bundled,
+            dtype: DType::Bf16,
+            device: "auto".into(),
+            simd: "auto".into(),
+            threads: 0,
+            kv_cache_memory: None,
+            block_size: 16,
+            max_batch_tokens: 2048,
+            swap_space: 4 << 30,
+            check_tensors: false,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Refuses values that cannot work, by name.
+    pub fn validate(&self) -> Result<()> {
+        if ![16, 32].contains(&self.block_size) {
+            return Err(Error::config("block-size", format!("{} is not supported; use 16 or 32", self.block_size)));
+        }
+        if self.max_batch_tokens == 0 || self.max_batch_tokens > 1 << 20 {
+            return Err(Error::config("max-batch-tokens", "must be between 1 and 1048576"));
+        }
+        if self.threads > 1024 {
+            return Err(Error::config("threads", "must be at most 1024 (0 takes one per core)"));
+        }
+        match self.device.as_str() {
+            "auto" | "cpu" => Ok(()),
+            d if d.starts_with("cuda") => Err(Error::Device {
+                device: d.into(),
+                why: "this build has no CUDA backend; use --device cpu".into(),
+            }),
+            d => Err(Error::config("device", format!("{d:?} is unknown; use auto, cpu or cuda:N"))),
+        }
+    }
+}
+
+/// Bytes the machine can give without swapping, if it says.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_values_are_refused_by_name() {
+        let bad = |f: fn(&mut EngineConfig)| {
+            let mut c = EngineConfig::default();
+            f(&mut c);
+            c.validate().unwrap_err().to_string()
+        };
+        assert!(bad(|c| c.block_size = 24).starts_with("block-size"));
+        assert!(bad(|c| c.device = "tpu".into()).starts_with("device"));
+        assert!(bad(|c| c.device = "cuda:0".into()).contains("--device cpu"));
+        assert!(bad(|c| c.max_batch_tokens = 0).starts_with("max-batch-tokens"));
+        assert!(EngineConfig::default().validate().is_ok());
+    }
+}

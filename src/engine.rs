@@ -1,0 +1,571 @@
+//! The engine: branches of one or many problems, advanced together, one pass per [`Engine::step`].
+//!
+//! A branch is made by [`prefill`](Engine::prefill) or [`fork`](Engine::fork) and named by a [`BranchId`]. Nothing is
+//! computed until the next step, so a prompt and the suffixes of its forks run packed in one pass. A step is
+//! *decide -> reserve -> run -> interpret -> commit*; only the commit changes the tree, so a refused or failed step
+//! leaves every branch as it was.
+//!
+//! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
+//! object, and outputs go to buffers of the caller.
+
+mod open;
+mod stats;
+mod step;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::backend::Counters;
+use crate::batch::Batch;
+use crate::config::EngineConfig;
+use crate::error::{Error, Result};
+use crate::gate::GateSpec;
+use crate::kv::KvLayout;
+use crate::kv::block_pool::{BlockPool, BlockState};
+use crate::kv::block_table::BlockTable;
+use crate::kv::prefix_cache::PrefixCache;
+use crate::model::family::ModelConfig;
+use crate::model::{RowQuery, Runner};
+use crate::sampler;
+use crate::tree::{Branch, BranchTree, ForkPoint, Mode, RowAnswer};
+
+pub use crate::tree::{BranchId, EndReason, GenerateParams};
+pub use stats::{BranchStats, EngineStats, ModelInfo, StepItem, StepSummary};
+
+/// How a root takes part in the prefix cache, and how its draws are keyed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefillOptions {
+    /// Look the prompt up in the prefix cache, and offer its blocks to it.
+    pub use_prefix_cache: bool,
+    /// Only roots with the same salt see each other's blocks.
+    pub salt: u64,
+    /// Key of the branch path, so that draws do not depend on what else is in flight.
+    pub path: u64,
+}
+
+impl Default for PrefillOptions {
+    fn default() -> Self {
+        Self { use_prefix_cache: true, salt: 0, path: 0 }
+    }
+}
+
+/// What happened to a branch in a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// The branch.
+    pub branch: BranchId,
+    /// What happened.
+    pub kind: EventKind,
+}
+
+/// See [`Event`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum EventKind {
+    /// It generated a token; the row it came from is in [`Engine::row`].
+    Token(u32),
+    /// All its tokens are computed, and it waits for more.
+    Ready,
+    /// It stopped generating. [`EndReason::NonFinite`] and [`EndReason::Dropped`] also end branches that were not
+    /// generating.
+    Ended(EndReason),
+    /// It gave its blocks to an older branch and will be recomputed (or swapped back in).
+    Preempted,
+}
+
+/// Raised from any thread; the running [`Engine::step`] finishes its pass, later ones return [`Error::Cancelled`].
+#[derive(Clone, Debug, Default)]
+pub struct CancelFlag(Arc<AtomicBool>);
+
+impl CancelFlag {
+    /// Asks the engine to stop.
+    pub fn raise(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Lets the engine run again.
+    pub fn clear(&self) {
+        self.0.store(false, Ordering::Release);
+    }
+
+    /// True once raised.
+    pub fn is_raised(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// See the module text.
+pub struct Engine {
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: KvLayout,
+    info: ModelInfo,
+    runner: Box<dyn Runner>,
+    tree: BranchTree,
+    pool: BlockPool,
+    cache: PrefixCache,
+    gates: Vec<GateSpec>,
+    events: VecDeque<Event>,
+    cancel: CancelFlag,
+    next_arrival: u64,
+    swap_used: u64,
+    totals: EngineStats,
+    batch: Batch,
+    queries: Vec<RowQuery>,
+}
+
+impl Engine {
+    /// Makes a root branch of `tokens`. Refused when they can never fit the cache or the model's context.
+    pub fn prefill(&mut self, tokens: &[u32], options: PrefillOptions) -> Result<BranchId> {
+        self.check_tokens(tokens)?;
+        self.check_fits(tokens.len())?;
+        let arrival = self.arrive();
+        let table = BlockTable::new(self.layout.block_size);
+        let salt = options.use_prefix_cache.then_some(options.salt);
+        let path = sampler::child_path(0, options.path);
+        Ok(self.tree.insert(|id| Branch {
+            id,
+            parent: None,
+            depth: 0,
+            num_children: 0,
+            path,
+            arrival: (arrival, arrival),
+            tokens: tokens.to_vec(),
+            prompt_len: tokens.len(),
+            num_generated: 0,
+            num_computed: 0,
+            table,
+            fork_point: None,
+            state: BlockState::Exact,
+            salt,
+            num_cached_blocks: 0,
+            mode: Mode::Idle,
+            watch: Vec::new(),
+            top_k: 0,
+            score_from: None,
+            scores: Vec::new(),
+            last: None,
+            confidence_sum: 0.0,
+            confidence_steps: 0,
+            votes: 1.0,
+            preemptions: 0,
+            swapped: None,
+            exit_layer: None,
+        }))
+    }
+
+    /// Makes `out.len()` children that continue from the branch as it is now. They share its KV; what it has not
+    /// computed yet is computed once, by the branch itself. On error none is made.
+    pub fn fork(&mut self, branch: BranchId, out: &mut [BranchId]) -> Result<()> {
+        self.tree.get(branch)?;
+        for slot in out {
+            *slot = self.fork_one(branch)?;
+        }
+        Ok(())
+    }
+
+    fn fork_one(&mut self, parent_id: BranchId) -> Result<BranchId> {
+        let arrival = self.arrive();
+        let block_size = self.layout.block_size;
+        let parent = self.tree.get_mut(parent_id)?;
+        let ordinal = parent.num_children;
+        parent.num_children += 1;
+        let parent = self.tree.get(parent_id)?;
+        // Blocks are shared at once unless the parent still has tokens to run or holds none: then when it has run them.
+        let waits = parent.is_runnable() && parent.pending() > 0;
+        let shares_now = !waits && parent.swapped.is_none();
+        let fork_point = waits.then_some(ForkPoint { parent: parent_id, at: parent.tokens.len() });
+        let (table, num_computed) = if shares_now {
+            (parent.table.fork(&mut self.pool, parent.num_computed)?, parent.num_computed)
+        } else {
+            (BlockTable::new(block_size), 0)
+        };
+        let child = Branch {
+            id: parent_id,
+            parent: Some(parent_id),
+            depth: parent.depth + 1,
+            num_children: 0,
+            path: sampler::child_path(parent.path, ordinal),
+            arrival: (parent.arrival.0, arrival),
+            tokens: parent.tokens.clone(),
+            prompt_len: parent.tokens.len(),
+            num_generated: 0,
+            num_computed,
+            table,
+            fork_point,
+            state: parent.state,
+            salt: parent.salt,
+            num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
+            mode: Mode::Idle,
+            watch: Vec::new(),
+            top_k: 0,
+            score_from: None,
+            scores: Vec::new(),
+            last: if shares_now { parent.last.clone() } else { None },
+            confidence_sum: 0.0,
+            confidence_steps: 0,
+            votes: 1.0,
+            preemptions: 0,
+            swapped: None,
+            exit_layer: None,
+        };
+        Ok(self.tree.insert(|id| Branch { id, ..child }))
+    }
+
+    /// Gives a branch more tokens to run. An ended branch wakes up.
+    pub fn append(&mut self, branch: BranchId, tokens: &[u32]) -> Result<()> {
+        self.check_tokens(tokens)?;
+        let len = self.tree.get(branch)?.tokens.len();
+        self.check_fits(len + tokens.len())?;
+        let b = self.tree.get_mut(branch)?;
+        b.tokens.extend_from_slice(tokens);
+        b.prompt_len = b.tokens.len();
+        b.num_generated = 0;
+        b.mode = Mode::Idle;
+        Ok(())
+    }
+
+    /// Cuts a branch back to its first `num_tokens` tokens; blocks past them return. Children keep what they share.
+    pub fn truncate(&mut self, branch: BranchId, num_tokens: usize) -> Result<()> {
+        if num_tokens == 0 || num_tokens > self.tree.get(branch)?.tokens.len() {
+            return Err(Error::config("num_tokens", "must be between 1 and the branch's length"));
+        }
+        self.settle_children(branch)?;
+        let b = self.tree.get_mut(branch)?;
+        if b.state == BlockState::Compacted && num_tokens < b.num_computed {
+            return Err(Error::config("truncate", "a compacted branch has no slot per token"));
+        }
+        b.tokens.truncate(num_tokens);
+        b.num_computed = b.num_computed.min(num_tokens);
+        b.prompt_len = b.prompt_len.min(num_tokens);
+        b.num_generated = 0;
+        b.num_cached_blocks = b.num_cached_blocks.min(num_tokens / self.layout.block_size);
+        b.last = None;
+        b.mode = Mode::Idle;
+        if let Some(fork) = &mut b.fork_point {
+            fork.at = fork.at.min(num_tokens);
+        }
+        if let Some(swapped) = &mut b.swapped {
+            swapped.num_slots = swapped.num_slots.min(num_tokens);
+        } else {
+            b.table.truncate(&mut self.pool, b.num_computed)?;
+        }
+        Ok(())
+    }
+
+    /// Removes a branch; its private blocks return. Its children live on.
+    pub fn prune(&mut self, branch: BranchId) -> Result<()> {
+        self.settle_children(branch)?;
+        let mut b = self.tree.remove(branch)?;
+        if let Some(swapped) = b.swapped.take() {
+            self.swap_used -= swapped.bytes.len() as u64;
+        }
+        b.table.free(&mut self.pool)
+    }
+
+    /// Prunes `merged` and gives its votes to `survivor`.
+    pub fn merge(&mut self, survivor: BranchId, merged: BranchId) -> Result<()> {
+        if survivor == merged {
+            return Err(Error::config("merge", "a branch cannot be merged into itself"));
+        }
+        self.tree.get(survivor)?;
+        let votes = self.tree.get(merged)?.votes;
+        self.prune(merged)?;
+        self.tree.get_mut(survivor)?.votes += votes;
+        Ok(())
+    }
+
+    /// The branch with the most votes; then the highest mean confidence; then the first given.
+    pub fn select(&self, branches: &[BranchId]) -> Result<BranchId> {
+        let mut best: Option<(&Branch, f64)> = None;
+        for &id in branches {
+            let b = self.tree.get(id)?;
+            let key = (b.votes, b.mean_confidence());
+            if best.is_none_or(|(lead, confidence)| key > (lead.votes, confidence)) {
+                best = Some((b, key.1));
+            }
+        }
+        best.map(|(b, _)| b.id).ok_or_else(|| Error::config("select", "needs at least one branch"))
+    }
+
+    /// Lets a branch generate from its next step on. Refused when the tokens it may generate can never fit.
+    pub fn start(&mut self, branch: BranchId, params: GenerateParams) -> Result<()> {
+        params.sampling.validate()?;
+        self.check_tokens(&params.end_tokens)?;
+        let len = self.tree.get(branch)?.tokens.len();
+        self.check_fits((len + params.max_new_tokens).min(self.model.max_position_embeddings))?;
+        self.reopen_last_row(branch)?;
+        let b = self.tree.get_mut(branch)?;
+        b.prompt_len = b.tokens.len();
+        b.num_generated = 0;
+        b.confidence_sum = 0.0;
+        b.confidence_steps = 0;
+        b.mode = if params.max_new_tokens == 0 {
+            Mode::Ended(EndReason::Length)
+        } else {
+            Mode::Generating(Box::new(params))
+        };
+        Ok(())
+    }
+
+    /// Stops a generating branch where it is.
+    pub fn stop(&mut self, branch: BranchId) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        if b.is_generating() {
+            b.mode = Mode::Ended(EndReason::Stopped);
+            self.events.push_back(Event { branch, kind: EventKind::Ended(EndReason::Stopped) });
+        }
+        Ok(())
+    }
+
+    /// From its next row on, a branch reports the log-probabilities of these tokens in [`RowAnswer::watched`], and its
+    /// `top_k` most likely tokens.
+    pub fn watch(&mut self, branch: BranchId, tokens: &[u32], top_k: usize) -> Result<()> {
+        self.check_tokens(tokens)?;
+        self.reopen_last_row(branch)?;
+        let b = self.tree.get_mut(branch)?;
+        b.watch = tokens.to_vec();
+        b.top_k = top_k;
+        Ok(())
+    }
+
+    /// Appends `tokens` and runs steps until they are computed (other branches advance too). `logprobs[i]` becomes the
+    /// natural-log probability of `tokens[i]` given all before it; NaN for the first token of a root.
+    pub fn score(&mut self, branch: BranchId, tokens: &[u32], logprobs: &mut [f32]) -> Result<()> {
+        if tokens.len() != logprobs.len() {
+            return Err(Error::Shape {
+                op: "score",
+                expected: format!("{} log-probabilities", tokens.len()),
+                got: logprobs.len().to_string(),
+            });
+        }
+        let from = self.tree.get(branch)?.tokens.len();
+        self.append(branch, tokens)?;
+        self.score_pending(branch, from)?;
+        self.run_until_computed(branch)?;
+        let b = self.tree.get_mut(branch)?;
+        logprobs.copy_from_slice(&b.scores);
+        b.score_from = None;
+        Ok(())
+    }
+
+    /// As [`score`](Self::score) for a root that has not run yet: the log-probabilities of all its tokens.
+    pub fn score_prompt(&mut self, branch: BranchId, logprobs: &mut [f32]) -> Result<()> {
+        let b = self.tree.get(branch)?;
+        if b.num_computed != 0 || b.fork_point.is_some() || b.tokens.len() != logprobs.len() {
+            return Err(Error::config("score_prompt", "needs a root that has not run, and one value per token"));
+        }
+        self.tree.get_mut(branch)?.salt = None; // every row must be computed
+        self.score_pending(branch, 0)?;
+        self.run_until_computed(branch)?;
+        let b = self.tree.get_mut(branch)?;
+        logprobs.copy_from_slice(&b.scores);
+        b.score_from = None;
+        Ok(())
+    }
+
+    /// Asks for the log-probabilities of the tokens from `from` on; the token at `from` needs the row before it.
+    fn score_pending(&mut self, branch: BranchId, from: usize) -> Result<()> {
+        let computed = self.tree.get(branch)?.num_computed;
+        if from > 0 && computed >= from {
+            self.uncompute(branch, from - 1)?;
+        }
+        let b = self.tree.get_mut(branch)?;
+        b.score_from = Some(from);
+        b.scores = vec![f32::NAN; b.tokens.len() - from];
+        Ok(())
+    }
+
+    fn run_until_computed(&mut self, branch: BranchId) -> Result<()> {
+        while self.tree.get(branch)?.is_runnable() {
+            self.step()?;
+        }
+        match self.tree.get(branch)?.mode {
+            Mode::Ended(EndReason::NonFinite) => {
+                let position = self.tree.get(branch)?.num_computed;
+                Err(Error::NonFinite { branch: branch.to_string(), position })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What the branch's last computed row said; `None` before its first.
+    pub fn row(&self, branch: BranchId) -> Result<Option<&RowAnswer>> {
+        Ok(self.tree.get(branch)?.last.as_ref())
+    }
+
+    /// The branch's tokens: prompt, then what it generated.
+    pub fn tokens(&self, branch: BranchId) -> Result<&[u32]> {
+        Ok(&self.tree.get(branch)?.tokens)
+    }
+
+    /// The oldest event not taken yet.
+    pub fn next_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// True while any branch has tokens to run.
+    pub fn has_work(&self) -> bool {
+        self.tree.iter().any(Branch::is_runnable)
+    }
+
+    /// The flag that cancels this engine's steps.
+    pub fn cancel_flag(&self) -> CancelFlag {
+        self.cancel.clone()
+    }
+
+    /// Gates between layers, for every pass from now on. Empty (the default) leaves every pass whole.
+    pub fn set_gates(&mut self, gates: &[GateSpec]) {
+        self.gates = gates.to_vec();
+    }
+
+    /// Forgets every cached prefix that no branch uses.
+    pub fn clear_prefix_cache(&mut self) -> Result<()> {
+        self.cache.clear(&mut self.pool);
+        for b in self.tree.iter_mut() {
+            b.num_cached_blocks = 0;
+        }
+        Ok(())
+    }
+
+    /// The configuration the engine was opened with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// The model's shape.
+    pub fn model(&self) -> &ModelConfig {
+        &self.model
+    }
+
+    /// Work done by the device since the last reset.
+    pub fn counters(&self) -> Counters {
+        self.runner.counters()
+    }
+
+    /// Resets [`counters`](Self::counters), [`stats`](Self::engine_stats) totals and the block peak.
+    pub fn reset_counters(&mut self) {
+        self.runner.reset_counters();
+        self.totals = EngineStats::default();
+        self.pool.reset_peak();
+    }
+
+    /// Blocks, tables and cache agree with each other; a description of the first disagreement otherwise.
+    pub fn check_integrity(&self) -> Result<()> {
+        self.pool.check_integrity()?;
+        self.cache.check_integrity(&self.pool)
+    }
+
+    fn arrive(&mut self) -> u64 {
+        self.next_arrival += 1;
+        self.next_arrival
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|&&t| t as usize >= self.model.vocab_size) {
+            Some(t) => {
+                Err(Error::config("tokens", format!("token id {t} is outside the vocabulary of {}", self.model.vocab_size)))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what no amount of waiting can make fit.
+    fn check_fits(&self, num_tokens: usize) -> Result<()> {
+        if num_tokens == 0 {
+            return Err(Error::config("tokens", "a branch needs at least one token"));
+        }
+        if num_tokens > self.model.max_position_embeddings {
+            let max = self.model.max_position_embeddings;
+            return Err(Error::config("tokens", format!("{num_tokens} tokens exceed the model's context of {max}")));
+        }
+        // One block more than the tokens fill: the copy of a shared tail.
+        let needed = num_tokens.div_ceil(self.layout.block_size) + 1;
+        let capacity = self.pool.num_blocks();
+        if needed > capacity {
+            let missing_bytes = (needed - capacity) as u64 * self.layout.block_bytes(self.model.num_layers);
+            return Err(Error::OutOfBlocks { needed, capacity, missing_bytes });
+        }
+        Ok(())
+    }
+
+    /// A branch whose tokens are all computed has no logits at hand: its last token runs again.
+    fn reopen_last_row(&mut self, branch: BranchId) -> Result<()> {
+        let b = self.tree.get(branch)?;
+        if b.fork_point.is_none() && b.pending() == 0 {
+            let last = b.tokens.len() - 1;
+            self.uncompute(branch, last)?;
+        }
+        Ok(())
+    }
+
+    /// Makes `tokens[num_computed..]` pending again.
+    fn uncompute(&mut self, branch: BranchId, num_computed: usize) -> Result<()> {
+        self.settle_children(branch)?;
+        let b = self.tree.get_mut(branch)?;
+        if b.state == BlockState::Compacted {
+            return Err(Error::config("branch", "a compacted branch cannot run its last token again"));
+        }
+        b.num_computed = num_computed;
+        b.num_cached_blocks = b.num_cached_blocks.min(num_computed / self.layout.block_size);
+        match &mut b.swapped {
+            Some(swapped) => swapped.num_slots = num_computed,
+            None => b.table.truncate(&mut self.pool, num_computed)?,
+        }
+        Ok(())
+    }
+
+    /// Gives children that wait for `branch` what it has computed so far; the rest they run themselves, the first of
+    /// them on behalf of the others.
+    fn settle_children(&mut self, branch: BranchId) -> Result<()> {
+        let waiting: Vec<(BranchId, usize)> = self
+            .tree
+            .iter()
+            .filter_map(|b| b.fork_point.filter(|f| f.parent == branch).map(|f| (b.id, f.at)))
+            .collect();
+        let mut heir: Option<(BranchId, usize)> = None;
+        for (child, at) in waiting {
+            if let Some((heir, heir_at)) = heir
+                && heir_at >= at
+            {
+                self.tree.get_mut(child)?.fork_point = Some(ForkPoint { parent: heir, at });
+                continue;
+            }
+            self.materialise(child)?;
+            heir = Some((child, at));
+        }
+        Ok(())
+    }
+
+    /// Forks the table of a waiting child from its parent as far as that has come.
+    fn materialise(&mut self, child: BranchId) -> Result<()> {
+        let Some(fork) = self.tree.get(child)?.fork_point else { return Ok(()) };
+        let parent = self.tree.get(fork.parent)?;
+        let (table, num_computed) = if parent.swapped.is_some() {
+            (BlockTable::new(self.layout.block_size), 0)
+        } else {
+            let at = fork.at.min(parent.num_computed);
+            (parent.table.fork(&mut self.pool, at)?, at)
+        };
+        let (state, cached) = (parent.state, parent.num_cached_blocks);
+        let c = self.tree.get_mut(child)?;
+        c.table = table;
+        c.num_computed = num_computed;
+        c.num_cached_blocks = cached.min(num_computed / self.layout.block_size);
+        c.state = state;
+        c.fork_point = None;
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let ids: Vec<BranchId> = self.tree.iter().map(|b| b.id).collect();
+        for id in ids {
+            let _ = self.prune(id);
+        }
+    }
+}
+
+const fn assert_send<T: Send>() {}
+const _: () = assert_send::<Engine>();

@@ -1,0 +1,132 @@
+//! From a configuration to a running engine: weights, device, block cache.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::time::Instant;
+
+use super::{CancelFlag, Engine, EngineStats, ModelInfo};
+use crate::backend::cpu::{Cpu, MAX_GROUP_ROWS};
+use crate::batch::Batch;
+use crate::config::{EngineConfig, ModelSource, available_memory};
+use crate::error::{Error, Result};
+use crate::kv::KvLayout;
+use crate::kv::block_pool::BlockPool;
+use crate::kv::prefix_cache::PrefixCache;
+use crate::model::family::ModelConfig;
+use crate::model::weights::WeightStore;
+use crate::model::{Model, ModelOptions, Runner};
+use crate::tree::BranchTree;
+
+/// Without `kv_cache_memory`, the cache holds at most this many full contexts.
+const DEFAULT_CONTEXTS: u64 = 64;
+
+impl Engine {
+    /// Loads the model and makes its KV cache. Weights stay mapped; nothing is computed.
+    pub fn open(config: EngineConfig) -> Result<Self> {
+        config.validate()?;
+        let (model, store) = load(&config)?;
+        Self::with_weights(config, model, &store)
+    }
+
+    /// As [`open`](Self::open), for weights that are at hand.
+    pub fn with_weights(config: EngineConfig, model: ModelConfig, store: &WeightStore) -> Result<Self> {
+        config.validate()?;
+        let started = Instant::now();
+        if config.check_tensors {
+            store.check_finite()?;
+        }
+        let layout = kv_layout(&config, &model)?;
+        let backend = Cpu::new(config.threads, config.simd.parse()?)?;
+        let device = backend.describe();
+        let options = ModelOptions {
+            compute: config.dtype,
+            layout,
+            max_rows: config.max_batch_tokens,
+            max_group_rows: MAX_GROUP_ROWS,
+        };
+        let runner = Model::new(backend, model.clone(), store, options)?;
+        let block_bytes = layout.block_bytes(model.num_layers);
+        let info = ModelInfo {
+            name: match &config.model {
+                ModelSource::Bundled => "tinymath (bundled)".into(),
+                ModelSource::Dir(dir) => dir.display().to_string(),
+                ModelSource::Random { shape, seed } => format!("{shape} (random weights, seed {seed})"),
+            },
+            family: model.family.name.into(),
+            num_params: model.num_params() as u64,
+            weight_bytes: store.num_bytes(),
+            weight_copy_bytes: runner.weight_copy_bytes(),
+            dtype: config.dtype.to_string(),
+            device,
+            kv_cache_bytes: layout.num_blocks as u64 * block_bytes,
+            kv_bytes_per_token: block_bytes / layout.block_size as u64,
+            load_seconds: started.elapsed().as_secs_f64(),
+        };
+        Ok(Self {
+            pool: BlockPool::new(layout.num_blocks),
+            cache: PrefixCache::new(layout.block_size),
+            runner: Box::new(runner),
+            tree: BranchTree::default(),
+            gates: Vec::new(),
+            events: VecDeque::new(),
+            cancel: CancelFlag::default(),
+            next_arrival: 0,
+            swap_used: 0,
+            totals: EngineStats::default(),
+            batch: Batch::default(),
+            queries: Vec::new(),
+            config,
+            model,
+            layout,
+            info,
+        })
+    }
+}
+
+/// The model's shape and its weights, from wherever the configuration says.
+pub(crate) fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> {
+    match &config.model {
+        ModelSource::Dir(dir) => Ok((ModelConfig::from_dir(dir)?, WeightStore::open(dir)?)),
+        ModelSource::Random { shape, seed } => {
+            let model = ModelConfig::shape(shape)?;
+            let store = WeightStore::random(&model, *seed, config.dtype)?;
+            Ok((model, store))
+        }
+        #[cfg(feature = "bundled-model")]
+        ModelSource::Bundled => {
+            let model = ModelConfig::from_bytes(Path::new("bundled/config.json"), crate::bundled::CONFIG_JSON)?;
+            Ok((model, WeightStore::from_static("bundled/model.safetensors", crate::bundled::model_safetensors())?))
+        }
+        #[cfg(not(feature = "bundled-model"))]
+        ModelSource::Bundled => {
+            let _ = Path::new("");
+            Err(Error::config("model", "this build has no bundled model; give a folder with -m DIR"))
+        }
+    }
+}
+
+/// How many blocks the memory holds. Too little for one block is refused with what is missing.
+pub(crate) fn kv_layout(config: &EngineConfig, model: &ModelConfig) -> Result<KvLayout> {
+    let one = KvLayout {
+        num_blocks: 1,
+        num_kv_heads: model.num_kv_heads,
+        block_size: config.block_size,
+        head_dim: model.head_dim,
+        dtype: config.dtype,
+    };
+    let block_bytes = one.block_bytes(model.num_layers);
+    let contexts = (model.max_position_embeddings as u64).div_ceil(config.block_size as u64) * block_bytes;
+    let bytes = config.kv_cache_memory.unwrap_or_else(|| {
+        let quarter = available_memory().map_or(u64::MAX, |b| b / 4);
+        quarter.min(DEFAULT_CONTEXTS.saturating_mul(contexts))
+    });
+    let num_blocks = bytes / block_bytes;
+    // One token needs its block and the copy of a shared tail.
+    if num_blocks < 2 {
+        let needed = 2;
+        let missing_bytes = needed as u64 * block_bytes - bytes;
+        return Err(Error::OutOfBlocks { needed, capacity: num_blocks as usize, missing_bytes });
+    }
+    let num_blocks = usize::try_from(num_blocks).unwrap_or(usize::MAX).min(u32::MAX as usize / config.block_size);
+    Ok(KvLayout { num_blocks, ..one })
+}

@@ -1,0 +1,193 @@
+//! What the engine tells about itself and its branches.
+
+use std::collections::HashMap;
+
+use super::Engine;
+use crate::error::Result;
+use crate::kv::block_pool::BlockState;
+use crate::tree::{BranchId, Branch, EndReason, Mode};
+
+/// A branch at a glance.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct BranchStats {
+    /// Distance from its root.
+    pub depth: u32,
+    /// Tokens it has.
+    pub num_tokens: usize,
+    /// Of those, tokens with KV.
+    pub num_computed_tokens: usize,
+    /// Tokens it generated since it was started.
+    pub num_generated_tokens: usize,
+    /// Blocks it shares with another branch.
+    pub blocks_shared: usize,
+    /// Blocks only it uses (the prefix cache may keep them findable).
+    pub blocks_private: usize,
+    /// The weakest state of anything it attended to.
+    #[serde(serialize_with = "state_name")]
+    pub state: BlockState,
+    /// Mean top-1 probability over its generated steps, the one that ended it included.
+    pub mean_confidence: f64,
+    /// Entropy of its last row in nats; NaN before its first.
+    pub entropy: f32,
+    /// Votes it holds.
+    pub votes: f64,
+    /// Times it gave up its blocks.
+    pub preemptions: u32,
+    /// Why it ended, if it did.
+    pub ended: Option<EndReason>,
+    /// The layer after which a gate let it leave, if one did.
+    pub exit_layer: Option<u32>,
+}
+
+fn state_name<S: serde::Serializer>(state: &BlockState, s: S) -> std::result::Result<S::Ok, S::Error> {
+    s.serialize_str(&format!("{state:?}").to_lowercase())
+}
+
+/// The engine at a glance. The totals count since the last [`Engine::reset_counters`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct EngineStats {
+    /// Passes run.
+    pub steps: u64,
+    /// Tokens computed.
+    pub tokens_computed: u64,
+    /// Prompt tokens found in the prefix cache instead.
+    pub tokens_from_cache: u64,
+    /// Times a branch gave up its blocks.
+    pub preemptions: u64,
+    /// Live branches.
+    pub branches: usize,
+    /// KV blocks in all.
+    pub blocks: usize,
+    /// KV blocks held by branches or the prefix cache.
+    pub blocks_used: usize,
+    /// The most that were held at once.
+    pub blocks_peak: usize,
+    /// KV blocks the prefix cache holds.
+    pub blocks_cached: usize,
+    /// Bytes swapped out.
+    pub swapped_bytes: u64,
+}
+
+/// What was loaded.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct ModelInfo {
+    /// The folder or the built-in name.
+    pub name: String,
+    /// The family's name.
+    pub family: String,
+    /// Parameters, tied ones once.
+    pub num_params: u64,
+    /// Bytes of weights mapped in place.
+    pub weight_bytes: u64,
+    /// Bytes copied beyond that (converted to the compute type).
+    pub weight_copy_bytes: u64,
+    /// `f32`, `bf16` or `f16`.
+    pub dtype: String,
+    /// The device in words.
+    pub device: String,
+    /// Bytes of the KV cache.
+    pub kv_cache_bytes: u64,
+    /// Bytes of K and V one token takes.
+    pub kv_bytes_per_token: u64,
+    /// Seconds spent loading.
+    pub load_seconds: f64,
+}
+
+/// One branch's part in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepItem {
+    /// The branch.
+    pub branch: BranchId,
+    /// Tokens computed for it.
+    pub num_tokens: usize,
+    /// True when the token was one it had generated.
+    pub is_decode: bool,
+}
+
+/// What a step did; reused by the caller from step to step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepSummary {
+    /// Who ran.
+    pub items: Vec<StepItem>,
+    /// KV slots that attention read in each layer, shared runs once.
+    pub slots_read: usize,
+}
+
+impl StepSummary {
+    /// Tokens computed.
+    pub fn num_tokens(&self) -> usize {
+        self.items.iter().map(|i| i.num_tokens).sum()
+    }
+}
+
+impl Branch {
+    pub(crate) fn mean_confidence(&self) -> f64 {
+        if self.confidence_steps == 0 { 0.0 } else { self.confidence_sum / self.confidence_steps as f64 }
+    }
+}
+
+impl Engine {
+    /// A branch at a glance. Counting who shares what looks at every table: not for inner loops.
+    pub fn stats(&self, branch: BranchId) -> Result<BranchStats> {
+        let b = self.tree.get(branch)?;
+        let shared = self.shared_blocks();
+        let blocks_shared = b.table.blocks().iter().filter(|id| shared.get(&id.index()).is_some_and(|&n| n > 1)).count();
+        Ok(BranchStats {
+            depth: b.depth,
+            num_tokens: b.tokens.len(),
+            num_computed_tokens: b.num_computed,
+            num_generated_tokens: b.num_generated,
+            blocks_shared,
+            blocks_private: b.table.blocks().len() - blocks_shared,
+            state: b.state,
+            mean_confidence: b.mean_confidence(),
+            entropy: b.last.as_ref().map_or(f32::NAN, |r| r.stats.entropy),
+            votes: b.votes,
+            preemptions: b.preemptions,
+            ended: match b.mode {
+                Mode::Ended(reason) => Some(reason),
+                _ => None,
+            },
+            exit_layer: b.exit_layer,
+        })
+    }
+
+    /// The mean top-1 probability of a branch over its generated steps.
+    pub fn confidence(&self, branch: BranchId) -> Result<f64> {
+        Ok(self.tree.get(branch)?.mean_confidence())
+    }
+
+    /// The engine at a glance.
+    pub fn engine_stats(&self) -> EngineStats {
+        EngineStats {
+            branches: self.tree.len(),
+            blocks: self.pool.num_blocks(),
+            blocks_used: self.pool.num_blocks() - self.pool.num_free(),
+            blocks_peak: self.pool.peak_in_use(),
+            blocks_cached: self.cache.len(),
+            swapped_bytes: self.swap_used,
+            ..self.totals.clone()
+        }
+    }
+
+    /// Blocks that more than one branch holds, right now.
+    pub fn num_shared_blocks(&self) -> usize {
+        self.shared_blocks().into_values().filter(|&n| n > 1).count()
+    }
+
+    /// What was loaded, and where it runs.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// Number of tables that hold each block.
+    fn shared_blocks(&self) -> HashMap<u32, usize> {
+        let mut owners = HashMap::new();
+        for b in self.tree.iter() {
+            for id in b.table.blocks() {
+                *owners.entry(id.index()).or_default() += 1;
+            }
+        }
+        owners
+    }
+}

@@ -1,0 +1,476 @@
+//! One step: decide (pure) -> reserve (may refuse, nothing changed) -> run -> interpret (pure) -> commit.
+
+use std::ops::Range;
+
+use super::{Engine, Event, EventKind, StepItem, StepSummary};
+use crate::backend::BlockCopy;
+use crate::batch::BatchSeq;
+use crate::error::{Error, Result};
+use crate::kv::block_pool::{BlockId, BlockState};
+use crate::model::{Draw, Fate, PassOutput, RowQuery};
+use crate::sampler::DrawKey;
+use crate::scheduler::{self, Budget, Candidate, Decision, Holder, PlanItem};
+use crate::tree::{Branch, BranchId, EndReason, Mode, RowAnswer, SwappedBlocks};
+
+/// An item of the plan with what it holds until the step commits.
+struct Reserved {
+    branch: BranchId,
+    num_new_tokens: usize,
+    /// Slots its table had before.
+    old_len: usize,
+    /// Its table came into being in this step.
+    is_new: bool,
+    /// Source of its copy-on-write, kept alive until then.
+    copied_from: Option<BlockId>,
+    /// Index of its last row's query.
+    query: Option<usize>,
+    /// Index of its first scoring query; they follow one another.
+    score_queries: Range<usize>,
+    /// Place of the first of them in the branch's scores.
+    first_score: usize,
+}
+
+impl Engine {
+    /// Runs one pass over every branch that has tokens to run, as far as the budget goes. An empty summary means that
+    /// nobody had work. After an error every branch is as it was before the call.
+    pub fn step(&mut self) -> Result<StepSummary> {
+        if self.cancel.is_raised() {
+            return Err(Error::Cancelled);
+        }
+        self.attach_cached_prefixes()?;
+        let plan = loop {
+            match self.decide() {
+                Decision::Run(plan) => break plan,
+                Decision::Idle => return Ok(StepSummary::default()),
+                Decision::Preempt(index) => self.preempt(index)?,
+                Decision::Stuck(index) => return Err(self.stuck(index)),
+            }
+        };
+        let reserved = self.reserve(&plan)?;
+        let batch = std::mem::take(&mut self.batch);
+        let queries = std::mem::take(&mut self.queries);
+        let result = self.runner.run(&batch, &queries, &self.gates);
+        self.batch = batch;
+        self.queries = queries;
+        match result {
+            Ok(output) => self.commit(reserved, output),
+            Err(error) => {
+                self.roll_back(reserved)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Roots and resumed branches without a table start from the longest cached prefix of their tokens.
+    fn attach_cached_prefixes(&mut self) -> Result<()> {
+        for b in self.tree.iter_mut() {
+            let fresh = b.num_computed == 0 && b.fork_point.is_none() && b.swapped.is_none();
+            let Some(salt) = b.salt.filter(|_| fresh && b.is_runnable() && b.table.is_empty()) else { continue };
+            // The last token always runs: its row is what the caller waits for.
+            let blocks = self.cache.lookup(salt, &b.tokens, b.tokens.len() - 1, &mut self.pool);
+            if blocks.is_empty() {
+                continue;
+            }
+            b.num_cached_blocks = blocks.len();
+            b.num_computed = blocks.len() * self.layout.block_size;
+            self.totals.tokens_from_cache += b.num_computed as u64;
+            b.table = crate::kv::block_table::BlockTable::from_full_blocks(blocks, self.layout.block_size);
+        }
+        Ok(())
+    }
+
+    fn decide(&self) -> Decision {
+        let mut runnable: Vec<&Branch> = self.tree.iter().filter(|b| b.is_runnable()).collect();
+        runnable.sort_by_key(|b| b.arrival);
+        let candidates: Vec<Candidate> = runnable.iter().map(|b| self.candidate(b)).collect();
+        let mut holding: Vec<&Branch> = self.tree.iter().filter(|b| !b.table.is_empty()).collect();
+        holding.sort_by_key(|b| std::cmp::Reverse(b.arrival));
+        let holders: Vec<Holder> = holding
+            .iter()
+            .filter(|b| self.can_give_way(b))
+            .map(|b| Holder { branch: b.id.index as usize, runnable: b.is_runnable() })
+            .collect();
+        let budget = Budget {
+            max_tokens: self.config.max_batch_tokens,
+            free_blocks: self.pool.num_free() + self.cache.num_evictable(&self.pool),
+            block_size: self.layout.block_size,
+        };
+        scheduler::decide(&candidates, &holders, budget)
+    }
+
+    fn candidate(&self, b: &Branch) -> Candidate {
+        let block_size = self.layout.block_size;
+        let (free_tail_slots, copy_blocks) = match (&b.fork_point, &b.swapped) {
+            // A fork of what is not there yet will find a shared tail, and copy it.
+            (Some(fork), _) => {
+                let tail = fork.at % block_size;
+                if tail == 0 { (0, 0) } else { (block_size - tail, 1) }
+            }
+            (None, Some(swapped)) => {
+                let blocks = swapped.num_slots.div_ceil(block_size);
+                (blocks * block_size - swapped.num_slots, blocks)
+            }
+            (None, None) => {
+                let free = (block_size - b.table.len() % block_size) % block_size;
+                (free, usize::from(b.table.tail_is_shared(&self.pool)))
+            }
+        };
+        let limit = match &b.mode {
+            Mode::Generating(params) => b.prompt_len + params.max_new_tokens,
+            _ => b.tokens.len(),
+        };
+        Candidate {
+            branch: b.id.index as usize,
+            pending: b.pending(),
+            free_tail_slots,
+            copy_blocks,
+            after: b.fork_point.map(|f| (f.parent.index as usize, f.at)),
+            computed: b.num_computed,
+            preempted: b.preemptions > 0 && b.table.is_empty(),
+            growth_blocks: limit.saturating_sub(b.tokens.len()).div_ceil(block_size),
+        }
+    }
+
+    /// An exact branch can always be recomputed; another needs room in the swap space.
+    fn can_give_way(&self, b: &Branch) -> bool {
+        let bytes = b.table.blocks().len() as u64 * self.layout.block_bytes(self.model.num_layers);
+        b.state == BlockState::Exact || self.swap_used + bytes <= self.config.swap_space
+    }
+
+    fn stuck(&self, index: usize) -> Error {
+        let block_size = self.layout.block_size;
+        let needed = self.tree.at(index).map_or(0, |b| b.tokens.len().div_ceil(block_size) + 1);
+        let capacity = self.pool.num_blocks();
+        let missing = needed.saturating_sub(self.pool.num_free()).max(1) as u64;
+        Error::OutOfBlocks { needed, capacity, missing_bytes: missing * self.layout.block_bytes(self.model.num_layers) }
+    }
+
+    /// Takes a branch's blocks. An exact branch will be recomputed; any other is swapped out bit for bit.
+    fn preempt(&mut self, index: usize) -> Result<()> {
+        let Some(id) = self.tree.at(index).map(|b| b.id) else { return Ok(()) };
+        let b = self.tree.get_mut(id)?;
+        if b.state == BlockState::Exact {
+            b.num_computed = 0;
+            b.num_cached_blocks = 0;
+        } else {
+            let mut swapped = SwappedBlocks { bytes: Vec::new(), num_slots: b.table.len() };
+            for block in b.table.blocks() {
+                self.runner.read_block(block.index(), &mut swapped.bytes)?;
+            }
+            self.swap_used += swapped.bytes.len() as u64;
+            b.swapped = Some(swapped);
+        }
+        b.table.free(&mut self.pool)?;
+        b.preemptions += 1;
+        let was_runnable = b.is_runnable();
+        self.totals.preemptions += 1;
+        tracing::debug!(branch = %id, was_runnable, "preempted");
+        self.events.push_back(Event { branch: id, kind: EventKind::Preempted });
+        Ok(())
+    }
+
+    /// Takes the blocks of the whole plan, then lays out the batch. Nothing can fail after the blocks are taken but a
+    /// bug, and then everything taken is given back.
+    fn reserve(&mut self, plan: &[PlanItem]) -> Result<Vec<Reserved>> {
+        let needed: usize = plan.iter().map(|i| i.num_blocks).sum();
+        if needed > self.pool.num_free() {
+            self.cache.evict(needed - self.pool.num_free(), &mut self.pool);
+        }
+        let mut fresh = self
+            .pool
+            .try_take(needed)
+            .ok_or_else(|| Error::Internal(format!("the plan needs {needed} blocks, {} are free", self.pool.num_free())))?;
+        self.clear_batch();
+        let mut reserved = Vec::with_capacity(plan.len());
+        for item in plan {
+            if let Err(error) = self.reserve_item(item, &mut fresh, &mut reserved) {
+                self.give_back(fresh)?;
+                self.roll_back(reserved)?;
+                return Err(error);
+            }
+        }
+        self.give_back(fresh)?;
+        Ok(reserved)
+    }
+
+    fn give_back(&mut self, blocks: Vec<BlockId>) -> Result<()> {
+        blocks.into_iter().try_for_each(|id| self.pool.release(id).map(drop))
+    }
+
+    fn clear_batch(&mut self) {
+        let batch = &mut self.batch;
+        batch.token_ids.clear();
+        batch.positions.clear();
+        batch.slots.clear();
+        batch.seqs.clear();
+        batch.blocks.clear();
+        batch.copies.clear();
+        self.queries.clear();
+    }
+
+    fn reserve_item(&mut self, item: &PlanItem, fresh: &mut Vec<BlockId>, reserved: &mut Vec<Reserved>) -> Result<()> {
+        let Some(id) = self.tree.at(item.branch).map(|b| b.id) else {
+            return Err(Error::Internal("the plan names a branch that is gone".into()));
+        };
+        let is_new = self.tree.get(id)?.fork_point.is_some();
+        if is_new {
+            self.materialise_in_step(id, reserved)?;
+        }
+        self.swap_in(id, fresh)?;
+        let b = self.tree.get_mut(id)?;
+        let old_len = b.table.len();
+        let first_row = self.batch.token_ids.len();
+        let from = b.num_computed;
+        let to = from + item.num_new_tokens;
+        let appended = b.table.append(&mut self.pool, fresh, item.num_new_tokens, &mut self.batch.slots)?;
+        let copied_from = appended.map(|copy| {
+            self.batch.copies.push(BlockCopy { src: copy.src.index(), dst: copy.dst.index(), num_slots: copy.num_slots });
+            copy.src
+        });
+        self.batch.token_ids.extend_from_slice(&b.tokens[from..to]);
+        self.batch.positions.extend((from..to).map(|p| p as u32));
+        let first_block = self.batch.blocks.len();
+        self.batch.blocks.extend(b.table.blocks().iter().map(|id| id.index()));
+        self.batch.seqs.push(BatchSeq {
+            rows: first_row..first_row + item.num_new_tokens,
+            blocks: first_block..self.batch.blocks.len(),
+            kv_len: b.table.len(),
+        });
+        let (score_queries, first_score) = push_score_queries(b, from, to, first_row, &mut self.queries);
+        let query = (to == b.tokens.len()).then(|| {
+            self.queries.push(last_row_query(b, first_row + item.num_new_tokens - 1));
+            self.queries.len() - 1
+        });
+        reserved.push(Reserved {
+            branch: id,
+            num_new_tokens: item.num_new_tokens,
+            old_len,
+            is_new,
+            copied_from,
+            query,
+            score_queries,
+            first_score,
+        });
+        Ok(())
+    }
+
+    /// Forks a waiting child's table from its parent's, counting what the parent computes in this very pass.
+    fn materialise_in_step(&mut self, child: BranchId, reserved: &[Reserved]) -> Result<()> {
+        let Some(fork) = self.tree.get(child)?.fork_point else { return Ok(()) };
+        let planned = reserved.iter().find(|r| r.branch == fork.parent).map_or(0, |r| r.num_new_tokens);
+        let parent = self.tree.get(fork.parent)?;
+        let at = fork.at.min(parent.num_computed + planned);
+        let state = parent.state;
+        let table =
+            if parent.swapped.is_some() { None } else { Some(parent.table.fork(&mut self.pool, at)?) };
+        let c = self.tree.get_mut(child)?;
+        match table {
+            Some(table) => {
+                c.table = table;
+                c.num_computed = at;
+                c.state = state;
+            }
+            None => c.fork_point = None,
+        }
+        Ok(())
+    }
+
+    /// Brings a swapped-out branch's blocks back.
+    fn swap_in(&mut self, id: BranchId, fresh: &mut Vec<BlockId>) -> Result<()> {
+        let b = self.tree.get_mut(id)?;
+        let Some(swapped) = b.swapped.take() else { return Ok(()) };
+        self.swap_used -= swapped.bytes.len() as u64;
+        let mut slots = Vec::new();
+        b.table.append(&mut self.pool, fresh, swapped.num_slots, &mut slots)?;
+        let mut taken = 0;
+        for block in b.table.blocks() {
+            self.pool.set_state(*block, b.state)?;
+            taken += self.runner.write_block(block.index(), &swapped.bytes[taken..])?;
+        }
+        Ok(())
+    }
+
+    /// Undoes a reservation, last item first.
+    fn roll_back(&mut self, reserved: Vec<Reserved>) -> Result<()> {
+        for r in reserved.into_iter().rev() {
+            let b = self.tree.get_mut(r.branch)?;
+            b.table.roll_back(&mut self.pool, r.old_len, r.copied_from)?;
+            if r.is_new && b.fork_point.is_some() {
+                b.table.free(&mut self.pool)?;
+                b.num_computed = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the step true: tokens computed, tokens generated, blocks offered to the cache, events.
+    fn commit(&mut self, reserved: Vec<Reserved>, mut output: PassOutput) -> Result<StepSummary> {
+        let mut summary = StepSummary { items: Vec::with_capacity(reserved.len()), slots_read: output.slots_read };
+        for (i, r) in reserved.into_iter().enumerate() {
+            let answer = r.query.and_then(|q| output.answers[q].take());
+            let is_decode = self.tree.get(r.branch)?.num_generated > 0 && r.num_new_tokens == 1;
+            summary.items.push(StepItem { branch: r.branch, num_tokens: r.num_new_tokens, is_decode });
+            self.totals.tokens_computed += r.num_new_tokens as u64;
+            match output.fates[i] {
+                Fate::Done => self.commit_kv(&r, BlockState::Exact)?,
+                Fate::River(_) => self.commit_kv(&r, BlockState::River)?,
+                Fate::Dropped(layer) | Fate::Stopped(layer) => {
+                    self.commit_exit(r, layer, answer)?;
+                    continue;
+                }
+            }
+            for (i, q) in r.score_queries.clone().enumerate() {
+                if let Some(answer) = output.answers[q].take() {
+                    self.commit_score(r.branch, r.first_score + i, answer)?;
+                }
+            }
+            self.offer_to_cache(r.branch)?;
+            if let Some(answer) = answer {
+                self.commit_answer(r.branch, answer)?;
+            }
+        }
+        self.totals.steps += 1;
+        debug_assert!(self.check_integrity().is_ok());
+        Ok(summary)
+    }
+
+    /// The KV of the new tokens is valid. Its state is the weakest of all the row attended to.
+    fn commit_kv(&mut self, r: &Reserved, written: BlockState) -> Result<()> {
+        if let Some(src) = r.copied_from {
+            self.pool.release(src)?;
+        }
+        let b = self.tree.get_mut(r.branch)?;
+        b.num_computed += r.num_new_tokens;
+        b.fork_point = None;
+        b.state = b.state.inherit(written);
+        if b.state != BlockState::Exact {
+            let first = r.old_len / self.layout.block_size;
+            for block in &b.table.blocks()[first..] {
+                self.pool.set_state(*block, b.state)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A gate let the sequence leave: its new slots return, its answer (if any) stands.
+    fn commit_exit(&mut self, r: Reserved, layer: u32, answer: Option<RowAnswer>) -> Result<()> {
+        let branch = r.branch;
+        let is_new = r.is_new;
+        let b = self.tree.get_mut(branch)?;
+        b.table.roll_back(&mut self.pool, r.old_len, r.copied_from)?;
+        if is_new {
+            b.fork_point = None;
+        }
+        b.exit_layer = Some(layer);
+        let reason = if answer.is_some() { EndReason::Stopped } else { EndReason::Dropped };
+        b.mode = Mode::Ended(reason);
+        if answer.is_some() {
+            b.last = answer;
+        }
+        self.events.push_back(Event { branch, kind: EventKind::Ended(reason) });
+        Ok(())
+    }
+
+    /// A scoring row predicts the token behind it; `idx` is that token's place in the branch's scores.
+    fn commit_score(&mut self, branch: BranchId, idx: usize, answer: RowAnswer) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        match (b.scores.get_mut(idx), answer.watched.first()) {
+            (Some(score), Some(&logprob)) => *score = logprob,
+            _ => {
+                b.mode = Mode::Ended(EndReason::NonFinite);
+                self.events.push_back(Event { branch, kind: EventKind::Ended(EndReason::NonFinite) });
+            }
+        }
+        Ok(())
+    }
+
+    /// Offers the branch's new full blocks to the prefix cache.
+    fn offer_to_cache(&mut self, branch: BranchId) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        let full = b.num_computed / self.layout.block_size;
+        let Some(salt) = b.salt.filter(|_| b.state == BlockState::Exact && full > b.num_cached_blocks) else {
+            return Ok(());
+        };
+        let tokens = &b.tokens[..full * self.layout.block_size];
+        self.cache.insert(salt, tokens, &b.table.blocks()[..full], &mut self.pool)?;
+        b.num_cached_blocks = full;
+        Ok(())
+    }
+
+    /// The last row is there: the branch takes its token, or ends, or waits.
+    fn commit_answer(&mut self, branch: BranchId, answer: RowAnswer) -> Result<()> {
+        let max_positions = self.model.max_position_embeddings;
+        let b = self.tree.get_mut(branch)?;
+        let mut ended = None;
+        let mut token = None;
+        if answer.stats.finite != 1 {
+            ended = Some(EndReason::NonFinite);
+        } else if let (Mode::Generating(params), Some(next)) = (&b.mode, answer.token) {
+            b.confidence_sum += f64::from(answer.stats.top1);
+            b.confidence_steps += 1;
+            token = Some(next);
+            if params.end_tokens.contains(&next) {
+                ended = Some(EndReason::EndToken);
+            } else {
+                b.tokens.push(next);
+                b.num_generated += 1;
+                if b.num_generated >= params.max_new_tokens {
+                    ended = Some(EndReason::Length);
+                } else if b.tokens.len() >= max_positions {
+                    ended = Some(EndReason::Context);
+                }
+            }
+        }
+        b.last = Some(answer);
+        let mut kinds = vec![];
+        match (token, ended) {
+            (None, None) => kinds.push(EventKind::Ready),
+            (token, ended) => {
+                kinds.extend(token.map(EventKind::Token));
+                if let Some(reason) = ended {
+                    b.mode = Mode::Ended(reason);
+                    kinds.push(EventKind::Ended(reason));
+                }
+            }
+        }
+        self.events.extend(kinds.into_iter().map(|kind| Event { branch, kind }));
+        Ok(())
+    }
+}
+
+/// Queries for the rows whose next token is to be scored (the row of token i predicts token i + 1), and the place of
+/// the first in the branch's scores.
+fn push_score_queries(
+    b: &Branch,
+    from: usize,
+    to: usize,
+    first_row: usize,
+    queries: &mut Vec<RowQuery>,
+) -> (Range<usize>, usize) {
+    let start = queries.len();
+    let Some(score_from) = b.score_from else { return (start..start, 0) };
+    let first = (from + 1).max(score_from);
+    for next in first..(to + 1).min(b.tokens.len()) {
+        queries.push(RowQuery { row: first_row + next - 1 - from, watch: vec![b.tokens[next]], ..Default::default() });
+    }
+    (start..queries.len(), first - score_from)
+}
+
+/// What the last pending row is asked: a token if the branch generates, and whatever it watches.
+fn last_row_query(b: &Branch, row: usize) -> RowQuery {
+    let draw = match &b.mode {
+        Mode::Generating(params) => {
+            let needs_history = !params.sampling.is_argmax();
+            let history = |tokens: &[u32]| if needs_history { tokens.to_vec() } else { Vec::new() };
+            Some(Draw {
+                params: params.sampling.clone(),
+                banned: if b.num_generated < params.min_new_tokens { params.end_tokens.clone() } else { Vec::new() },
+                prompt: history(&b.tokens[..b.prompt_len]),
+                generated: history(&b.tokens[b.prompt_len..]),
+                key: DrawKey { path: b.path, position: b.tokens.len() as u64 },
+            })
+        }
+        _ => None,
+    };
+    RowQuery { row, draw, watch: b.watch.clone(), top_k: b.top_k }
+}

@@ -1,0 +1,130 @@
+//! The rows in flight during a pass: which sequences are left, in which row order, with which weight set.
+//!
+//! ```text
+//! live rows:  | backbone sequences, in batch order | river sequences, in batch order |
+//! ```
+
+use std::ops::Range;
+
+use super::{Groups, WeightSet};
+use crate::batch::{AttentionPlan, Batch, SequenceView};
+use crate::gate::Effect;
+
+/// See the module text.
+pub(super) struct LiveRows {
+    seqs: Vec<LiveSeq>,
+    /// `[rows]`: what RoPE uses.
+    pub(super) positions: Vec<u32>,
+    /// `[rows]`: where K and V go.
+    pub(super) slots: Vec<u32>,
+    pub(super) plan: AttentionPlan,
+}
+
+#[derive(Clone)]
+struct LiveSeq {
+    /// Index in the batch.
+    seq: usize,
+    /// Its rows among the live rows.
+    rows: Range<usize>,
+    /// Its rows in the batch.
+    batch_rows: Range<usize>,
+    river: bool,
+}
+
+impl LiveRows {
+    pub(super) fn new(batch: &Batch, block_size: usize, max_group_rows: usize) -> Self {
+        let seqs = batch
+            .seqs
+            .iter()
+            .enumerate()
+            .map(|(i, s)| LiveSeq { seq: i, rows: s.rows.clone(), batch_rows: s.rows.clone(), river: false })
+            .collect();
+        Self {
+            seqs,
+            positions: batch.positions.clone(),
+            slots: batch.slots.clone(),
+            plan: batch.attention_plan(block_size, max_group_rows),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.seqs.is_empty()
+    }
+
+    pub(super) fn num_rows(&self) -> usize {
+        self.seqs.last().map_or(0, |s| s.rows.end)
+    }
+
+    /// Row ranges with their weight set; at most two.
+    pub(super) fn groups(&self) -> Groups {
+        let split = self.seqs.iter().find(|s| s.river).map_or(self.num_rows(), |s| s.rows.start);
+        [(0..split, WeightSet::Backbone), (split..self.num_rows(), WeightSet::River)]
+            .into_iter()
+            .filter(|(rows, _)| !rows.is_empty())
+            .collect()
+    }
+
+    /// Live sequences a gate with this effect may ask: those in the river stay there.
+    pub(super) fn eligible(&self, effect: Effect) -> Vec<usize> {
+        (0..self.seqs.len()).filter(|&i| effect != Effect::River || !self.seqs[i].river).collect()
+    }
+
+    pub(super) fn seq_of(&self, live_seq: usize) -> usize {
+        self.seqs[live_seq].seq
+    }
+
+    pub(super) fn first_row(&self, live_seq: usize) -> usize {
+        self.seqs[live_seq].rows.start
+    }
+
+    pub(super) fn last_row(&self, live_seq: usize) -> usize {
+        self.seqs[live_seq].rows.end - 1
+    }
+
+    /// Where a batch row is now; `None` when its sequence has left.
+    pub(super) fn live_row(&self, batch_row: usize) -> Option<usize> {
+        let seq = self.seqs.iter().find(|s| s.batch_rows.contains(&batch_row))?;
+        Some(seq.rows.start + batch_row - seq.batch_rows.start)
+    }
+
+    /// Takes the sequences in `fired` (ascending) out, or moves them to the river. Returns the old live row of each new
+    /// live row; [`rebuild`](Self::rebuild) must follow.
+    pub(super) fn apply(&mut self, effect: Effect, fired: &[usize]) -> Vec<u32> {
+        let old = std::mem::take(&mut self.seqs);
+        let mut backbone = Vec::new();
+        let mut river = Vec::new();
+        for (i, mut seq) in old.into_iter().enumerate() {
+            if fired.binary_search(&i).is_ok() {
+                match effect {
+                    Effect::Drop | Effect::Stop => continue,
+                    Effect::River => seq.river = true,
+                }
+            }
+            if seq.river { river.push(seq) } else { backbone.push(seq) }
+        }
+        self.seqs = backbone;
+        self.seqs.append(&mut river);
+        let mut order = Vec::new();
+        for seq in &mut self.seqs {
+            let start = order.len();
+            order.extend(seq.rows.clone().map(|r| r as u32));
+            seq.rows = start..order.len();
+        }
+        order
+    }
+
+    /// Positions, slots and the attention plan of what is left.
+    pub(super) fn rebuild(&mut self, batch: &Batch, block_size: usize, max_group_rows: usize) {
+        self.positions.clear();
+        self.slots.clear();
+        let mut views = Vec::with_capacity(self.seqs.len());
+        for seq in &self.seqs {
+            self.positions.extend_from_slice(&batch.positions[seq.batch_rows.clone()]);
+            self.slots.extend_from_slice(&batch.slots[seq.batch_rows.clone()]);
+            let whole = &batch.seqs[seq.seq];
+            let blocks = &batch.blocks[whole.blocks.clone()];
+            views.push(SequenceView { rows: seq.rows.clone(), blocks, kv_len: whole.kv_len });
+        }
+        self.plan = AttentionPlan::new(&views, block_size, max_group_rows);
+    }
+}

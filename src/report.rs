@@ -1,0 +1,248 @@
+//! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
+
+use serde::Serialize;
+
+use crate::engine::EndReason;
+use crate::solver::SolverConfig;
+
+/// Tokens computed, by phase.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TokenCounts {
+    /// Prompts.
+    pub prefill: u64,
+    /// Generated tokens.
+    pub decode: u64,
+    /// Verification.
+    pub verify: u64,
+}
+
+impl TokenCounts {
+    /// All phases.
+    pub fn total(&self) -> u64 {
+        self.prefill + self.decode + self.verify
+    }
+}
+
+/// Milliseconds of device passes, by phase; a pass shared by phases is divided by its branches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct PhaseMs {
+    /// Prompts.
+    pub prefill: f64,
+    /// Generated tokens.
+    pub decode: f64,
+    /// Verification.
+    pub verify: f64,
+}
+
+/// What became of a problem's verification.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct VerifyOutcome {
+    /// Branches verified.
+    pub run: usize,
+    /// True when a rule skipped it.
+    pub skipped: bool,
+    #[serde(skip)]
+    pub(crate) open: usize,
+    #[serde(skip)]
+    pub(crate) num_yes_spellings: usize,
+}
+
+/// One pass of the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PassRecord {
+    /// Tokens computed.
+    pub rows: usize,
+    /// KV slots attention read in each layer, shared runs once.
+    pub slots_read: usize,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// A branch's part in a problem.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BranchResult {
+    /// Its number, from 0; also the number of its approach.
+    pub branch: usize,
+    /// What it generated.
+    pub tokens: Vec<u32>,
+    /// The same in words.
+    pub text: String,
+    /// The answer in it.
+    pub answer: Option<String>,
+    /// The verifier's yes against its no, if it was asked.
+    pub score: Option<f64>,
+    /// Mean top-1 probability over its generated steps.
+    pub confidence: f64,
+    /// Why it ended.
+    pub ended: Option<EndReason>,
+    /// The layer after which its verification stopped, where it did.
+    pub exit_layer: Option<u32>,
+    /// KV blocks it shared when decoding ended.
+    pub blocks_shared: usize,
+    /// KV blocks of its own.
+    pub blocks_private: usize,
+}
+
+/// A problem's record: one line of `--out`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProblemResult {
+    /// Its id.
+    pub id: String,
+    /// The selected answer.
+    pub answer: Option<String>,
+    /// Whether it is the expected one, if that is known.
+    pub correct: Option<bool>,
+    /// The expected answer, if known.
+    pub expected: Option<String>,
+    /// The branch it came from.
+    pub winner: usize,
+    /// From the first token id to the answer.
+    pub latency_ms: f64,
+    /// Device time by phase.
+    pub phase_ms: PhaseMs,
+    /// Tokens computed by phase.
+    pub tokens: TokenCounts,
+    /// Verification.
+    pub verify: VerifyOutcome,
+    /// The most KV blocks in use at once since the counters were reset.
+    pub blocks_peak: usize,
+    /// KV blocks held by more than one branch when decoding ended.
+    pub blocks_shared: usize,
+    /// The branches, in order.
+    pub branches: Vec<BranchResult>,
+}
+
+/// Latencies of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct LatencyMs {
+    /// Arithmetic mean.
+    pub mean: f64,
+    /// 10th percentile.
+    pub p10: f64,
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
+}
+
+impl LatencyMs {
+    /// Percentiles by linear interpolation between order statistics.
+    pub fn of(samples: &[f64]) -> Self {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let mean = if sorted.is_empty() { 0.0 } else { sorted.iter().sum::<f64>() / sorted.len() as f64 };
+        Self { mean, p10: quantile(&sorted, 0.1), p50: quantile(&sorted, 0.5), p90: quantile(&sorted, 0.9) }
+    }
+}
+
+/// The `q`-quantile of sorted samples.
+pub fn quantile(sorted: &[f64], q: f64) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
+    let at = q * last as f64;
+    let (lo, hi) = (at.floor() as usize, at.ceil() as usize);
+    sorted[lo] + (sorted[hi.min(last)] - sorted[lo]) * (at - lo as f64)
+}
+
+/// Verification in sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct VerifyTotals {
+    /// Branches verified.
+    pub run: usize,
+    /// Problems whose verification was skipped.
+    pub skipped: usize,
+}
+
+/// Blocks in sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BlockTotals {
+    /// The most in use at once.
+    pub peak: usize,
+    /// The most shared at the end of a problem's decoding.
+    pub shared: usize,
+}
+
+/// The record of a run.
+#[derive(Clone, Debug, Serialize)]
+pub struct SolveReport {
+    /// Problems solved.
+    pub problems: usize,
+    /// Of those with a known answer, how many were right.
+    pub correct: usize,
+    /// `correct` over the problems with a known answer; null when there are none.
+    pub accuracy: Option<f64>,
+    /// 95 % Wilson interval of `accuracy`.
+    pub accuracy_interval: Option<[f64; 2]>,
+    /// Latency per problem.
+    pub latency_ms: LatencyMs,
+    /// Tokens computed by phase.
+    pub tokens: TokenCounts,
+    /// Verification.
+    pub verify: VerifyTotals,
+    /// The preset's name.
+    pub policy: &'static str,
+    /// KV blocks.
+    pub blocks: BlockTotals,
+    /// The whole configuration.
+    pub config: SolverConfig,
+}
+
+impl SolveReport {
+    /// Sums up a run.
+    pub fn new(config: &SolverConfig, results: &[ProblemResult]) -> Self {
+        let known = results.iter().filter(|r| r.correct.is_some()).count();
+        let correct = results.iter().filter(|r| r.correct == Some(true)).count();
+        let latencies: Vec<f64> = results.iter().map(|r| r.latency_ms).collect();
+        let tokens = results.iter().fold(TokenCounts::default(), |t, r| TokenCounts {
+            prefill: t.prefill + r.tokens.prefill,
+            decode: t.decode + r.tokens.decode,
+            verify: t.verify + r.tokens.verify,
+        });
+        Self {
+            problems: results.len(),
+            correct,
+            accuracy: (known > 0).then(|| correct as f64 / known as f64),
+            accuracy_interval: (known > 0).then(|| wilson(correct, known)),
+            latency_ms: LatencyMs::of(&latencies),
+            tokens,
+            verify: VerifyTotals {
+                run: results.iter().map(|r| r.verify.run).sum(),
+                skipped: results.iter().filter(|r| r.verify.skipped).count(),
+            },
+            policy: config.policy.name(),
+            blocks: BlockTotals {
+                peak: results.iter().map(|r| r.blocks_peak).max().unwrap_or(0),
+                shared: results.iter().map(|r| r.blocks_shared).max().unwrap_or(0),
+            },
+            config: config.clone(),
+        }
+    }
+}
+
+/// The 95 % Wilson score interval of `k` successes in `n` trials.
+pub fn wilson(k: usize, n: usize) -> [f64; 2] {
+    let (k, n, z) = (k as f64, n as f64, 1.959_964);
+    let p = k / n;
+    let centre = p + z * z / (2.0 * n);
+    let half = z * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+    let scale = 1.0 + z * z / n;
+    [((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_interpolate() {
+        let l = LatencyMs::of(&[4.0, 1.0, 3.0, 2.0, 5.0]);
+        assert_eq!((l.mean, l.p50), (3.0, 3.0));
+        assert!((l.p10 - 1.4).abs() < 1e-12 && (l.p90 - 4.6).abs() < 1e-12);
+        assert_eq!(LatencyMs::of(&[]), LatencyMs::default());
+    }
+
+    #[test]
+    fn the_wilson_interval_of_a_textbook_case() {
+        let [lo, hi] = wilson(81, 263);
+        assert!((lo - 0.2553).abs() < 5e-4 && (hi - 0.3662).abs() < 5e-4, "{lo} {hi}");
+    }
+}

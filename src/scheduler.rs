@@ -1,0 +1,210 @@
+//! The pure decision at the head of a step: which branches run how many tokens, who waits, who must give way.
+//!
+//! Candidates come in order of arrival, and that order is the priority for blocks: the oldest always proceeds, so a
+//! cache that holds any one request finishes all of them. Tokens are a shared budget; branches with a single token to
+//! run (decode) go first, long prompts take what is left in chunks.
+
+/// A branch with tokens to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The branch's index in the tree.
+    pub branch: usize,
+    /// Tokens known and not computed.
+    pub pending: usize,
+    /// Slots left in its private tail block.
+    pub free_tail_slots: usize,
+    /// 1 when its tail block is shared and must be copied before it can grow.
+    pub copy_blocks: usize,
+    /// The branch whose KV it starts from, and how many tokens that branch must have by then.
+    pub after: Option<(usize, usize)>,
+    /// Tokens computed so far.
+    pub computed: usize,
+    /// It gave up its blocks before; it comes back only when it can stay.
+    pub preempted: bool,
+    /// Blocks it may still ask for after this step, at most.
+    pub growth_blocks: usize,
+}
+
+/// A branch that holds blocks and may be asked for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The branch's index in the tree.
+    pub branch: usize,
+    /// It has work to do; idle branches give way first.
+    pub runnable: bool,
+}
+
+/// What the step has to divide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Tokens in one pass.
+    pub max_tokens: usize,
+    /// Blocks that are free or can be evicted from the prefix cache.
+    pub free_blocks: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+}
+
+/// One branch's share of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanItem {
+    /// The branch's index in the tree.
+    pub branch: usize,
+    /// Tokens to run now.
+    pub num_new_tokens: usize,
+    /// Blocks it takes.
+    pub num_blocks: usize,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Run these, in this order (a branch stands behind the branch it starts from).
+    Run(Vec<PlanItem>),
+    /// Take this branch's blocks, then decide again.
+    Preempt(usize),
+    /// Nobody has work.
+    Idle,
+    /// The oldest branch cannot be helped by waiting or by preemption.
+    Stuck(usize),
+}
+
+/// Decides. `candidates` are in order of arrival; `holders` are those who could give way, youngest first.
+pub fn decide(candidates: &[Candidate], holders: &[Holder], budget: Budget) -> Decision {
+    if candidates.is_empty() {
+        return Decision::Idle;
+    }
+    let num_decodes = candidates.iter().filter(|c| c.pending == 1).count();
+    let mut prefill_tokens = budget.max_tokens.saturating_sub(num_decodes);
+    let mut decode_tokens = budget.max_tokens - prefill_tokens;
+    let mut free = budget.free_blocks;
+    let mut reserved_growth = 0;
+    let mut items: Vec<PlanItem> = Vec::new();
+    for c in candidates {
+        let tokens_left = if c.pending == 1 { &mut decode_tokens } else { &mut prefill_tokens };
+        let computed_by = |items: &[PlanItem], branch: usize| {
+            let planned = items.iter().find(|i| i.branch == branch).map_or(0, |i| i.num_new_tokens);
+            candidates.iter().find(|o| o.branch == branch).map(|o| o.computed + planned)
+        };
+        if c.after.is_some_and(|(parent, at)| computed_by(&items, parent).is_some_and(|done| done < at)) {
+            continue;
+        }
+        let wanted = c.pending.min(*tokens_left);
+        if wanted == 0 {
+            continue;
+        }
+        let needed = blocks_for(c, wanted, budget.block_size);
+        if c.preempted && !items.is_empty() && needed + c.growth_blocks + reserved_growth > free {
+            continue;
+        }
+        let tokens = if needed <= free { wanted } else { tokens_that_fit(c, free, budget.block_size).min(wanted) };
+        if tokens == 0 {
+            // Only the oldest may take blocks from others: everyone else waits for it.
+            if items.is_empty() {
+                return match victim(holders, c.branch) {
+                    Some(branch) => Decision::Preempt(branch),
+                    None => Decision::Stuck(c.branch),
+                };
+            }
+            break;
+        }
+        let num_blocks = blocks_for(c, tokens, budget.block_size);
+        free -= num_blocks;
+        reserved_growth += c.growth_blocks;
+        *tokens_left -= tokens;
+        items.push(PlanItem { branch: c.branch, num_new_tokens: tokens, num_blocks });
+    }
+    if items.is_empty() { Decision::Stuck(candidates[0].branch) } else { Decision::Run(items) }
+}
+
+/// Idle branches first, then the youngest; never the branch that asks.
+fn victim(holders: &[Holder], asking: usize) -> Option<usize> {
+    let others = || holders.iter().filter(|h| h.branch != asking);
+    others().find(|h| !h.runnable).or_else(|| others().next()).map(|h| h.branch)
+}
+
+fn blocks_for(c: &Candidate, tokens: usize, block_size: usize) -> usize {
+    c.copy_blocks + tokens.saturating_sub(c.free_tail_slots).div_ceil(block_size)
+}
+
+fn tokens_that_fit(c: &Candidate, free: usize, block_size: usize) -> usize {
+    if free < c.copy_blocks { 0 } else { c.free_tail_slots + (free - c.copy_blocks) * block_size }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(branch: usize, pending: usize) -> Candidate {
+        Candidate {
+            branch,
+            pending,
+            free_tail_slots: 0,
+            copy_blocks: 0,
+            after: None,
+            computed: 0,
+            preempted: false,
+            growth_blocks: 0,
+        }
+    }
+
+    fn budget(max_tokens: usize, free_blocks: usize) -> Budget {
+        Budget { max_tokens, free_blocks, block_size: 16 }
+    }
+
+    fn shares(d: &Decision) -> Vec<(usize, usize)> {
+        match d {
+            Decision::Run(items) => items.iter().map(|i| (i.branch, i.num_new_tokens)).collect(),
+            other => panic!("expected a plan, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn decodes_run_beside_a_chunk_of_a_long_prompt() {
+        let d = decide(&[candidate(0, 500), candidate(1, 1), candidate(2, 1)], &[], budget(100, 99));
+        assert_eq!(shares(&d), [(0, 98), (1, 1), (2, 1)]);
+    }
+
+    #[test]
+    fn a_fork_runs_in_the_pass_that_completes_its_parent_and_not_before() {
+        let child = Candidate { after: Some((0, 60)), ..candidate(1, 5) };
+        let d = decide(&[candidate(0, 60), child.clone()], &[], budget(100, 99));
+        assert_eq!(shares(&d), [(0, 60), (1, 5)]);
+        let d = decide(&[candidate(0, 60), child], &[], budget(40, 99));
+        assert_eq!(shares(&d), [(0, 40)]);
+    }
+
+    #[test]
+    fn a_fork_whose_parent_has_nothing_left_to_run_does_not_wait() {
+        let child = Candidate { after: Some((7, 60)), ..candidate(1, 5) };
+        assert_eq!(shares(&decide(&[child], &[], budget(100, 9))), [(1, 5)]);
+    }
+
+    #[test]
+    fn the_oldest_takes_blocks_from_the_idle_then_from_the_youngest() {
+        let holders = [Holder { branch: 5, runnable: true }, Holder { branch: 3, runnable: false }];
+        assert_eq!(decide(&[candidate(0, 1), candidate(5, 1)], &holders, budget(8, 0)), Decision::Preempt(3));
+        assert_eq!(decide(&[candidate(0, 1), candidate(5, 1)], &holders[..1], budget(8, 0)), Decision::Preempt(5));
+        assert_eq!(decide(&[candidate(0, 1)], &[], budget(8, 0)), Decision::Stuck(0));
+    }
+
+    #[test]
+    fn younger_branches_wait_instead_of_preempting() {
+        let d = decide(&[candidate(0, 1), candidate(1, 40)], &[Holder { branch: 0, runnable: true }], budget(99, 1));
+        assert_eq!(shares(&d), [(0, 1)]);
+    }
+
+    #[test]
+    fn a_prompt_takes_the_blocks_there_are() {
+        assert_eq!(shares(&decide(&[candidate(0, 100)], &[], budget(200, 3))), [(0, 48)]);
+    }
+
+    #[test]
+    fn a_preempted_branch_returns_only_when_it_can_stay() {
+        let back = Candidate { preempted: true, growth_blocks: 3, ..candidate(1, 16) };
+        let busy = Candidate { growth_blocks: 2, ..candidate(0, 1) };
+        assert_eq!(shares(&decide(&[busy.clone(), back.clone()], &[], budget(99, 6))), [(0, 1)]);
+        assert_eq!(shares(&decide(&[busy, back.clone()], &[], budget(99, 7))), [(0, 1), (1, 16)]);
+        assert_eq!(shares(&decide(&[back], &[], budget(99, 1))), [(1, 16)]);
+    }
+}

@@ -1,0 +1,156 @@
+//! One problem, many branches, one answer: expand, decode, verify, select.
+//!
+//! The solver uses only the engine's public API. Policies are data: a [`SolverConfig`] preset names what is shared,
+//! how branches are verified, when verification or decoding may be cut short, and how the answer is selected.
+
+mod config;
+mod run;
+pub mod select;
+pub mod task;
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+pub use config::{Policy, Sharing, SolverConfig, VerifyMode};
+
+use crate::engine::{BranchId, Engine, EventKind};
+use crate::error::{Error, Result};
+use crate::report::{PassRecord, ProblemResult};
+use run::Run;
+use task::Task;
+
+/// Drives an engine through problems.
+pub struct Solver<'e> {
+    engine: &'e mut Engine,
+    config: SolverConfig,
+    /// Rows and seconds of every pass, for pricing work afterwards.
+    passes: Vec<PassRecord>,
+}
+
+impl<'e> Solver<'e> {
+    /// Checks the configuration against the engine.
+    pub fn new(engine: &'e mut Engine, config: SolverConfig) -> Result<Self> {
+        config.validate()?;
+        Ok(Self { engine, config, passes: Vec::new() })
+    }
+
+    /// Rows and seconds of every pass so far.
+    pub fn passes(&self) -> &[PassRecord] {
+        &self.passes
+    }
+
+    /// Solves `tasks`, `concurrency` at a time, and hands each result over as soon as it is there, in order of
+    /// finishing. `done` returning false cancels the rest. After an error nothing of the open problems stays behind.
+    pub fn solve(
+        &mut self,
+        tasks: &[Box<dyn Task>],
+        done: &mut dyn FnMut(usize, ProblemResult) -> Result<()>,
+    ) -> Result<()> {
+        let mut flight = Flight::default();
+        let result = self.drive(tasks, &mut flight, done);
+        if result.is_err() {
+            for run in flight.runs.drain(..) {
+                run.abandon(self.engine);
+            }
+            while self.engine.next_event().is_some() {}
+        }
+        result
+    }
+
+    fn drive(
+        &mut self,
+        tasks: &[Box<dyn Task>],
+        flight: &mut Flight,
+        done: &mut dyn FnMut(usize, ProblemResult) -> Result<()>,
+    ) -> Result<()> {
+        let mut waiting = 0..tasks.len();
+        loop {
+            while flight.runs.len() < self.config.concurrency
+                && let Some(idx) = waiting.next()
+            {
+                if self.config.cold_cache && flight.runs.is_empty() {
+                    self.engine.clear_prefix_cache()?;
+                }
+                let run = Run::start(self.engine, &self.config, idx, tasks[idx].as_ref())?;
+                flight.add(run);
+            }
+            if flight.runs.is_empty() {
+                return Ok(());
+            }
+            self.step(tasks, flight)?;
+            for idx in flight.finished() {
+                let run = flight.remove(idx);
+                let task_idx = run.task_idx();
+                let result = run.finish(self.engine, &self.config, tasks[task_idx].as_ref())?;
+                done(task_idx, result)?;
+            }
+        }
+    }
+
+    /// One engine step and its consequences for every problem in flight.
+    fn step(&mut self, tasks: &[Box<dyn Task>], flight: &mut Flight) -> Result<()> {
+        let started = Instant::now();
+        let summary = self.engine.step()?;
+        let seconds = started.elapsed().as_secs_f64();
+        if summary.items.is_empty() {
+            return Err(Error::Internal("problems are open and no branch has work".into()));
+        }
+        self.passes.push(PassRecord { rows: summary.num_tokens(), slots_read: summary.slots_read, seconds });
+        for item in &summary.items {
+            if let Some(run) = flight.run_of(item.branch) {
+                run.count(item, seconds / summary.items.len() as f64);
+            }
+        }
+        while let Some(event) = self.engine.next_event() {
+            let Some(run) = flight.run_of(event.branch) else { continue };
+            match event.kind {
+                EventKind::Token(_) => run.on_token(self.engine, event.branch)?,
+                EventKind::Ended(reason) => run.on_ended(self.engine, event.branch, reason)?,
+                EventKind::Ready => run.on_ready(self.engine, event.branch)?,
+                EventKind::Preempted => {}
+            }
+        }
+        for run in &mut flight.runs {
+            let task = tasks[run.task_idx()].as_ref();
+            run.advance(self.engine, &self.config, task)?;
+        }
+        flight.reindex();
+        Ok(())
+    }
+}
+
+/// The problems in flight and who owns which branch.
+#[derive(Default)]
+struct Flight {
+    runs: Vec<Run>,
+    owner: HashMap<BranchId, usize>,
+}
+
+impl Flight {
+    fn add(&mut self, run: Run) {
+        self.runs.push(run);
+        self.reindex();
+    }
+
+    fn run_of(&mut self, branch: BranchId) -> Option<&mut Run> {
+        self.owner.get(&branch).and_then(|&i| self.runs.get_mut(i))
+    }
+
+    /// Indices of finished runs, last first, so that they can be removed in order.
+    fn finished(&self) -> Vec<usize> {
+        (0..self.runs.len()).rev().filter(|&i| self.runs[i].is_done()).collect()
+    }
+
+    fn remove(&mut self, idx: usize) -> Run {
+        let run = self.runs.remove(idx);
+        self.reindex();
+        run
+    }
+
+    fn reindex(&mut self) {
+        self.owner.clear();
+        for (i, run) in self.runs.iter().enumerate() {
+            self.owner.extend(run.branch_ids().map(|id| (id, i)));
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Policies as data: what is shared, what is verified, what may be cut short, how the answer is chosen.
+
+use crate::error::{Error, Result};
+use crate::gate::step::{DecodeExit, StopAllRule};
+use crate::gate::verify::SkipRule;
+use crate::sampler::SamplingParams;
+use crate::solver::select::Select;
+
+/// The presets of the ladder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// Nothing is shared; every branch prefills its whole prompt, and its own verification prompt.
+    NoSharing,
+    /// Branches share the problem's KV; every verification prompt is prefilled on its own.
+    PaperBaseline,
+    /// As `PaperBaseline`, and the verification prompts share their common text.
+    ExactFresh,
+    /// Branches share the problem's KV; verification is a suffix on a fork of each branch.
+    Exact,
+    /// The paper's rules: fresh verification skipped by confidence, decoding stopped for all, score * sqrt(conf).
+    RkscPaper,
+    /// What was measured to be best: `Exact`, verification skipped by agreement, decoding stopped once decided.
+    Rksc,
+}
+
+impl Policy {
+    /// All of them, from the least to the most shared.
+    pub const ALL: [Self; 6] =
+        [Self::NoSharing, Self::PaperBaseline, Self::ExactFresh, Self::Exact, Self::RkscPaper, Self::Rksc];
+
+    /// The name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NoSharing => "no-sharing",
+            Self::PaperBaseline => "paper-baseline",
+            Self::ExactFresh => "exact-fresh",
+            Self::Exact => "exact",
+            Self::RkscPaper => "rksc-paper",
+            Self::Rksc => "rksc",
+        }
+    }
+}
+
+impl std::str::FromStr for Policy {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|p| p.name() == s).ok_or_else(|| {
+            let names: Vec<&str> = Self::ALL.iter().map(|p| p.name()).collect();
+            Error::config("policy", format!("{s:?} is unknown; use one of {}", names.join(", ")))
+        })
+    }
+}
+
+/// What branches share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sharing {
+    /// Nothing: each branch is a prompt of its own.
+    None,
+    /// The KV of identical tokens.
+    Exact,
+}
+
+/// How a branch is verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VerifyMode {
+    /// Not at all.
+    Off,
+    /// A question behind its own solution, on a fork of its KV.
+    Suffix,
+    /// A prompt of its own, prefilled on its own.
+    Fresh,
+    /// A prompt of its own; the text common to all branches' prompts is computed once.
+    FreshShared,
+}
+
+/// Everything the solver is asked to do. Start from [`SolverConfig::preset`].
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct SolverConfig {
+    /// The preset it came from.
+    pub policy: Policy,
+    /// Branches per problem.
+    pub num_branches: usize,
+    /// Tokens a branch may generate.
+    pub max_new_tokens: usize,
+    /// Every branch generates exactly `max_new_tokens`, whatever it says (for speed measurements).
+    pub forced_length: bool,
+    /// What branches share.
+    pub sharing: Sharing,
+    /// How branches are verified.
+    pub verify: VerifyMode,
+    /// When verification is skipped.
+    pub skip: SkipRule,
+    /// When decoding ends early.
+    pub decode_exit: DecodeExit,
+    /// Constants of the confidence-based decode exits.
+    pub exit_rule: StopAllRule,
+    /// How the answer is chosen.
+    pub select: Select,
+    /// How tokens are chosen; draws are keyed by (seed, problem, branch, position).
+    pub sampling: SamplingParams,
+    /// Problems in flight.
+    pub concurrency: usize,
+    /// Empty the prefix cache before each problem.
+    pub cold_cache: bool,
+}
+
+impl SolverConfig {
+    /// The configuration behind a preset's name, with 8 branches and greedy decoding.
+    pub fn preset(policy: Policy) -> Self {
+        let base = Self {
+            policy,
+            num_branches: 8,
+            max_new_tokens: 256,
+            forced_length: false,
+            sharing: Sharing::Exact,
+            verify: VerifyMode::Suffix,
+            skip: SkipRule::Never,
+            decode_exit: DecodeExit::Off,
+            exit_rule: StopAllRule::default(),
+            select: Select::Vote,
+            sampling: SamplingParams::default(),
+            concurrency: 1,
+            cold_cache: true,
+        };
+        match policy {
+            Policy::NoSharing => Self { sharing: Sharing::None, verify: VerifyMode::Fresh, ..base },
+            Policy::PaperBaseline => Self { verify: VerifyMode::Fresh, ..base },
+            Policy::ExactFresh => Self { verify: VerifyMode::FreshShared, ..base },
+            Policy::Exact => base,
+            Policy::RkscPaper => Self {
+                verify: VerifyMode::Fresh,
+                skip: SkipRule::CODE,
+                decode_exit: DecodeExit::StopAll,
+                select: Select::ScoreSqrtConf,
+                ..base
+            },
+            Policy::Rksc => Self { skip: SkipRule::AGREEMENT, decode_exit: DecodeExit::Decided, ..base },
+        }
+    }
+
+    /// Refuses what cannot work, by name.
+    pub fn validate(&self) -> Result<()> {
+        let check = |ok: bool, field: &str, why: &str| if ok { Ok(()) } else { Err(Error::config(field, why)) };
+        check((1..=1024).contains(&self.num_branches), "branches", "must be between 1 and 1024")?;
+        check(self.max_new_tokens >= 1, "max-new-tokens", "must be at least 1")?;
+        check((1..=1024).contains(&self.concurrency), "concurrency", "must be between 1 and 1024")?;
+        check(
+            self.select != Select::ScoreSqrtConf || self.verify != VerifyMode::Off,
+            "select",
+            "score*sqrt(conf) needs verification; drop --verify off or use --select vote",
+        )?;
+        self.sampling.validate()
+    }
+}

@@ -1,0 +1,256 @@
+//! A problem as the solver sees it: tokens in, tokens out.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::problems::Problem;
+use crate::prompts::{AnswerFinder, PromptPack};
+use crate::tokenizer::Tokenizer;
+
+/// What the solver needs to know of a problem.
+pub trait Task: Send {
+    /// Its id in reports.
+    fn id(&self) -> &str;
+    /// The expected answer, if known.
+    fn expected(&self) -> Option<&str>;
+    /// Tokens common to all branches.
+    fn root(&self) -> &[u32];
+    /// What branch `idx` appends to them.
+    fn branch(&self, idx: usize) -> Result<&[u32]>;
+    /// Tokens that end a branch.
+    fn end_tokens(&self) -> &[u32];
+    /// Where a solution ends early because of a stop string, given what was generated so far: the number of tokens to
+    /// keep.
+    fn stop_at(&self, generated: &[u32]) -> Result<Option<usize>>;
+    /// Asks for the verdict behind a solution.
+    fn verify_suffix(&self) -> &[u32];
+    /// A verification prompt that stands alone.
+    fn verify_fresh(&self, generated: &[u32]) -> Result<Vec<u32>>;
+    /// Tokens that mean yes, and those that mean no.
+    fn verdict_tokens(&self) -> (&[u32], &[u32]);
+    /// The text of a solution; empty when there is no tokenizer.
+    fn text(&self, generated: &[u32]) -> Result<String>;
+    /// The answer in a solution.
+    fn answer(&self, text: &str) -> Option<String>;
+}
+
+/// A prompt pack, compiled for one tokenizer and one set of approaches.
+#[derive(Debug)]
+pub struct CompiledPack {
+    pack: PromptPack,
+    tokenizer: Arc<Tokenizer>,
+    finder: AnswerFinder,
+    branches: Vec<Vec<u32>>,
+    verify_suffix: Vec<u32>,
+    yes: Vec<u32>,
+    no: Vec<u32>,
+    end_tokens: Vec<u32>,
+    prefix: String,
+}
+
+impl CompiledPack {
+    /// Encodes what does not change from problem to problem. A spelling of yes or no that is not one token is refused
+    /// by name.
+    pub fn new(pack: PromptPack, tokenizer: Arc<Tokenizer>, prefix: &str, end_tokens: &[u32]) -> Result<Self> {
+        let spellings = |field: &str, list: &[String]| -> Result<Vec<u32>> {
+            list.iter()
+                .map(|s| {
+                    tokenizer.single_token(s).ok_or_else(|| {
+                        Error::config(format!("prompts: {field}"), format!("{s:?} is not a single token of this model"))
+                    })
+                })
+                .collect()
+        };
+        let branches = (0..pack.approaches.len())
+            .filter_map(|i| pack.branch(i))
+            .map(|text| tokenizer.encode(&text))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            finder: pack.answer_finder()?,
+            verify_suffix: tokenizer.encode(&pack.verify_suffix)?,
+            yes: spellings("yes", &pack.yes)?,
+            no: spellings("no", &pack.no)?,
+            end_tokens: end_tokens.to_vec(),
+            prefix: prefix.to_string(),
+            branches,
+            pack,
+            tokenizer,
+        })
+    }
+
+    /// The pack it was made from.
+    pub fn pack(&self) -> &PromptPack {
+        &self.pack
+    }
+}
+
+/// A problem in words.
+pub struct TextTask {
+    pack: Arc<CompiledPack>,
+    problem: Problem,
+    root: Vec<u32>,
+}
+
+impl TextTask {
+    /// Encodes the problem behind the pack's prefix.
+    pub fn new(pack: Arc<CompiledPack>, problem: Problem) -> Result<Self> {
+        let root = pack.tokenizer.encode(&pack.pack.root(&pack.prefix, &problem.question))?;
+        Ok(Self { pack, problem, root })
+    }
+}
+
+impl Task for TextTask {
+    fn id(&self) -> &str {
+        &self.problem.id
+    }
+
+    fn expected(&self) -> Option<&str> {
+        self.problem.answer.as_deref()
+    }
+
+    fn root(&self) -> &[u32] {
+        &self.root
+    }
+
+    fn branch(&self, idx: usize) -> Result<&[u32]> {
+        let branches = &self.pack.branches;
+        branches.get(idx).map(Vec::as_slice).ok_or_else(|| {
+            let why = format!("the prompt pack has {} approaches; give more with --approaches FILE", branches.len());
+            Error::config("branches", why)
+        })
+    }
+
+    fn end_tokens(&self) -> &[u32] {
+        &self.pack.end_tokens
+    }
+
+    fn stop_at(&self, generated: &[u32]) -> Result<Option<usize>> {
+        let stops = &self.pack.pack.stops;
+        if stops.is_empty() {
+            return Ok(None);
+        }
+        let hit = |n: usize| -> Result<bool> {
+            let text = self.pack.tokenizer.decode(&generated[..n])?;
+            Ok(stops.iter().any(|s| text.contains(s.as_str())))
+        };
+        if !hit(generated.len())? {
+            return Ok(None);
+        }
+        // The solution keeps the tokens before the first that completes a stop string.
+        for n in 1..generated.len() {
+            if hit(n)? {
+                return Ok(Some(n - 1));
+            }
+        }
+        Ok(Some(generated.len() - 1))
+    }
+
+    fn verify_suffix(&self) -> &[u32] {
+        &self.pack.verify_suffix
+    }
+
+    fn verify_fresh(&self, generated: &[u32]) -> Result<Vec<u32>> {
+        let solution = self.text(generated)?;
+        self.pack.tokenizer.encode(&self.pack.pack.fresh(&self.problem.question, &solution))
+    }
+
+    fn verdict_tokens(&self) -> (&[u32], &[u32]) {
+        (&self.pack.yes, &self.pack.no)
+    }
+
+    fn text(&self, generated: &[u32]) -> Result<String> {
+        self.pack.tokenizer.decode(generated)
+    }
+
+    fn answer(&self, text: &str) -> Option<String> {
+        self.pack.finder.find(text)
+    }
+}
+
+/// Token ids of stated lengths, for speed measurements on shapes without a tokenizer.
+pub struct SyntheticTask {
+    id: String,
+    root: Vec<u32>,
+    branches: Vec<Vec<u32>>,
+    verify_common: Vec<u32>,
+    verify_suffix: Vec<u32>,
+    verdict: [u32; 2],
+}
+
+/// Lengths of a synthetic problem, in tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct SyntheticLengths {
+    /// Common to all branches.
+    pub prefix: usize,
+    /// Each branch's own.
+    pub suffix: usize,
+    /// Common to the fresh verification prompts.
+    pub verify_common: usize,
+    /// The verification question.
+    pub verify_suffix: usize,
+}
+
+impl Default for SyntheticLengths {
+    /// The paper's shapes.
+    fn default() -> Self {
+        Self { prefix: 1024, suffix: 32, verify_common: 333, verify_suffix: 14 }
+    }
+}
+
+impl SyntheticTask {
+    /// Deterministic token ids below `vocab`, different from problem to problem and from branch to branch.
+    pub fn new(idx: usize, num_branches: usize, vocab: usize, lengths: SyntheticLengths) -> Self {
+        let ids = |stream: u64, len: usize| -> Vec<u32> {
+            (0..len as u64)
+                .map(|i| {
+                    let key = (idx as u64) << 40 | stream << 24 | i;
+                    (crate::sampler::child_path(key, 1) % vocab as u64) as u32
+                })
+                .collect()
+        };
+        Self {
+            id: format!("synthetic-{idx}"),
+            root: ids(0, lengths.prefix),
+            branches: (0..num_branches as u64).map(|b| ids(1 + b, lengths.suffix)).collect(),
+            verify_common: ids(5000, lengths.verify_common),
+            verify_suffix: ids(5001, lengths.verify_suffix),
+            verdict: [0, 1],
+        }
+    }
+}
+
+impl Task for SyntheticTask {
+    fn id(&self) -> &str {
+        &self.id
+    }
+    fn expected(&self) -> Option<&str> {
+        None
+    }
+    fn root(&self) -> &[u32] {
+        &self.root
+    }
+    fn branch(&self, idx: usize) -> Result<&[u32]> {
+        self.branches.get(idx).map(Vec::as_slice).ok_or_else(|| Error::config("branches", "no such synthetic branch"))
+    }
+    fn end_tokens(&self) -> &[u32] {
+        &[]
+    }
+    fn stop_at(&self, _generated: &[u32]) -> Result<Option<usize>> {
+        Ok(None)
+    }
+    fn verify_suffix(&self) -> &[u32] {
+        &self.verify_suffix
+    }
+    fn verify_fresh(&self, generated: &[u32]) -> Result<Vec<u32>> {
+        Ok([&self.verify_common, generated, &self.verify_suffix].concat())
+    }
+    fn verdict_tokens(&self) -> (&[u32], &[u32]) {
+        (&self.verdict[..1], &self.verdict[1..])
+    }
+    fn text(&self, _generated: &[u32]) -> Result<String> {
+        Ok(String::new())
+    }
+    fn answer(&self, _text: &str) -> Option<String> {
+        None
+    }
+}

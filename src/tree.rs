@@ -1,0 +1,232 @@
+//! The branch tree: an arena of branches behind generation-checked handles.
+//!
+//! A branch owns its token ids and its block table, and knows where it forked. It never touches a device; the engine
+//! is the only one that edits it, and only when a step commits.
+
+use std::fmt;
+
+use crate::backend::RowStats;
+use crate::error::{Error, Result};
+use crate::kv::block_pool::BlockState;
+use crate::kv::block_table::BlockTable;
+use crate::sampler::SamplingParams;
+
+/// Handle of a branch. A handle of a pruned branch stays invalid for ever.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct BranchId {
+    pub(crate) index: u32,
+    pub(crate) generation: u32,
+}
+
+impl fmt::Display for BranchId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.index, self.generation)
+    }
+}
+
+/// Why a branch stopped generating.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+#[repr(i32)]
+pub enum EndReason {
+    /// It produced one of its end tokens.
+    EndToken = 0,
+    /// It reached its token limit.
+    Length = 1,
+    /// Somebody called [`stop`](crate::Engine::stop).
+    Stopped = 2,
+    /// A gate between layers dropped it.
+    Dropped = 3,
+    /// Its logits were not finite.
+    NonFinite = 4,
+    /// It reached the model's last position.
+    Context = 5,
+}
+
+/// How a branch generates.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateParams {
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Tokens to generate at most.
+    pub max_new_tokens: usize,
+    /// End tokens are not taken before this many.
+    pub min_new_tokens: usize,
+    /// Tokens that end the branch; they are reported, not appended. Empty: only the limit ends it.
+    pub end_tokens: Vec<u32>,
+}
+
+impl Default for GenerateParams {
+    fn default() -> Self {
+        Self { sampling: SamplingParams::default(), max_new_tokens: 256, min_new_tokens: 0, end_tokens: Vec::new() }
+    }
+}
+
+/// What the last computed row of a branch said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RowAnswer {
+    /// Statistics of the row.
+    pub stats: RowStats,
+    /// The token chosen from it, when the branch generates.
+    pub token: Option<u32>,
+    /// Natural-log probability of `token`.
+    pub token_logprob: f32,
+    /// Natural-log probabilities of the branch's watched tokens.
+    pub watched: Vec<f32>,
+    /// The most likely tokens with their natural-log probabilities, when asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Mode {
+    /// Computes what it is given and stops there.
+    Idle,
+    /// Appends tokens until it ends.
+    Generating(Box<GenerateParams>),
+    /// Ended; appending or starting wakes it.
+    Ended(EndReason),
+}
+
+/// Where a branch that has no KV of its own yet starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ForkPoint {
+    pub(crate) parent: BranchId,
+    pub(crate) at: usize,
+}
+
+#[derive(Debug)]
+pub(crate) struct Branch {
+    pub(crate) id: BranchId,
+    pub(crate) parent: Option<BranchId>,
+    pub(crate) depth: u32,
+    pub(crate) num_children: u64,
+    /// Hash of the path from the root: the key of its draws.
+    pub(crate) path: u64,
+    /// Order of arrival of its root, then of itself: the priority for blocks.
+    pub(crate) arrival: (u64, u64),
+    pub(crate) tokens: Vec<u32>,
+    /// Where generation began, for penalties and limits.
+    pub(crate) prompt_len: usize,
+    pub(crate) num_generated: usize,
+    /// `tokens[..num_computed]` have their KV in `table` (or in swap).
+    pub(crate) num_computed: usize,
+    pub(crate) table: BlockTable,
+    pub(crate) fork_point: Option<ForkPoint>,
+    /// The weakest state of anything it attended to.
+    pub(crate) state: BlockState,
+    /// Salt of its prefix-cache entries; `None` keeps it out of the cache.
+    pub(crate) salt: Option<u64>,
+    /// Full blocks handed to the prefix cache so far.
+    pub(crate) num_cached_blocks: usize,
+    pub(crate) mode: Mode,
+    pub(crate) watch: Vec<u32>,
+    pub(crate) top_k: usize,
+    /// Log-probabilities wanted for `tokens[score_from..]`.
+    pub(crate) score_from: Option<usize>,
+    pub(crate) scores: Vec<f32>,
+    pub(crate) last: Option<RowAnswer>,
+    /// Sum over generated steps of the top-1 probability.
+    pub(crate) confidence_sum: f64,
+    pub(crate) confidence_steps: u64,
+    pub(crate) votes: f64,
+    pub(crate) preemptions: u32,
+    /// Swapped-out blocks of a branch that cannot be recomputed exactly.
+    pub(crate) swapped: Option<SwappedBlocks>,
+    pub(crate) exit_layer: Option<u32>,
+}
+
+/// The blocks of a swapped-out branch, in table order.
+#[derive(Debug, Default)]
+pub(crate) struct SwappedBlocks {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) num_slots: usize,
+}
+
+impl Branch {
+    pub(crate) fn pending(&self) -> usize {
+        self.tokens.len() - self.num_computed
+    }
+
+    /// It has tokens to run and nobody told it to rest.
+    pub(crate) fn is_runnable(&self) -> bool {
+        self.pending() > 0 && !matches!(self.mode, Mode::Ended(_))
+    }
+
+    pub(crate) fn is_generating(&self) -> bool {
+        matches!(self.mode, Mode::Generating(_))
+    }
+}
+
+/// The arena. Indices are reused; generations are not.
+#[derive(Debug, Default)]
+pub(crate) struct BranchTree {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    num_live: usize,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    generation: u32,
+    branch: Option<Box<Branch>>,
+}
+
+impl BranchTree {
+    /// Makes room and lets `make` build the branch for its handle.
+    pub(crate) fn insert(&mut self, make: impl FnOnce(BranchId) -> Branch) -> BranchId {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            (self.slots.len() - 1) as u32
+        });
+        let slot = &mut self.slots[index as usize];
+        slot.generation += 1;
+        let id = BranchId { index, generation: slot.generation };
+        slot.branch = Some(Box::new(make(id)));
+        self.num_live += 1;
+        id
+    }
+
+    pub(crate) fn remove(&mut self, id: BranchId) -> Result<Branch> {
+        self.get(id)?;
+        let slot = &mut self.slots[id.index as usize];
+        self.free.push(id.index);
+        self.num_live -= 1;
+        slot.branch.take().map(|b| *b).ok_or_else(|| unknown(id))
+    }
+
+    pub(crate) fn get(&self, id: BranchId) -> Result<&Branch> {
+        match self.slots.get(id.index as usize) {
+            Some(Slot { generation, branch: Some(branch) }) if *generation == id.generation => Ok(branch),
+            _ => Err(unknown(id)),
+        }
+    }
+
+    pub(crate) fn get_mut(&mut self, id: BranchId) -> Result<&mut Branch> {
+        match self.slots.get_mut(id.index as usize) {
+            Some(Slot { generation, branch: Some(branch) }) if *generation == id.generation => Ok(branch),
+            _ => Err(unknown(id)),
+        }
+    }
+
+    /// The live branch at `index`, for indices that came from this tree in this step.
+    pub(crate) fn at(&self, index: usize) -> Option<&Branch> {
+        self.slots.get(index).and_then(|s| s.branch.as_deref())
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Branch> {
+        self.slots.iter().filter_map(|s| s.branch.as_deref())
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Branch> {
+        self.slots.iter_mut().filter_map(|s| s.branch.as_deref_mut())
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.num_live
+    }
+}
+
+fn unknown(id: BranchId) -> Error {
+    Error::Branch { branch: id.to_string(), why: "no such branch (pruned, or of another engine)" }
+}
