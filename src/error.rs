@@ -45,6 +45,14 @@ pub enum Error {
         /// Why it cannot be used.
         why: &'static str,
     },
+    /// A KV block handle that was freed, or is of another pool.
+    #[error("block {block}: {why}")]
+    Block {
+        /// The handle, as `index.generation`.
+        block: String,
+        /// Why it cannot be used.
+        why: &'static str,
+    },
     /// A file that could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {
@@ -144,7 +152,7 @@ impl Error {
             Self::OutOfBlocks { .. } | Self::OutOfMemory { .. } => ErrorCode::Memory,
             Self::Device { .. } => ErrorCode::Device,
             Self::Cancelled => ErrorCode::Cancelled,
-            Self::NonFinite { .. } | Self::Internal(_) => ErrorCode::Internal,
+            Self::NonFinite { .. } | Self::Block { .. } | Self::Internal(_) => ErrorCode::Internal,
         }
     }
 
