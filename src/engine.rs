@@ -260,7 +260,7 @@ impl Engine {
         if let Some(swapped) = b.swapped.take() {
             self.swap_used -= swapped.bytes.len() as u64;
         }
-        b.table.free(&mut self.pool)
+        b.table.clear(&mut self.pool)
     }
 
     /// Prunes `merged` and gives its votes to `survivor`.
@@ -421,7 +421,7 @@ impl Engine {
 
     /// Forgets every cached prefix that no branch uses.
     pub fn clear_prefix_cache(&mut self) -> Result<()> {
-        self.cache.clear(&mut self.pool);
+        self.cache.clear(&mut self.pool)?;
         for b in self.tree.iter_mut() {
             b.num_cached_blocks = 0;
         }

@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use super::{Engine, Event, EventKind, StepItem, StepSummary};
-use crate::backend::BlockCopy;
 use crate::batch::BatchSeq;
 use crate::error::{Error, Result};
 use crate::kv::block_pool::{BlockId, BlockState};
+use crate::kv::block_table::BlockTable;
 use crate::model::{Draw, Fate, PassOutput, RowQuery};
 use crate::sampler::DrawKey;
 use crate::scheduler::{self, Budget, Candidate, Decision, Holder, PlanItem};
@@ -20,8 +20,6 @@ struct Reserved {
     old_len: usize,
     /// Its table came into being in this step.
     is_new: bool,
-    /// Source of its copy-on-write, kept alive until then.
-    copied_from: Option<BlockId>,
     /// Index of its last row's query.
     query: Option<usize>,
     /// Index of its first scoring query; they follow one another.
@@ -39,7 +37,7 @@ impl Engine {
         }
         self.attach_cached_prefixes()?;
         let plan = loop {
-            match self.decide() {
+            match self.decide()? {
                 Decision::Run(plan) => break plan,
                 Decision::Idle => return Ok(StepSummary::default()),
                 Decision::Preempt(index) => self.preempt(index)?,
@@ -67,22 +65,22 @@ impl Engine {
             let fresh = b.num_computed == 0 && b.fork_point.is_none() && b.swapped.is_none();
             let Some(salt) = b.salt.filter(|_| fresh && b.is_runnable() && b.table.is_empty()) else { continue };
             // The last token always runs: its row is what the caller waits for.
-            let blocks = self.cache.lookup(salt, &b.tokens, b.tokens.len() - 1, &mut self.pool);
+            let blocks = self.cache.lookup(salt, &b.tokens, b.tokens.len() - 1, &mut self.pool)?;
             if blocks.is_empty() {
                 continue;
             }
             b.num_cached_blocks = blocks.len();
             b.num_computed = blocks.len() * self.layout.block_size;
             self.totals.tokens_from_cache += b.num_computed as u64;
-            b.table = crate::kv::block_table::BlockTable::from_full_blocks(blocks, self.layout.block_size);
+            b.table = BlockTable::from_blocks(&self.pool, self.layout.block_size, &blocks)?;
         }
         Ok(())
     }
 
-    fn decide(&self) -> Decision {
+    fn decide(&self) -> Result<Decision> {
         let mut runnable: Vec<&Branch> = self.tree.iter().filter(|b| b.is_runnable()).collect();
         runnable.sort_by_key(|b| b.arrival);
-        let candidates: Vec<Candidate> = runnable.iter().map(|b| self.candidate(b)).collect();
+        let candidates: Vec<Candidate> = runnable.iter().map(|b| self.candidate(b)).collect::<Result<_>>()?;
         let mut holding: Vec<&Branch> = self.tree.iter().filter(|b| !b.table.is_empty()).collect();
         holding.sort_by_key(|b| std::cmp::Reverse(b.arrival));
         let holders: Vec<Holder> = holding
@@ -90,15 +88,19 @@ impl Engine {
             .filter(|b| self.can_give_way(b))
             .map(|b| Holder { branch: b.id.index as usize, runnable: b.is_runnable() })
             .collect();
+        let block_size = self.layout.block_size;
+        let wanted: usize = candidates.iter().map(|c| c.copy_blocks + c.growth_blocks + c.pending / block_size + 1).sum();
+        // Counting what could be evicted walks the cache: only when it may matter.
+        let evictable = if wanted > self.pool.num_free() { self.cache.num_evictable(&self.pool)? } else { 0 };
         let budget = Budget {
             max_tokens: self.config.max_batch_tokens,
-            free_blocks: self.pool.num_free() + self.cache.num_evictable(&self.pool),
-            block_size: self.layout.block_size,
+            free_blocks: self.pool.num_free() + evictable,
+            block_size,
         };
-        scheduler::decide(&candidates, &holders, budget)
+        Ok(scheduler::decide(&candidates, &holders, budget))
     }
 
-    fn candidate(&self, b: &Branch) -> Candidate {
+    fn candidate(&self, b: &Branch) -> Result<Candidate> {
         let block_size = self.layout.block_size;
         let (free_tail_slots, copy_blocks) = match (&b.fork_point, &b.swapped) {
             // A fork of what is not there yet will find a shared tail, and copy it.
@@ -112,14 +114,14 @@ impl Engine {
             }
             (None, None) => {
                 let free = (block_size - b.table.len() % block_size) % block_size;
-                (free, usize::from(b.table.tail_is_shared(&self.pool)))
+                (free, usize::from(b.table.shared_tail(&self.pool)?.is_some()))
             }
         };
         let limit = match &b.mode {
             Mode::Generating(params) => b.prompt_len + params.max_new_tokens,
             _ => b.tokens.len(),
         };
-        Candidate {
+        Ok(Candidate {
             branch: b.id.index as usize,
             pending: b.pending(),
             free_tail_slots,
@@ -128,7 +130,7 @@ impl Engine {
             computed: b.num_computed,
             preempted: b.preemptions > 0 && b.table.is_empty(),
             growth_blocks: limit.saturating_sub(b.tokens.len()).div_ceil(block_size),
-        }
+        })
     }
 
     /// An exact branch can always be recomputed; another needs room in the swap space.
@@ -154,13 +156,13 @@ impl Engine {
             b.num_cached_blocks = 0;
         } else {
             let mut swapped = SwappedBlocks { bytes: Vec::new(), num_slots: b.table.len() };
-            for block in b.table.blocks() {
-                self.runner.read_block(block.index(), &mut swapped.bytes)?;
+            for &block in b.table.indices() {
+                self.runner.read_block(block, &mut swapped.bytes)?;
             }
             self.swap_used += swapped.bytes.len() as u64;
             b.swapped = Some(swapped);
         }
-        b.table.free(&mut self.pool)?;
+        b.table.clear(&mut self.pool)?;
         b.preemptions += 1;
         let was_runnable = b.is_runnable();
         self.totals.preemptions += 1;
@@ -174,7 +176,7 @@ impl Engine {
     fn reserve(&mut self, plan: &[PlanItem]) -> Result<Vec<Reserved>> {
         let needed: usize = plan.iter().map(|i| i.num_blocks).sum();
         if needed > self.pool.num_free() {
-            self.cache.evict(needed - self.pool.num_free(), &mut self.pool);
+            self.cache.evict(needed - self.pool.num_free(), &mut self.pool)?;
         }
         let mut fresh = self
             .pool
@@ -194,7 +196,7 @@ impl Engine {
     }
 
     fn give_back(&mut self, blocks: Vec<BlockId>) -> Result<()> {
-        blocks.into_iter().try_for_each(|id| self.pool.release(id).map(drop))
+        self.pool.release_all(&blocks)
     }
 
     fn clear_batch(&mut self) {
@@ -222,15 +224,13 @@ impl Engine {
         let first_row = self.batch.token_ids.len();
         let from = b.num_computed;
         let to = from + item.num_new_tokens;
-        let appended = b.table.append(&mut self.pool, fresh, item.num_new_tokens, &mut self.batch.slots)?;
-        let copied_from = appended.map(|copy| {
-            self.batch.copies.push(BlockCopy { src: copy.src.index(), dst: copy.dst.index(), num_slots: copy.num_slots });
-            copy.src
-        });
+        let appended = b.table.append(&mut self.pool, fresh, item.num_new_tokens)?;
+        b.table.push_slots(appended.kv, &mut self.batch.slots);
+        self.batch.copies.extend(appended.copy);
         self.batch.token_ids.extend_from_slice(&b.tokens[from..to]);
         self.batch.positions.extend((from..to).map(|p| p as u32));
         let first_block = self.batch.blocks.len();
-        self.batch.blocks.extend(b.table.blocks().iter().map(|id| id.index()));
+        self.batch.blocks.extend_from_slice(b.table.indices());
         self.batch.seqs.push(BatchSeq {
             rows: first_row..first_row + item.num_new_tokens,
             blocks: first_block..self.batch.blocks.len(),
@@ -246,7 +246,6 @@ impl Engine {
             num_new_tokens: item.num_new_tokens,
             old_len,
             is_new,
-            copied_from,
             query,
             score_queries,
             first_score,
@@ -280,12 +279,12 @@ impl Engine {
         let b = self.tree.get_mut(id)?;
         let Some(swapped) = b.swapped.take() else { return Ok(()) };
         self.swap_used -= swapped.bytes.len() as u64;
-        let mut slots = Vec::new();
-        b.table.append(&mut self.pool, fresh, swapped.num_slots, &mut slots)?;
+        b.table.append(&mut self.pool, fresh, swapped.num_slots)?;
+        b.table.mark(&mut self.pool, 0, b.state)?;
+        b.table.commit(&mut self.pool)?;
         let mut taken = 0;
-        for block in b.table.blocks() {
-            self.pool.set_state(*block, b.state)?;
-            taken += self.runner.write_block(block.index(), &swapped.bytes[taken..])?;
+        for &block in b.table.indices() {
+            taken += self.runner.write_block(block, &swapped.bytes[taken..])?;
         }
         Ok(())
     }
@@ -294,9 +293,9 @@ impl Engine {
     fn roll_back(&mut self, reserved: Vec<Reserved>) -> Result<()> {
         for r in reserved.into_iter().rev() {
             let b = self.tree.get_mut(r.branch)?;
-            b.table.roll_back(&mut self.pool, r.old_len, r.copied_from)?;
+            b.table.rollback(&mut self.pool)?;
             if r.is_new && b.fork_point.is_some() {
-                b.table.free(&mut self.pool)?;
+                b.table.clear(&mut self.pool)?;
                 b.num_computed = 0;
             }
         }
@@ -336,19 +335,12 @@ impl Engine {
 
     /// The KV of the new tokens is valid. Its state is the weakest of all the row attended to.
     fn commit_kv(&mut self, r: &Reserved, written: BlockState) -> Result<()> {
-        if let Some(src) = r.copied_from {
-            self.pool.release(src)?;
-        }
         let b = self.tree.get_mut(r.branch)?;
+        b.table.mark(&mut self.pool, r.old_len, written)?;
+        b.table.commit(&mut self.pool)?;
         b.num_computed += r.num_new_tokens;
         b.fork_point = None;
-        b.state = b.state.inherit(written);
-        if b.state != BlockState::Exact {
-            let first = r.old_len / self.layout.block_size;
-            for block in &b.table.blocks()[first..] {
-                self.pool.set_state(*block, b.state)?;
-            }
-        }
+        b.state = b.state.inherit(b.table.state());
         Ok(())
     }
 
@@ -357,7 +349,7 @@ impl Engine {
         let branch = r.branch;
         let is_new = r.is_new;
         let b = self.tree.get_mut(branch)?;
-        b.table.roll_back(&mut self.pool, r.old_len, r.copied_from)?;
+        b.table.rollback(&mut self.pool)?;
         if is_new {
             b.fork_point = None;
         }

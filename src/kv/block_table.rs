@@ -93,8 +93,9 @@ impl BlockTable {
     }
 
     /// A branch that has the first `at` rows of this one, by sharing the blocks of `[0, at)`, the partial one included.
+    /// While an append is open, `at` may reach into the rows it adds (a fork that runs in the same step); such a fork
+    /// must be cleared before the append is rolled back.
     pub fn fork(&self, pool: &mut BlockPool, at: usize) -> Result<Self> {
-        self.refuse_open("fork")?;
         if at > self.len {
             return Err(Error::Internal(format!("block table: fork at {at} of {} rows", self.len)));
         }
@@ -361,7 +362,8 @@ impl BlockTable {
     }
 
     /// The partial tail block, when it has another owner.
-    fn shared_tail(&self, pool: &BlockPool) -> Result<Option<BlockId>> {
+    /// The tail block, when it is partial and has another owner: the next append copies it.
+    pub fn shared_tail(&self, pool: &BlockPool) -> Result<Option<BlockId>> {
         match self.blocks.last() {
             Some(&tail) if !self.len.is_multiple_of(self.block_size) && pool.is_shared(tail)? => Ok(Some(tail)),
             _ => Ok(None),

@@ -1,0 +1,95 @@
+//! What lies beside the weights: tokenizer, end tokens, prompt pack, few-shot prefix, sample problems.
+
+use std::path::{Path, PathBuf};
+
+use crate::config::ModelSource;
+use crate::error::{Error, Result};
+use crate::model::family::{GenerationConfig, ModelConfig};
+use crate::problems::Problem;
+use crate::prompts::PromptPack;
+use crate::tokenizer::Tokenizer;
+
+impl ModelSource {
+    /// The model's tokenizer. Random weights have none.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        match self {
+            Self::Dir(dir) => Tokenizer::from_file(&dir.join("tokenizer.json")),
+            #[cfg(feature = "bundled-model")]
+            Self::Bundled => Tokenizer::from_bytes(Path::new("bundled/tokenizer.json"), crate::bundled::TOKENIZER_JSON),
+            _ => Err(self.lacks("tokenizer")),
+        }
+    }
+
+    /// Tokens that end a text: those of `generation_config.json` and of `config.json` together.
+    pub fn end_tokens(&self, model: &ModelConfig) -> Result<Vec<u32>> {
+        let generation = match self {
+            Self::Dir(dir) => GenerationConfig::from_dir(dir, model.vocab_size)?,
+            #[cfg(feature = "bundled-model")]
+            Self::Bundled => GenerationConfig::from_bytes(
+                Path::new("bundled/generation_config.json"),
+                crate::bundled::GENERATION_CONFIG_JSON,
+                model.vocab_size,
+            )?,
+            _ => GenerationConfig::default(),
+        };
+        let mut ids = generation.eos_ids;
+        ids.extend(&model.eos_ids);
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
+    }
+
+    /// The prompt pack beside the model, or the one at `path`.
+    pub fn prompt_pack(&self, path: Option<&Path>) -> Result<PromptPack> {
+        match (path, self) {
+            (Some(path), _) => PromptPack::from_file(path),
+            (None, Self::Dir(dir)) => {
+                let path: PathBuf = dir.join("prompts.json");
+                if path.exists() {
+                    PromptPack::from_file(&path)
+                } else {
+                    let why = format!("{} has no prompts.json; give a prompt pack with --prompts FILE", dir.display());
+                    Err(Error::config("prompts", why))
+                }
+            }
+            #[cfg(feature = "bundled-model")]
+            (None, Self::Bundled) => {
+                PromptPack::from_bytes(Path::new("bundled/prompts.json"), crate::bundled::PROMPTS_JSON)
+            }
+            _ => Err(self.lacks("prompt pack; give one with --prompts FILE")),
+        }
+    }
+
+    /// The bundled problems, for the bundled model.
+    pub fn sample_problems(&self) -> Result<Vec<Problem>> {
+        match self {
+            #[cfg(feature = "bundled-model")]
+            Self::Bundled => crate::problems::parse_problems(
+                Path::new("bundled/sample.jsonl"),
+                crate::bundled::SAMPLE_PROBLEMS_JSONL,
+            ),
+            _ => Err(Error::config("problems", "this model comes with none; give a file with --problems FILE")),
+        }
+    }
+
+    /// The bundled few-shot prefix of about a thousand tokens, for the bundled model.
+    pub fn fewshot_prefix(&self) -> Result<String> {
+        match self {
+            #[cfg(feature = "bundled-model")]
+            Self::Bundled => Ok(crate::bundled::FEWSHOT_PREFIX.to_string()),
+            _ => Err(Error::config("prefix", "this model comes with none; give a file with --prefix FILE")),
+        }
+    }
+
+    fn lacks(&self, what: &str) -> Error {
+        Error::config("model", format!("{} has no {what}", self.describe()))
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Self::Bundled => "the bundled model (not in this build)".into(),
+            Self::Dir(dir) => dir.display().to_string(),
+            Self::Random { shape, .. } => format!("the random {shape} shape"),
+        }
+    }
+}

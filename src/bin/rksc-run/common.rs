@@ -1,0 +1,235 @@
+//! What the commands have in common: the engine's flags, output, exit codes.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use rksc::config::{EngineConfig, ModelSource};
+use rksc::engine::{CancelFlag, Engine};
+use rksc::sampler::SamplingParams;
+use rksc::tokenizer::Tokenizer;
+use rksc::{DType, Error, Result};
+
+/// Flags that mean the same in every command that runs a model.
+#[derive(Args, Clone)]
+pub(crate) struct EngineArgs {
+    /// Hugging Face folder with config.json, *.safetensors and tokenizer.json [default: the bundled model].
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// Compute type: f32, bf16 or f16.
+    #[arg(long, default_value = "bf16")]
+    dtype: DType,
+    /// auto, cpu or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// CPU kernels: auto, amx, avx512, avx2 or portable.
+    #[arg(long, default_value = "auto")]
+    simd: String,
+    /// CPU threads [default: one per core].
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// Memory for the KV cache, e.g. 512MiB or 8GiB [default: a quarter of the free memory, at most 64 contexts].
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    kv_cache_memory: Option<u64>,
+    /// Tokens per KV block: 16 or 32.
+    #[arg(long, default_value_t = 16)]
+    block_size: usize,
+    /// Tokens in one pass; longer prompts run in chunks.
+    #[arg(long, default_value_t = 2048)]
+    max_batch_tokens: usize,
+    /// Host memory for branches that cannot be recomputed exactly.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "4GiB")]
+    swap_space: u64,
+    /// Look for NaN and infinities in the weights first.
+    #[arg(long)]
+    check_tensors: bool,
+}
+
+impl EngineArgs {
+    pub(crate) fn source(&self) -> ModelSource {
+        self.model.clone().map_or(ModelSource::Bundled, ModelSource::Dir)
+    }
+
+    pub(crate) fn config(&self) -> EngineConfig {
+        self.config_for(self.source())
+    }
+
+    pub(crate) fn config_for(&self, model: ModelSource) -> EngineConfig {
+        EngineConfig {
+            model,
+            dtype: self.dtype,
+            device: self.device.clone(),
+            simd: self.simd.clone(),
+            threads: self.threads,
+            kv_cache_memory: self.kv_cache_memory,
+            block_size: self.block_size,
+            max_batch_tokens: self.max_batch_tokens,
+            swap_space: self.swap_space,
+            check_tensors: self.check_tensors,
+        }
+    }
+
+    /// Opens the engine, and says on stderr what it runs on. Ctrl-C cancels it; a second one kills the process.
+    pub(crate) fn open(&self) -> Result<Engine> {
+        open(self.config())
+    }
+
+    pub(crate) fn tokenizer(&self) -> Result<Arc<Tokenizer>> {
+        self.source().tokenizer().map(Arc::new)
+    }
+}
+
+/// See [`EngineArgs::open`].
+pub(crate) fn open(config: EngineConfig) -> Result<Engine> {
+    let auto = config.device == "auto";
+    let engine = Engine::open(config)?;
+    let info = engine.info();
+    let why = if auto { "; this build has no CUDA backend" } else { "" };
+    eprintln!("{} | {} | {}{why}", info.name, info.dtype, info.device);
+    cancel_on_interrupt(engine.cancel_flag());
+    Ok(engine)
+}
+
+fn cancel_on_interrupt(flag: CancelFlag) {
+    // A second engine in one process keeps the first handler; the bench commands install none of their own.
+    let _ = ctrlc::set_handler(move || {
+        if flag.is_raised() {
+            std::process::exit(rksc::ErrorCode::Cancelled as i32);
+        }
+        flag.raise();
+    });
+}
+
+/// How tokens are chosen.
+#[derive(Args, Clone)]
+pub(crate) struct SamplingArgs {
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    top_k: u32,
+    /// Keep the smallest set of tokens with this probability.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Drop tokens less likely than this fraction of the most likely.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f32,
+    /// Divides the logits of tokens seen before; 1 is off.
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Subtracted from the logits of tokens generated before.
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    presence_penalty: f32,
+    /// Subtracted for every time a token was generated before.
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    frequency_penalty: f32,
+    /// Key of the draws.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    pub(crate) fn params(&self) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            seed: self.seed,
+        }
+    }
+}
+
+/// `--json` alone.
+#[derive(Args, Clone, Copy)]
+pub(crate) struct JsonFlag {
+    /// One JSON object on stdout instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `512MiB`, `8GiB`, `1000000`.
+pub(crate) fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor: u64 = match &text[digits.len()..] {
+        "" | "B" => 1,
+        "KiB" | "K" => 1 << 10,
+        "MiB" | "M" => 1 << 20,
+        "GiB" | "G" => 1 << 30,
+        "KB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        unit => return Err(format!("unknown unit {unit:?}; use B, KiB, MiB, GiB, KB, MB or GB")),
+    };
+    let number: f64 = digits.parse().map_err(|_| format!("{text:?} is not a size, e.g. 512MiB"))?;
+    if !number.is_finite() || number < 0.0 {
+        return Err(format!("{text:?} is not a size, e.g. 512MiB"));
+    }
+    Ok((number * factor as f64) as u64)
+}
+
+/// `1.5 GiB`.
+pub(crate) fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// A bar on a terminal, nothing elsewhere.
+pub(crate) fn progress(len: usize) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+    }
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} ({eta} left)");
+    ProgressBar::new(len as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Prints one JSON value and a newline.
+pub(crate) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
+pub(crate) fn init_log(verbose: u8) {
+    let level = ["warn", "info", "debug"][usize::from(verbose.min(2))];
+    let filter = tracing_subscriber::EnvFilter::new(format!("rksc={level}"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+}
+
+/// The exit status: 0 ok, 1 user error, 2 bad model or file, 3 out of memory, 4 device, 5 cancelled, 70 internal.
+pub(crate) fn exit(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let broken_pipe = error
+        .chain()
+        .filter_map(|e| e.downcast_ref::<std::io::Error>())
+        .any(|e| e.kind() == std::io::ErrorKind::BrokenPipe);
+    if broken_pipe {
+        return ExitCode::SUCCESS; // the reader has seen enough
+    }
+    eprintln!("rksc-run: {error:#}");
+    let code = match error.downcast_ref::<Error>() {
+        Some(error) => error.code() as i32,
+        None if error.downcast_ref::<std::io::Error>().is_some() => 2,
+        None => 1,
+    };
+    ExitCode::from(u8::try_from(code).unwrap_or(70))
+}

@@ -1,0 +1,322 @@
+//! `rksc-run solve`.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::{Args as ClapArgs, ValueEnum};
+use rksc::gate::step::DecodeExit;
+use rksc::gate::verify::SkipRule;
+use rksc::problems::{Problem, read_problems};
+use rksc::report::{ProblemResult, SolveReport};
+use rksc::solver::select::Select;
+use rksc::solver::task::{CompiledPack, Task, TextTask};
+use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
+
+use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
+
+#[derive(ClapArgs)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Problem file, one JSON object a line: {"id", "question", "answer"?} [default: the bundled problems].
+    #[arg(long, value_name = "FILE")]
+    problems: Option<PathBuf>,
+    /// Solve only the first N problems.
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Text in front of every problem (few-shot examples); `bundled` takes the bundled one.
+    #[arg(long, value_name = "FILE")]
+    prefix: Option<PathBuf>,
+    /// Prompt pack [default: prompts.json beside the model].
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// One approach a line, instead of the pack's.
+    #[arg(long, value_name = "FILE")]
+    approaches: Option<PathBuf>,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// One JSON line per problem, written as soon as it is solved.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Keep what --out holds already and solve the rest.
+    #[arg(long, requires = "out")]
+    resume: bool,
+    /// One JSON object on stdout instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What may be changed about a preset.
+#[derive(ClapArgs, Clone)]
+pub(crate) struct PolicyArgs {
+    /// no-sharing, paper-baseline, exact-fresh, exact, rksc-paper or rksc.
+    #[arg(long, default_value = "rksc")]
+    policy: Policy,
+    /// Branches per problem.
+    #[arg(short = 'B', long, default_value_t = 8)]
+    branches: usize,
+    /// Tokens a branch may generate.
+    #[arg(long, default_value_t = 256)]
+    max_new_tokens: usize,
+    /// How branches are verified [default: as the policy says].
+    #[arg(long)]
+    verify: Option<Verify>,
+    /// When verification is skipped [default: as the policy says].
+    #[arg(long)]
+    skip: Option<Skip>,
+    /// Answers that must agree for --skip agreement.
+    #[arg(long, default_value_t = 5)]
+    agree: usize,
+    /// When decoding ends early [default: as the policy says].
+    #[arg(long)]
+    decode_exit: Option<Exit>,
+    /// vote, majority or score*sqrt(conf) [default: as the policy says].
+    #[arg(long)]
+    select: Option<Select>,
+    /// Problems in flight.
+    #[arg(long, default_value_t = 1)]
+    concurrency: usize,
+    /// Prefix cache between problems.
+    #[arg(long, default_value = "cold")]
+    cache: Cache,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Verify {
+    Suffix,
+    Fresh,
+    FreshShared,
+    Off,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Skip {
+    Never,
+    Code,
+    Paper,
+    Agreement,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Exit {
+    Off,
+    PerBranch,
+    StopAll,
+    Decided,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cache {
+    /// Emptied before each problem.
+    Cold,
+    /// Kept.
+    Warm,
+}
+
+impl PolicyArgs {
+    pub(crate) fn config(&self, sampling: &SamplingArgs) -> SolverConfig {
+        let mut c = SolverConfig::preset(self.policy);
+        c.num_branches = self.branches;
+        c.max_new_tokens = self.max_new_tokens;
+        c.concurrency = self.concurrency;
+        c.cold_cache = self.cache == Cache::Cold;
+        c.sampling = sampling.params();
+        if let Some(verify) = self.verify {
+            c.verify = match verify {
+                Verify::Suffix => VerifyMode::Suffix,
+                Verify::Fresh => VerifyMode::Fresh,
+                Verify::FreshShared => VerifyMode::FreshShared,
+                Verify::Off => VerifyMode::Off,
+            };
+        }
+        if let Some(skip) = self.skip {
+            c.skip = match skip {
+                Skip::Never => SkipRule::Never,
+                Skip::Code => SkipRule::CODE,
+                Skip::Paper => SkipRule::PAPER,
+                Skip::Agreement => SkipRule::Agreement { k: self.agree },
+            };
+        } else if let SkipRule::Agreement { k } = &mut c.skip {
+            *k = self.agree;
+        }
+        if let Some(exit) = self.decode_exit {
+            c.decode_exit = match exit {
+                Exit::Off => DecodeExit::Off,
+                Exit::PerBranch => DecodeExit::PerBranch,
+                Exit::StopAll => DecodeExit::StopAll,
+                Exit::Decided => DecodeExit::Decided,
+            };
+        }
+        if let Some(select) = self.select {
+            c.select = select;
+        }
+        c
+    }
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let config = args.policy.config(&args.sampling);
+    config.validate()?;
+    let source = args.engine.source();
+    let mut problems = match &args.problems {
+        Some(path) => read_problems(path)?,
+        None => source.sample_problems()?,
+    };
+    problems.truncate(args.limit.unwrap_or(usize::MAX));
+    let mut out = args.out.as_deref().map(|path| Out::open(path, args.resume)).transpose()?;
+    if let Some(out) = &out {
+        problems.retain(|p| !out.done.contains(&p.id));
+    }
+    let mut engine = args.engine.open()?;
+    let tasks = compile(args, &engine, &problems)?;
+
+    let bar = progress(tasks.len());
+    let mut results: Vec<(usize, ProblemResult)> = Vec::with_capacity(tasks.len());
+    let outcome = Solver::new(&mut engine, config.clone())?.solve(&tasks, &mut |idx, result| {
+        if let Some(out) = &mut out {
+            out.write(&result)?;
+        }
+        bar.inc(1);
+        if !args.json {
+            bar.suspend(|| print_result(&problems[idx], &result))?;
+        }
+        results.push((idx, result));
+        Ok(())
+    });
+    bar.finish_and_clear();
+    outcome?;
+    results.sort_by_key(|(idx, _)| *idx);
+    let results: Vec<ProblemResult> = results.into_iter().map(|(_, r)| r).collect();
+    let report = SolveReport::new(&config, &results);
+    if args.json { print_json(&report) } else { print_summary(&report) }
+}
+
+fn compile(args: &Args, engine: &rksc::Engine, problems: &[Problem]) -> anyhow::Result<Vec<Box<dyn Task>>> {
+    let source = args.engine.source();
+    let mut pack = source.prompt_pack(args.prompts.as_deref())?;
+    if let Some(path) = &args.approaches {
+        pack.approaches = read_text(path)?.lines().filter(|l| !l.trim().is_empty()).map(str::to_string).collect();
+    }
+    let prefix = match args.prefix.as_deref() {
+        None => String::new(),
+        Some(path) if path == Path::new("bundled") => source.fewshot_prefix()?,
+        Some(path) => read_text(path)?,
+    };
+    let end_tokens = source.end_tokens(engine.model())?;
+    let pack = Arc::new(CompiledPack::new(pack, args.engine.tokenizer()?, &prefix, &end_tokens)?);
+    let task = |p: &Problem| Ok(Box::new(TextTask::new(Arc::clone(&pack), p.clone())?) as Box<dyn Task>);
+    problems.iter().map(task).collect()
+}
+
+fn print_result(problem: &Problem, r: &ProblemResult) -> rksc::Result<()> {
+    let mut out = std::io::stdout().lock();
+    let verdict = match r.correct {
+        Some(true) => " (right)".to_string(),
+        Some(false) => format!(" (wrong, expected {})", r.expected.as_deref().unwrap_or("?")),
+        None => String::new(),
+    };
+    let winner = &r.branches[r.winner];
+    let agree = r.branches.iter().filter(|b| b.answer.is_some() && b.answer == r.answer).count();
+    let answered = r.branches.iter().filter(|b| b.answer.is_some()).count();
+    let score = match winner.score {
+        Some(score) => format!("verifier {score:.3}"),
+        None if r.verify.skipped => "verification skipped".to_string(),
+        None => "not verified".to_string(),
+    };
+    let write = |out: &mut std::io::StdoutLock<'_>| -> std::io::Result<()> {
+        writeln!(out, "{}  {}", r.id, problem.question)?;
+        writeln!(out, "  answer {}{verdict}", r.answer.as_deref().unwrap_or("none"))?;
+        writeln!(out, "  branch {} of {}, after its prompt:", r.winner + 1, r.branches.len())?;
+        for line in winner.text.trim().lines() {
+            writeln!(out, "    | {line}")?;
+        }
+        writeln!(
+            out,
+            "  {agree} of {answered} answers agree, {} branches stopped early; confidence {:.3}, {score}",
+            r.branches.iter().filter(|b| b.ended == Some(rksc::engine::EndReason::Stopped)).count(),
+            winner.confidence,
+        )?;
+        let (ms, t) = (r.phase_ms, r.tokens);
+        writeln!(
+            out,
+            "  {:.1} ms: prefill {:.1} ({} tokens), decode {:.1} ({}), verify {:.1} ({})\n",
+            r.latency_ms, ms.prefill, t.prefill, ms.decode, t.decode, ms.verify, t.verify
+        )
+    };
+    write(&mut out).map_err(|source| rksc::Error::Io { path: "stdout".into(), source })
+}
+
+fn print_summary(r: &SolveReport) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if let (Some(accuracy), Some([lo, hi])) = (r.accuracy, r.accuracy_interval) {
+        writeln!(
+            out,
+            "{} of {} right ({:.1} %, 95 % interval {:.1} to {:.1})",
+            r.correct,
+            r.problems,
+            accuracy * 100.0,
+            lo * 100.0,
+            hi * 100.0
+        )?;
+    }
+    let l = r.latency_ms;
+    writeln!(
+        out,
+        "policy {}: {:.1} ms a problem (median {:.1}, p90 {:.1}); tokens: prefill {}, decode {}, verify {}",
+        r.policy, l.mean, l.p50, l.p90, r.tokens.prefill, r.tokens.decode, r.tokens.verify
+    )?;
+    writeln!(
+        out,
+        "verification: {} branches, skipped for {} of {} problems; KV blocks: peak {}, shared {}",
+        r.verify.run, r.verify.skipped, r.problems, r.blocks.peak, r.blocks.shared
+    )?;
+    Ok(())
+}
+
+/// The `--out` file: whole lines only.
+struct Out {
+    path: PathBuf,
+    file: File,
+    /// Ids it held when it was opened.
+    done: HashSet<String>,
+}
+
+impl Out {
+    /// Starts the file anew, or with `resume` cuts off a line that was in flight and keeps the others.
+    fn open(path: &Path, resume: bool) -> anyhow::Result<Self> {
+        let context = || path.display().to_string();
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(!resume);
+        let mut file = options.open(path).with_context(context)?;
+        let mut text = String::new();
+        if resume {
+            file.read_to_string(&mut text).with_context(context)?;
+        }
+        let whole = text.rfind('\n').map_or(0, |i| i + 1);
+        file.set_len(whole as u64).with_context(context)?;
+        file.seek(SeekFrom::End(0)).with_context(context)?;
+        let mut done = HashSet::new();
+        for (i, line) in text[..whole].lines().enumerate() {
+            let value: serde_json::Value = serde_json::from_str(line)
+                .ok()
+                .filter(|v: &serde_json::Value| v["id"].is_string())
+                .with_context(|| format!("{}: line {}: not a result of this command", path.display(), i + 1))?;
+            done.extend(value["id"].as_str().map(str::to_string));
+        }
+        Ok(Self { path: path.to_path_buf(), file, done })
+    }
+
+    /// One write a line, so that an interruption loses at most the line in flight.
+    fn write(&mut self, result: &ProblemResult) -> rksc::Result<()> {
+        let mut line = serde_json::to_vec(result).map_err(|e| rksc::Error::Internal(e.to_string()))?;
+        line.push(b'\n');
+        let written = self.file.write_all(&line).and_then(|()| self.file.flush());
+        written.map_err(|source| rksc::Error::Io { path: self.path.clone(), source })
+    }
+}
