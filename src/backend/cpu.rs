@@ -1,3 +1,346 @@
-//! The CPU backend.
+//! The CPU backend: typed buffers, one dispatch on the compute type per op, work counted.
+//!
+//! *Law, per SIMD level: a row's bits depend on its own tokens alone.* `linear` accumulates K in one order for any
+//! number of rows; attention has one tile grid; threads divide outputs, never a sum. The files below keep it.
 
+pub mod attention;
+pub mod elem;
+pub mod elementwise;
+pub mod linear;
+pub mod matrix;
+pub mod norm;
 pub mod pool;
+pub mod rope;
+pub mod row_stats;
+pub mod simd;
+pub mod vector;
+
+use half::{bf16, f16};
+
+pub use attention::MAX_GROUP_ROWS;
+use attention::{AttentionScratch, PagedAttentionArgs};
+use elementwise::{SiluMulArgs, Table};
+use linear::{Activations, LinearArgs, LinearScratch};
+use matrix::{CpuMatrix, Weights};
+use norm::AddRmsNormArgs;
+use pool::ThreadPool;
+use rope::{RopeAppendArgs, RopeScratch};
+use row_stats::RowStatsScratch;
+use simd::SimdLevel;
+
+use super::{
+    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStatsOp,
+    SiluMul,
+};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::model::weights::Tensor;
+
+/// Host memory of one element type.
+#[derive(Debug)]
+pub enum CpuBuf {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// bfloat16.
+    Bf16(Vec<bf16>),
+    /// Half precision.
+    F16(Vec<f16>),
+}
+
+/// Runs `$body` with `$T` and the named buffers bound to slices of the compute type, which the first of them decides.
+macro_rules! with_type {
+    ($op:literal, [$($name:ident = $buf:expr),+], $body:expr) => {
+        match ($($buf,)+) {
+            ($(CpuBuf::F32($name),)+) => $body,
+            ($(CpuBuf::Bf16($name),)+) => $body,
+            ($(CpuBuf::F16($name),)+) => $body,
+            _ => Err(mixed($op)),
+        }
+    };
+}
+
+fn mixed(op: &'static str) -> Error {
+    Error::Shape { op, expected: "buffers of one compute type".into(), got: "different types".into() }
+}
+
+impl CpuBuf {
+    fn f32(&self, op: &'static str) -> Result<&[f32]> {
+        if let Self::F32(x) = self { Ok(x) } else { Err(mixed(op)) }
+    }
+
+    fn f32_mut(&mut self, op: &'static str) -> Result<&mut [f32]> {
+        if let Self::F32(x) = self { Ok(x) } else { Err(mixed(op)) }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::F32(x) => bytemuck::cast_slice(x),
+            Self::Bf16(x) => bytemuck::cast_slice(x),
+            Self::F16(x) => bytemuck::cast_slice(x),
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::F32(x) => bytemuck::cast_slice_mut(x),
+            Self::Bf16(x) => bytemuck::cast_slice_mut(x),
+            Self::F16(x) => bytemuck::cast_slice_mut(x),
+        }
+    }
+
+    fn elem_bytes(&self) -> usize {
+        match self {
+            Self::F32(_) => 4,
+            Self::Bf16(_) | Self::F16(_) => 2,
+        }
+    }
+}
+
+/// See the module text.
+pub struct Cpu {
+    pool: ThreadPool,
+    level: SimdLevel,
+    linear: LinearScratch,
+    attention: AttentionScratch,
+    rope: RopeScratch,
+    row_stats: RowStatsScratch,
+    counters: Counters,
+}
+
+impl Cpu {
+    /// `num_threads` threads (0: one per core) at a SIMD level this CPU has.
+    pub fn new(num_threads: usize, level: SimdLevel) -> Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let num_threads = if num_threads == 0 { cores } else { num_threads };
+        Ok(Self {
+            pool: ThreadPool::new(num_threads),
+            level: level.check_available()?,
+            linear: LinearScratch::default(),
+            attention: AttentionScratch::default(),
+            rope: RopeScratch::default(),
+            row_stats: RowStatsScratch::default(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// `cpu, 2 threads, avx512`.
+    pub fn describe(&self) -> String {
+        let threads = self.pool.num_threads();
+        format!("cpu, {threads} thread{}, {}", if threads == 1 { "" } else { "s" }, self.level)
+    }
+
+    fn launched(&mut self) -> &mut Counters {
+        self.counters.launches += 1;
+        &mut self.counters
+    }
+}
+
+impl Backend for Cpu {
+    type Buf = CpuBuf;
+    type Matrix = CpuMatrix;
+
+    fn alloc(&self, dtype: DType, len: usize) -> Result<CpuBuf> {
+        Ok(match dtype {
+            DType::F32 => CpuBuf::F32(zeroed(len)?),
+            DType::Bf16 => CpuBuf::Bf16(zeroed(len)?),
+            DType::F16 => CpuBuf::F16(zeroed(len)?),
+        })
+    }
+
+    fn matrix(&self, parts: &[Tensor], compute: DType) -> Result<CpuMatrix> {
+        CpuMatrix::new(parts, compute)
+    }
+
+    fn vector(&self, parts: &[Tensor]) -> Result<CpuBuf> {
+        let mut out = Vec::new();
+        for part in parts {
+            let n = part.num_elems();
+            let row = CpuMatrix::new(&[Tensor { shape: vec![1, n], ..part.clone() }], DType::F32)?;
+            let start = out.len();
+            out.resize(start + n, 0.0);
+            row.widen_row(0, &mut out[start..])?;
+        }
+        Ok(CpuBuf::F32(out))
+    }
+
+    fn read_f32(&mut self, src: &CpuBuf, start: usize, dst: &mut [f32]) -> Result<()> {
+        let x = src.f32("read_f32")?;
+        let Some(x) = x.get(start..start + dst.len()) else {
+            return Err(Error::Shape {
+                op: "read_f32",
+                expected: format!("at least {} elements", start + dst.len()),
+                got: x.len().to_string(),
+            });
+        };
+        dst.copy_from_slice(x);
+        Ok(())
+    }
+
+    fn read_bytes(&mut self, src: &CpuBuf, start: usize, len: usize, dst: &mut Vec<u8>) -> Result<()> {
+        let size = src.elem_bytes();
+        let bytes = src.bytes().get(start * size..(start + len) * size);
+        dst.extend_from_slice(bytes.ok_or_else(|| out_of_range("read_bytes", start, len))?);
+        Ok(())
+    }
+
+    fn write_bytes(&mut self, dst: &mut CpuBuf, start: usize, len: usize, src: &[u8]) -> Result<usize> {
+        let num_bytes = len * dst.elem_bytes();
+        let at = start * dst.elem_bytes();
+        match (dst.bytes_mut().get_mut(at..at + num_bytes), src.get(..num_bytes)) {
+            (Some(dst), Some(src)) => dst.copy_from_slice(src),
+            _ => return Err(out_of_range("write_bytes", start, len)),
+        }
+        Ok(num_bytes)
+    }
+
+    fn matrix_extra_bytes(&self, m: &CpuMatrix) -> u64 {
+        m.extra_bytes()
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn reset_counters(&mut self) {
+        self.counters = Counters::default();
+    }
+
+    fn embed(&mut self, p: Embed<'_, Self>) -> Result<()> {
+        self.launched();
+        let mut parts = p.table.parts();
+        let table = match (parts.next(), parts.next()) {
+            (Some(part), None) => part?.2,
+            _ => return Err(Error::Unsupported { op: "embed", what: "a table in several parts".into() }),
+        };
+        let table = match table {
+            Weights::F32(t) => Table::F32(t),
+            Weights::Bf16(t) => Table::Bf16(t),
+            Weights::F16(t) => Table::F16(t),
+        };
+        elementwise::embed(self.level, &mut self.pool, table, p.ids, p.x.f32_mut("embed")?, p.hidden)
+    }
+
+    fn add_rms_norm(&mut self, p: AddRmsNorm<'_, Self>) -> Result<()> {
+        self.launched();
+        let op = "add_rms_norm";
+        let x = p.x.f32_mut(op)?;
+        let delta = p.delta.map(|d| d.f32(op)).transpose()?;
+        let weight = p.weight.map(|w| w.f32(op)).transpose()?;
+        let (rows, step_similarity, hidden, eps) = (p.rows, p.step_similarity, p.hidden, p.eps);
+        with_type!("add_rms_norm", [y = p.y], {
+            let args = AddRmsNormArgs { rows, x, delta, weight, y, step_similarity, hidden, eps };
+            norm::add_rms_norm(self.level, &mut self.pool, args)
+        })
+    }
+
+    fn linear(&mut self, p: Linear<'_, Self>) -> Result<()> {
+        self.launched().weight_bytes += p.w.num_bytes();
+        let x = match p.x {
+            CpuBuf::F32(x) => Activations::F32(x),
+            CpuBuf::Bf16(x) => Activations::Bf16(x),
+            CpuBuf::F16(x) => Activations::F16(x),
+        };
+        let args = LinearArgs {
+            x,
+            rows: p.rows,
+            in_features: p.w.in_features(),
+            w: p.w,
+            bias: p.bias.map(|b| b.f32("linear")).transpose()?,
+            y: p.y.f32_mut("linear")?,
+        };
+        linear::linear(&mut self.pool, self.level, &mut self.linear, args)
+    }
+
+    fn rope_append(&mut self, p: RopeAppend<'_, Self>) -> Result<()> {
+        let op = "rope_append";
+        let bytes = 2 * p.rows.len() * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
+        self.launched().kv_write_bytes += bytes as u64;
+        let norm = |n: Option<(&'_ CpuBuf, f32)>| -> Result<Option<(Vec<f32>, f32)>> {
+            n.map(|(w, eps)| Ok((w.f32(op)?.to_vec(), eps))).transpose()
+        };
+        let (q_norm, k_norm) = (norm(p.q_norm)?, norm(p.k_norm)?);
+        let qkv = p.qkv.f32(op)?;
+        with_type!("rope_append", [q = p.q, k_cache = p.k_cache, v_cache = p.v_cache], {
+            let args = RopeAppendArgs {
+                rows: p.rows,
+                qkv,
+                q,
+                k_cache,
+                v_cache,
+                positions: p.positions,
+                slots: p.slots,
+                inv_freq: p.inv_freq,
+                rope_scale: p.rope_scale,
+                q_norm: q_norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)),
+                k_norm: k_norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)),
+                num_q_heads: p.num_q_heads,
+                layout: p.layout,
+            };
+            rope::rope_append(self.level, &mut self.pool, &mut self.rope, args)
+        })
+    }
+
+    fn kv_copy_blocks(&mut self, p: KvCopyBlocks<'_, Self>) -> Result<()> {
+        let slots: usize = p.copies.iter().map(|c| c.num_slots as usize).sum();
+        let bytes = 2 * slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
+        self.launched().kv_write_bytes += bytes as u64;
+        with_type!("kv_copy_blocks", [k_cache = p.k_cache, v_cache = p.v_cache], {
+            rope::kv_copy_blocks(p.copies, k_cache, v_cache, p.layout)
+        })
+    }
+
+    fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {
+        let slots = p.plan.slots_read();
+        let bytes = 2 * slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
+        self.launched().kv_read_bytes += bytes as u64;
+        let lse = p.lse.f32_mut("paged_attention")?;
+        with_type!("paged_attention", [q = p.q, k_cache = p.k_cache, v_cache = p.v_cache, o = p.o], {
+            let args = PagedAttentionArgs {
+                plan: p.plan,
+                q,
+                k_cache,
+                v_cache,
+                o,
+                lse,
+                num_q_heads: p.num_q_heads,
+                sm_scale: p.sm_scale,
+                layout: p.layout,
+            };
+            attention::paged_attention(self.level, &mut self.pool, &mut self.attention, args)
+        })
+    }
+
+    fn silu_mul(&mut self, p: SiluMul<'_, Self>) -> Result<()> {
+        self.launched();
+        let gate_up = p.gate_up.f32("silu_mul")?;
+        with_type!("silu_mul", [y = p.y], {
+            let args = SiluMulArgs { rows: p.rows, gate_up, y, intermediate: p.intermediate };
+            elementwise::silu_mul(self.level, &mut self.pool, args)
+        })
+    }
+
+    fn gather_rows(&mut self, p: GatherRows<'_, Self>) -> Result<()> {
+        self.launched();
+        let (src, dst) = (p.src.f32("gather_rows")?, p.dst.f32_mut("gather_rows")?);
+        elementwise::gather_rows(&mut self.pool, p.rows, src, dst, p.width)
+    }
+
+    fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()> {
+        self.launched().read_backs += 1;
+        let logits = p.logits.f32("row_stats")?;
+        let stats = &mut p.stats[..p.num_rows];
+        row_stats::row_stats(self.level, &mut self.pool, &mut self.row_stats, logits, p.vocab, stats)
+    }
+}
+
+/// Zeroed memory that is touched when it is used; a refusal by the system is an error, not an abort.
+fn zeroed<T: bytemuck::Zeroable>(len: usize) -> Result<Vec<T>> {
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| Error::OutOfMemory {
+        what: "a buffer",
+        bytes: (len as u64).saturating_mul(std::mem::size_of::<T>() as u64),
+    })
+}
+
+fn out_of_range(op: &'static str, start: usize, len: usize) -> Error {
+    Error::Shape { op, expected: format!("elements [{start}, {})", start + len), got: "a shorter buffer".into() }
+}

@@ -339,8 +339,13 @@ impl Engine {
         b.table.mark(&mut self.pool, r.old_len, written)?;
         b.table.commit(&mut self.pool)?;
         b.num_computed += r.num_new_tokens;
-        b.fork_point = None;
         b.state = b.state.inherit(b.table.state());
+        if let Some(fork) = b.fork_point.take() {
+            // What its parent wrote in this very pass may have become weaker since it was shared.
+            let parent = self.tree.get(fork.parent)?.state;
+            let b = self.tree.get_mut(r.branch)?;
+            b.state = b.state.inherit(parent);
+        }
         Ok(())
     }
 
@@ -379,13 +384,11 @@ impl Engine {
     /// Offers the branch's new full blocks to the prefix cache.
     fn offer_to_cache(&mut self, branch: BranchId) -> Result<()> {
         let b = self.tree.get_mut(branch)?;
-        let full = b.num_computed / self.layout.block_size;
-        let Some(salt) = b.salt.filter(|_| b.state == BlockState::Exact && full > b.num_cached_blocks) else {
-            return Ok(());
-        };
-        let tokens = &b.tokens[..full * self.layout.block_size];
-        self.cache.insert(salt, tokens, &b.table.blocks()[..full], &mut self.pool)?;
-        b.num_cached_blocks = full;
+        let full = b.table.cacheable_blocks();
+        let Some(salt) = b.salt.filter(|_| full.len() > b.num_cached_blocks) else { return Ok(()) };
+        let tokens = &b.tokens[..full.len() * self.layout.block_size];
+        self.cache.insert(salt, tokens, full, &mut self.pool)?;
+        b.num_cached_blocks = full.len();
         Ok(())
     }
 
