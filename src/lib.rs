@@ -11,12 +11,15 @@
 
 pub mod backend;
 pub mod batch;
+#[cfg(feature = "bundled-model")]
+pub mod bundled;
 pub mod dtype;
 pub mod error;
 pub mod kv;
 pub mod model;
 #[doc(hidden)]
 pub mod testing;
+pub mod tokenizer;
 
 pub use dtype::DType;
 pub use error::{Error, ErrorCode, Result};

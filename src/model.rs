@@ -1,5 +1,5 @@
 //! The decoder, layer by layer, written once for prefill and decode.
 
 pub mod family;
-mod fields;
+pub(crate) mod fields;
 pub mod weights;
