@@ -15,7 +15,7 @@ impl ModelSource {
         match self {
             Self::Dir(dir) => Tokenizer::from_file(&dir.join("tokenizer.json")),
             #[cfg(feature = "bundled-model")]
-            Self::Bundled => Tokenizer::from_bytes(Path::new("bundled/tokenizer.json"), crate::bundled::TOKENIZER_JSON),
+            Self::Bundled => crate::bundled::tokenizer(),
             _ => Err(self.lacks("tokenizer")),
         }
     }
@@ -25,11 +25,7 @@ impl ModelSource {
         let generation = match self {
             Self::Dir(dir) => GenerationConfig::from_dir(dir, model.vocab_size)?,
             #[cfg(feature = "bundled-model")]
-            Self::Bundled => GenerationConfig::from_bytes(
-                Path::new("bundled/generation_config.json"),
-                crate::bundled::GENERATION_CONFIG_JSON,
-                model.vocab_size,
-            )?,
+            Self::Bundled => crate::bundled::generation_config()?,
             _ => GenerationConfig::default(),
         };
         let mut ids = generation.eos_ids;
@@ -54,7 +50,7 @@ impl ModelSource {
             }
             #[cfg(feature = "bundled-model")]
             (None, Self::Bundled) => {
-                PromptPack::from_bytes(Path::new("bundled/prompts.json"), crate::bundled::PROMPTS_JSON)
+                PromptPack::from_bytes(Path::new("<bundled prompts.json>"), crate::bundled::PROMPTS_JSON.as_bytes())
             }
             _ => Err(self.lacks("prompt pack; give one with --prompts FILE")),
         }
@@ -65,8 +61,8 @@ impl ModelSource {
         match self {
             #[cfg(feature = "bundled-model")]
             Self::Bundled => crate::problems::parse_problems(
-                Path::new("bundled/sample.jsonl"),
-                crate::bundled::SAMPLE_PROBLEMS_JSONL,
+                Path::new("<bundled problems>"),
+                crate::bundled::PROBLEMS_JSONL.as_bytes(),
             ),
             _ => Err(Error::config("problems", "this model comes with none; give a file with --problems FILE")),
         }

@@ -9,14 +9,30 @@
 //!                  verify - select - report
 //! ```
 
+pub mod assets;
 pub mod backend;
 pub mod batch;
+#[cfg(feature = "bundled-model")]
+pub mod bundled;
+pub mod config;
 pub mod dtype;
+pub mod engine;
 pub mod error;
+pub mod gate;
 pub mod kv;
 pub mod model;
+pub mod problems;
+pub mod prompts;
+pub mod report;
+pub mod sampler;
+pub mod scheduler;
+pub mod solver;
 #[doc(hidden)]
 pub mod testing;
+pub mod tokenizer;
+mod tree;
 
+pub use config::{EngineConfig, ModelSource};
 pub use dtype::DType;
+pub use engine::Engine;
 pub use error::{Error, ErrorCode, Result};

@@ -1,7 +1,6 @@
 //! From a configuration to a running engine: weights, device, block cache.
 
 use std::collections::VecDeque;
-use std::path::Path;
 use std::time::Instant;
 
 use super::{CancelFlag, Engine, EngineStats, ModelInfo};
@@ -93,13 +92,9 @@ pub(crate) fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> 
             Ok((model, store))
         }
         #[cfg(feature = "bundled-model")]
-        ModelSource::Bundled => {
-            let model = ModelConfig::from_bytes(Path::new("bundled/config.json"), crate::bundled::CONFIG_JSON)?;
-            Ok((model, WeightStore::from_static("bundled/model.safetensors", crate::bundled::model_safetensors())?))
-        }
+        ModelSource::Bundled => Ok((crate::bundled::config()?, crate::bundled::weights()?)),
         #[cfg(not(feature = "bundled-model"))]
         ModelSource::Bundled => {
-            let _ = Path::new("");
             Err(Error::config("model", "this build has no bundled model; give a folder with -m DIR"))
         }
     }

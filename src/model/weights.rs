@@ -1,8 +1,22 @@
 //! Weights: tensors in their files.
+//!
+//! A [`WeightStore`] maps safetensors files and hands out [`Tensor`]s that point into the map, so opening a model reads
+//! its headers and nothing else. Do not truncate or rewrite a file in place while it is open: the operating system then
+//! ends the process (SIGBUS). Replacing it by rename is fine.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use half::{bf16, f16};
+use memmap2::Mmap;
+
 use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+mod random;
+mod safetensors;
 
 /// A tensor as it lies in its file (mapped) or in memory. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -22,21 +36,202 @@ pub struct Tensor {
 pub enum TensorData {
     /// In memory, as 32-bit words so that every element type is aligned.
     Owned(Arc<[u32]>),
+    /// In a mapped file.
+    Mapped {
+        /// The whole file.
+        map: Arc<Mmap>,
+        /// The tensor's bytes in it.
+        range: Range<usize>,
+    },
+    /// Inside the program.
+    Static(&'static [u8]),
 }
 
 impl Tensor {
     /// The elements, as bytes.
     pub fn bytes(&self) -> &[u8] {
-        match &self.data {
-            TensorData::Owned(words) => {
-                let all: &[u8] = bytemuck::cast_slice(words);
-                &all[..self.num_elems() * self.dtype.size_bytes()]
-            }
-        }
+        let all: &[u8] = match &self.data {
+            TensorData::Owned(words) => bytemuck::cast_slice(words),
+            TensorData::Mapped { map, range } => &map[range.clone()],
+            TensorData::Static(bytes) => bytes,
+        };
+        &all[..self.num_elems() * self.dtype.size_bytes()]
     }
 
     /// Product of the shape.
     pub fn num_elems(&self) -> usize {
         self.shape.iter().product()
     }
+
+    /// Index of the first element that is NaN or infinite.
+    pub fn first_non_finite(&self) -> Option<usize> {
+        fn find<const N: usize>(bytes: &[u8], finite: impl Fn([u8; N]) -> bool) -> Option<usize> {
+            // A branch-free sweep over each chunk, then a search of the one chunk that has a culprit.
+            let (elems, _) = bytes.as_chunks::<N>();
+            elems.chunks(4096).enumerate().find_map(|(i, chunk)| {
+                if chunk.iter().fold(true, |all, &e| all & finite(e)) {
+                    return None;
+                }
+                chunk.iter().position(|&e| !finite(e)).map(|at| i * 4096 + at)
+            })
+        }
+        match self.dtype {
+            DType::F32 => find(self.bytes(), |e: [u8; 4]| f32::from_le_bytes(e).is_finite()),
+            DType::Bf16 => find(self.bytes(), |e: [u8; 2]| bf16::from_le_bytes(e).is_finite()),
+            DType::F16 => find(self.bytes(), |e: [u8; 2]| f16::from_le_bytes(e).is_finite()),
+        }
+    }
+}
+
+/// A tensor of a file, usable or not.
+#[derive(Clone, Debug)]
+enum Stored {
+    Ready(Tensor),
+    /// The file names an element type the engine does not compute with. Harmless until someone asks for it.
+    Unsupported(String),
+}
+
+/// The tensors of one checkpoint.
+#[derive(Clone, Debug)]
+pub struct WeightStore {
+    /// What errors call the store when no single file is to blame.
+    path: PathBuf,
+    files: Vec<PathBuf>,
+    tensors: BTreeMap<Arc<str>, (usize, Stored)>,
+}
+
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+impl WeightStore {
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists, in `dir`.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let single = dir.join(SINGLE_FILE);
+        let index = dir.join(INDEX_FILE);
+        if single.exists() {
+            let mut store = Self::empty(single.clone());
+            store.add_file(single)?;
+            return Ok(store);
+        }
+        if index.exists() {
+            return Self::open_sharded(dir, &index);
+        }
+        std::fs::metadata(dir).map_err(|e| Error::io(dir, e))?;
+        let why = format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}; -m takes a Hugging Face model folder");
+        Err(Error::format(dir, why))
+    }
+
+    /// Reads a safetensors file that is part of the program. Start it on a 4-byte boundary to have it used in place.
+    pub fn from_static(bytes: &'static [u8]) -> Result<Self> {
+        let path = PathBuf::from("<bundled model.safetensors>");
+        let mut store = Self::empty(path.clone());
+        store.add_bytes(path, &safetensors::Source::Static(bytes))?;
+        Ok(store)
+    }
+
+    /// The tensor called `name`, which must have this shape.
+    pub fn get(&self, name: &str, expected_shape: &[usize]) -> Result<Tensor> {
+        let Some((file, stored)) = self.tensors.get(name) else {
+            let why = format!("missing (expected shape {expected_shape:?}); the config asks for it");
+            return Err(weights_error(&self.path, name, why));
+        };
+        let path = self.files.get(*file).unwrap_or(&self.path);
+        match stored {
+            Stored::Unsupported(dtype) => {
+                Err(weights_error(path, name, format!("dtype {dtype} is not supported; use F32, BF16 or F16")))
+            }
+            Stored::Ready(tensor) if tensor.shape != expected_shape => {
+                let why = format!("expected shape {expected_shape:?} from the config, found {:?}", tensor.shape);
+                Err(weights_error(path, name, why))
+            }
+            Stored::Ready(tensor) => Ok(tensor.clone()),
+        }
+    }
+
+    /// Whether the checkpoint has a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(|name| &**name)
+    }
+
+    /// Bytes of all usable tensors.
+    pub fn num_bytes(&self) -> u64 {
+        self.ready().map(|(_, tensor)| tensor.bytes().len() as u64).sum()
+    }
+
+    /// The files, in the order they were opened.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Reads every element (`--check-tensors`) and names the first that is NaN or infinite.
+    pub fn check_finite(&self) -> Result<()> {
+        for (file, tensor) in self.ready() {
+            if let Some(at) = tensor.first_non_finite() {
+                let path = self.files.get(file).unwrap_or(&self.path);
+                let why = format!("element {at} is NaN or infinite; the file is damaged, fetch it again");
+                return Err(weights_error(path, &tensor.name, why));
+            }
+        }
+        Ok(())
+    }
+
+    fn ready(&self) -> impl Iterator<Item = (usize, &Tensor)> {
+        self.tensors.values().filter_map(|(file, stored)| match stored {
+            Stored::Ready(tensor) => Some((*file, tensor)),
+            Stored::Unsupported(_) => None,
+        })
+    }
+
+    fn empty(path: PathBuf) -> Self {
+        Self { path, files: Vec::new(), tensors: BTreeMap::new() }
+    }
+
+    fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
+        let weight_map = safetensors::read_index(index)?;
+        let mut store = Self::empty(index.to_owned());
+        let mut shards: Vec<&str> = weight_map.iter().map(|(_, shard)| shard.as_str()).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        for shard in &shards {
+            let path = dir.join(shard);
+            if !path.exists() {
+                return Err(Error::format(index, format!("weight_map names shard {shard}, which is not there; fetch it")));
+            }
+            store.add_file(path)?;
+        }
+        for (name, shard) in &weight_map {
+            let found = store.tensors.get(name.as_str()).and_then(|(file, _)| store.files.get(*file));
+            if found != Some(&dir.join(shard)) {
+                let why = format!("the index promises it in {shard}, which lacks it");
+                return Err(weights_error(index, name, why));
+            }
+        }
+        Ok(store)
+    }
+
+    fn add_file(&mut self, path: PathBuf) -> Result<()> {
+        let map = safetensors::map(&path)?;
+        self.add_bytes(path, &safetensors::Source::Mapped(map))
+    }
+
+    fn add_bytes(&mut self, path: PathBuf, source: &safetensors::Source) -> Result<()> {
+        let file = self.files.len();
+        for (name, stored) in safetensors::parse(&path, source)? {
+            if let Some((other, _)) = self.tensors.insert(name.clone(), (file, stored)) {
+                let other = self.files.get(other).unwrap_or(&self.path).display();
+                return Err(weights_error(&path, &name, format!("also in {other}; a tensor may be in one shard only")));
+            }
+        }
+        self.files.push(path);
+        Ok(())
+    }
+}
+
+fn weights_error(path: &Path, tensor: &str, why: String) -> Error {
+    Error::Weights { path: path.to_owned(), tensor: tensor.to_owned(), why }
 }

@@ -1,0 +1,98 @@
+use super::*;
+
+const BASE: &str = r#""architectures":["LlamaForCausalLM"],"hidden_size":192,"intermediate_size":448,"num_hidden_layers":8,
+"num_attention_heads":4,"num_key_value_heads":2,"head_dim":32,"vocab_size":768,"max_position_embeddings":2048,"rms_norm_eps":1e-5"#;
+
+fn parse(extra: &str) -> Result<ModelConfig> {
+    ModelConfig::from_bytes(Path::new("config.json"), format!("{{{BASE}{extra}}}").as_bytes())
+}
+
+fn why(result: Result<ModelConfig>) -> String {
+    result.map(|config| format!("accepted: {config:?}")).unwrap_or_else(|e| e.to_string())
+}
+
+#[test]
+fn bundled_config_parses() {
+    let config = ModelConfig::from_dir(Path::new("models/tinymath")).unwrap();
+    assert_eq!((config.hidden, config.num_layers, config.head_dim, config.vocab_size), (192, 8, 32, 768));
+    assert_eq!(config.num_params(), 2_804_928);
+    assert_eq!((config.eos_ids.as_slice(), config.bos_id, config.dtype), (&[1][..], Some(0), DType::Bf16));
+    let gen_config = GenerationConfig::from_dir(Path::new("models/tinymath"), config.vocab_size).unwrap();
+    assert_eq!((gen_config.max_new_tokens, gen_config.do_sample), (Some(256), false));
+    assert_eq!(GenerationConfig::from_dir(Path::new("models"), 1).unwrap(), GenerationConfig::default());
+}
+
+#[test]
+fn both_rope_spellings_agree() {
+    let old = parse(r#","rope_theta":500000,"rope_scaling":null"#).unwrap();
+    let new = parse(r#","rope_parameters":{"rope_type":"default","rope_theta":500000.0}"#).unwrap();
+    let both = parse(r#","rope_theta":500000,"rope_parameters":{"rope_theta":500000}"#).unwrap();
+    assert_eq!((&old, &old), (&new, &both));
+    assert_eq!(old.rope_theta, 500_000.0);
+    assert_eq!(parse("").unwrap().rope_theta, 10_000.0);
+    let odd = why(parse(r#","rope_theta":10000,"rope_parameters":{"rope_theta":20000}"#));
+    assert!(odd.contains("20000 here and 10000"), "{odd}");
+}
+
+#[test]
+fn scaled_rope_is_refused_by_name() {
+    for (extra, name) in [
+        (r#","rope_scaling":{"type":"linear","factor":2.0}"#, "linear"),
+        (r#","rope_scaling":{"rope_type":"llama3"}"#, "llama3"),
+        (r#","rope_parameters":{"rope_type":"yarn","rope_theta":1e6}"#, "yarn"),
+    ] {
+        let result = parse(extra);
+        assert!(matches!(result, Err(Error::Unsupported { .. })), "{extra}");
+        assert!(why(result).contains(name));
+    }
+}
+
+#[test]
+fn inv_freq_matches_the_formula() {
+    let config = parse(",\"rope_theta\":10000").unwrap();
+    let freq = config.inv_freq();
+    assert_eq!((freq.len(), freq[0]), (16, 1.0));
+    assert_eq!(freq[8], 0.01);
+    assert!((freq[15] - 1.778_279_4e-4).abs() < 1e-10);
+}
+
+#[test]
+fn families_differ_as_data() {
+    let of = |architecture: &str, extra: &str| {
+        let text = format!("{{{BASE}{extra}}}").replace("LlamaForCausalLM", architecture);
+        ModelConfig::from_bytes(Path::new("config.json"), text.as_bytes())
+    };
+    let has = |config: &ModelConfig, name: &str| config.tensor_shapes().iter().any(|(n, _)| n.ends_with(name));
+    let qwen2 = of("Qwen2ForCausalLM", r#","use_sliding_window":false,"sliding_window":128"#).unwrap();
+    assert!(has(&qwen2, "k_proj.bias") && !has(&qwen2, "o_proj.bias") && qwen2.sliding_window.is_none());
+    let qwen3 = of("Qwen3ForCausalLM", "").unwrap();
+    assert!(has(&qwen3, "q_norm.weight") && !has(&qwen3, "q_proj.bias"));
+    let mistral = of("MistralForCausalLM", r#","sliding_window":512"#).unwrap();
+    assert_eq!((mistral.sliding_window, mistral.max_position_embeddings), (Some(512), 512));
+    let llama = of("LlamaForCausalLM", r#","attention_bias":true,"mlp_bias":true"#).unwrap();
+    assert!(has(&llama, "o_proj.bias") && has(&llama, "down_proj.bias"));
+    let mixtral = why(of("MixtralForCausalLM", ""));
+    assert!(mixtral.contains("mixture-of-experts") && mixtral.contains("LlamaForCausalLM"), "{mixtral}");
+    assert!(!mixtral.contains('\n'));
+}
+
+#[test]
+fn named_shapes_have_the_known_sizes() {
+    let params = |name| ModelConfig::shape(name).unwrap().num_params();
+    assert_eq!(params("qwen2.5-0.5b"), 494_032_768);
+    assert_eq!(params("qwen2.5-1.5b"), 1_543_714_304);
+    assert_eq!(params("qwen2.5-7b"), 7_615_616_512);
+    assert_eq!(params("llama-3-8b"), 8_030_261_248);
+    for name in ModelConfig::SHAPES {
+        let config = ModelConfig::shape(name).unwrap();
+        assert!(config.num_q_heads.is_multiple_of(config.num_kv_heads) && config.eos_ids.iter().all(|&id| (id as usize) < config.vocab_size));
+    }
+    assert!(ModelConfig::shape("gpt-5").unwrap_err().to_string().contains("llama-3-8b"));
+}
+
+#[test]
+fn eos_may_be_a_list_and_dtype_has_two_names() {
+    let config = parse(r#","eos_token_id":[1,4],"bos_token_id":null,"torch_dtype":"torch.float16""#).unwrap();
+    assert_eq!((config.eos_ids, config.bos_id, config.dtype), (vec![1, 4], None, DType::F16));
+    assert_eq!(parse("").unwrap().dtype, DType::F32);
+}
