@@ -28,9 +28,12 @@ use crate::kv::prefix_cache::PrefixCache;
 use crate::model::family::ModelConfig;
 use crate::model::{RowQuery, Runner};
 use crate::sampler;
-use crate::tree::{Branch, BranchTree, ForkPoint, Mode, RowAnswer};
+use crate::tree::{Branch, BranchTree, ForkPoint, Mode};
 
-pub use crate::tree::{BranchId, EndReason, GenerateParams};
+pub(crate) use open::kv_layout;
+
+pub use crate::backend::RowStats;
+pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
 pub use stats::{BranchStats, EngineStats, ModelInfo, StepItem, StepSummary};
 
 /// How a root takes part in the prefix cache, and how its draws are keyed.

@@ -7,6 +7,7 @@
 //! The file ends where the queries are answered: final norm, unembedding and row statistics of the chosen rows.
 
 pub mod family;
+pub(crate) mod fields;
 mod live;
 pub mod weights;
 
@@ -630,7 +631,7 @@ impl<B: Backend> Loader<'_, B> {
         } else {
             None
         };
-        let head_norm = |suffix: &str| c.qk_norm.then(|| self.vector(&name(suffix), c.head_dim)).transpose();
+        let head_norm = |suffix: &str| c.family.qk_norm.then(|| self.vector(&name(suffix), c.head_dim)).transpose();
         Ok(Layer {
             attn_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,
             qkv: self.matrix(&borrowed, c.hidden)?,

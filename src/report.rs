@@ -1,6 +1,10 @@
 //! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
 
+mod plan;
+
 use serde::Serialize;
+
+pub use plan::MemoryPlan;
 
 use crate::engine::EndReason;
 use crate::solver::SolverConfig;

@@ -192,6 +192,11 @@ impl BlockPool {
         self.peak_in_use
     }
 
+    /// Lets [`peak_in_use`](Self::peak_in_use) start over from what is in use now.
+    pub fn reset_peak(&mut self) {
+        self.peak_in_use = self.num_in_use();
+    }
+
     /// Verifies that free + referenced == total, that no block is free twice, and that none is free and referenced.
     pub fn check_integrity(&self) -> Result<()> {
         let mut is_free = vec![false; self.meta.len()];

@@ -236,6 +236,11 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// What attention scores are multiplied by.
+    pub fn sm_scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+
     /// Rotation frequencies `[head_dim / 2]`, radians per position, in f32 as transformers computes them.
     pub fn inv_freq(&self) -> Vec<f32> {
         let dim = self.head_dim as f32;

@@ -1,0 +1,228 @@
+//! `rksc-run generate`.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args as ClapArgs;
+use rksc::engine::{BranchId, EndReason, Engine, EventKind, GenerateParams, PrefillOptions};
+use rksc::tokenizer::{IncrementalDecoder, StopMatcher, Tokenizer};
+
+use crate::common::{EngineArgs, SamplingArgs, print_json, read_text};
+
+#[derive(ClapArgs)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// The prompt, special tokens spelled as text; `-` reads stdin.
+    #[arg(short, long, allow_hyphen_values = true, required_unless_present = "prompt_file")]
+    prompt: Option<String>,
+    /// The prompt, from a file.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    prompt_file: Option<PathBuf>,
+    /// Continuations; they share the prompt.
+    #[arg(short, default_value_t = 1)]
+    n: usize,
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 256)]
+    max_new_tokens: usize,
+    /// Tokens to generate before an end token counts.
+    #[arg(long, default_value_t = 0)]
+    min_new_tokens: usize,
+    /// Run on past the model's end tokens.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Ends a continuation; not part of the output. May be given several times.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// Print text as it comes (one continuation only).
+    #[arg(long, conflicts_with = "json")]
+    stream: bool,
+    /// One JSON object on stdout instead of text.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+/// One continuation on its way.
+struct Choice {
+    branch: BranchId,
+    decoder: IncrementalDecoder,
+    stops: StopMatcher,
+    text: String,
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+    entropies: Vec<f32>,
+    finish: Option<String>,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    anyhow::ensure!((1..=1024).contains(&args.n), "-n: must be between 1 and 1024");
+    anyhow::ensure!(!args.stream || args.n == 1, "--stream: shows one continuation; drop -n {}", args.n);
+    let prompt = match (&args.prompt, &args.prompt_file) {
+        (_, Some(path)) => read_text(path)?,
+        (Some(dash), None) if dash == "-" => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).context("stdin")?;
+            text
+        }
+        (prompt, None) => prompt.clone().unwrap_or_default(),
+    };
+    let mut engine = args.engine.open()?;
+    let tokenizer = args.engine.tokenizer()?;
+    let prompt_tokens = tokenizer.encode(&prompt)?;
+    let end_tokens = if args.ignore_eos { Vec::new() } else { args.engine.source().end_tokens(engine.model())? };
+    let params = GenerateParams {
+        sampling: args.sampling.params(),
+        max_new_tokens: args.max_new_tokens,
+        min_new_tokens: args.min_new_tokens,
+        end_tokens,
+    };
+    let mut choices = start(&mut engine, &tokenizer, &prompt_tokens, &params, args)?;
+    let started = Instant::now();
+    let mut first_token_ms = None;
+    while choices.iter().any(|c| c.finish.is_none()) {
+        engine.step()?;
+        while let Some(event) = engine.next_event() {
+            let Some(choice) = choices.iter_mut().find(|c| c.branch == event.branch) else { continue };
+            match event.kind {
+                EventKind::Token(token) => {
+                    first_token_ms.get_or_insert_with(|| started.elapsed().as_secs_f64() * 1e3);
+                    choice.take(&mut engine, token, &params, args.stream)?;
+                }
+                EventKind::Ended(reason) => choice.end(reason, args.stream)?,
+                EventKind::Ready | EventKind::Preempted => {}
+            }
+        }
+    }
+    report(args, &engine, &prompt_tokens, &choices, started.elapsed().as_secs_f64(), first_token_ms)
+}
+
+fn start(
+    engine: &mut Engine,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    params: &GenerateParams,
+    args: &Args,
+) -> anyhow::Result<Vec<Choice>> {
+    let root = engine.prefill(prompt, PrefillOptions::default())?;
+    let mut branches = vec![BranchId::default(); args.n];
+    engine.fork(root, &mut branches)?;
+    branches
+        .into_iter()
+        .map(|branch| {
+            engine.start(branch, params.clone())?;
+            Ok(Choice {
+                branch,
+                decoder: tokenizer.visible_decoder(),
+                stops: StopMatcher::new(args.stop.clone()),
+                text: String::new(),
+                tokens: Vec::new(),
+                logprobs: Vec::new(),
+                entropies: Vec::new(),
+                finish: None,
+            })
+        })
+        .collect()
+}
+
+impl Choice {
+    fn take(&mut self, engine: &mut Engine, token: u32, params: &GenerateParams, stream: bool) -> anyhow::Result<()> {
+        if self.finish.is_some() || params.end_tokens.contains(&token) {
+            return Ok(());
+        }
+        self.tokens.push(token);
+        if let Some(row) = engine.row(self.branch)? {
+            self.logprobs.push(row.token_logprob);
+            self.entropies.push(row.stats.entropy);
+        }
+        let (text, hit) = self.stops.push(&self.decoder.push(token)?);
+        self.emit(&text, stream)?;
+        if hit.is_some() {
+            engine.stop(self.branch)?;
+            self.finish = Some("stop".into());
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, reason: EndReason, stream: bool) -> anyhow::Result<()> {
+        if self.finish.is_some() {
+            return Ok(());
+        }
+        let rest = self.decoder.flush();
+        let (text, hit) = self.stops.push(&rest);
+        self.emit(&text, stream)?;
+        if hit.is_none() {
+            let held = self.stops.flush();
+            self.emit(&held, stream)?;
+        }
+        self.finish = Some(match reason {
+            EndReason::EndToken => "stop".into(),
+            EndReason::Length | EndReason::Context => "length".into(),
+            EndReason::NonFinite => "error: non_finite".into(),
+            EndReason::Stopped | EndReason::Dropped => "cancelled".into(),
+        });
+        Ok(())
+    }
+
+    fn emit(&mut self, text: &str, stream: bool) -> anyhow::Result<()> {
+        self.text.push_str(text);
+        if stream {
+            let mut out = std::io::stdout().lock();
+            out.write_all(text.as_bytes())?;
+            out.flush()?;
+        }
+        Ok(())
+    }
+}
+
+fn report(
+    args: &Args,
+    engine: &Engine,
+    prompt: &[u32],
+    choices: &[Choice],
+    seconds: f64,
+    first_token_ms: Option<f64>,
+) -> anyhow::Result<()> {
+    let generated: usize = choices.iter().map(|c| c.tokens.len()).sum();
+    if args.json {
+        let choices: Vec<_> = choices
+            .iter()
+            .enumerate()
+            .map(|(index, c)| {
+                serde_json::json!({
+                    "index": index, "text": c.text, "tokens": c.tokens, "token_logprobs": c.logprobs,
+                    "entropies": c.entropies, "finish_reason": c.finish,
+                })
+            })
+            .collect();
+        return print_json(&serde_json::json!({
+            "model": engine.info(),
+            "choices": choices,
+            "usage": {"prompt_tokens": prompt.len(), "completion_tokens": generated},
+            "seconds": seconds,
+            "ttft_ms": first_token_ms,
+            "counters": engine.counters(),
+        }));
+    }
+    let mut out = std::io::stdout().lock();
+    if args.stream {
+        writeln!(out)?;
+    } else if let [only] = choices {
+        writeln!(out, "{}", only.text)?;
+    } else {
+        for (i, c) in choices.iter().enumerate() {
+            writeln!(out, "--- {} ({})\n{}", i + 1, c.finish.as_deref().unwrap_or(""), c.text)?;
+        }
+    }
+    eprintln!(
+        "{} prompt and {generated} generated tokens in {:.0} ms ({:.1} tokens/s); first token after {:.1} ms",
+        prompt.len(),
+        seconds * 1e3,
+        generated as f64 / seconds,
+        first_token_ms.unwrap_or(f64::NAN)
+    );
+    Ok(())
+}

@@ -1,0 +1,71 @@
+//! What a model needs in memory: computed, nothing is loaded.
+
+use serde::Serialize;
+
+use crate::config::EngineConfig;
+use crate::engine::kv_layout;
+use crate::error::Result;
+use crate::model::family::ModelConfig;
+
+/// Bytes by purpose.
+#[derive(Clone, Debug, Serialize)]
+pub struct MemoryPlan {
+    /// All tensors at the compute type's size.
+    pub weight_bytes: u64,
+    /// Activations of the largest pass.
+    pub workspace_bytes: u64,
+    /// The KV cache.
+    pub kv_cache_bytes: u64,
+    /// Its blocks.
+    pub kv_blocks: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// K and V of one token.
+    pub kv_bytes_per_token: u64,
+    /// K and V of one branch's own tokens.
+    pub kv_bytes_per_branch: u64,
+    /// Branches that fit beside one shared prefix.
+    pub max_branches: usize,
+}
+
+impl MemoryPlan {
+    /// Plans for branches of `own` tokens each that share `prefix` tokens.
+    pub fn new(config: &EngineConfig, model: &ModelConfig, prefix: usize, own: usize) -> Result<Self> {
+        config.validate()?;
+        let layout = kv_layout(config, model)?;
+        let block_bytes = layout.block_bytes(model.num_layers);
+        let own_blocks = own.div_ceil(layout.block_size) + 1;
+        let left = layout.num_blocks.saturating_sub(prefix.div_ceil(layout.block_size));
+        let q_width = model.num_q_heads * model.head_dim;
+        let qkv_width = q_width + 2 * model.num_kv_heads * model.head_dim;
+        let elem = config.dtype.size_bytes();
+        let row = 4 * (3 * model.hidden + qkv_width + model.num_q_heads + 2 * model.intermediate)
+            + elem * (model.hidden + 2 * q_width + model.intermediate);
+        Ok(Self {
+            weight_bytes: model.num_params() as u64 * elem as u64,
+            workspace_bytes: (config.max_batch_tokens * row) as u64,
+            kv_cache_bytes: layout.num_blocks as u64 * block_bytes,
+            kv_blocks: layout.num_blocks,
+            block_size: layout.block_size,
+            kv_bytes_per_token: block_bytes / layout.block_size as u64,
+            kv_bytes_per_branch: own_blocks as u64 * block_bytes,
+            max_branches: left / own_blocks,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_plan_of_a_7b_shape_is_arithmetic() {
+        let config = EngineConfig { kv_cache_memory: Some(8 << 30), ..Default::default() };
+        let model = ModelConfig::shape("qwen2.5-7b").unwrap();
+        let plan = MemoryPlan::new(&config, &model, 1024, 512).unwrap();
+        assert_eq!(plan.kv_bytes_per_token, 57_344);
+        assert_eq!(plan.kv_blocks, (8usize << 30) / (57_344 * 16));
+        assert_eq!(plan.max_branches, (plan.kv_blocks - 64) / 33);
+        assert!(plan.weight_bytes > 15_000_000_000 && plan.weight_bytes < 15_500_000_000);
+    }
+}
