@@ -1,0 +1,455 @@
+//! `linear` for bf16 with AMX tiles.
+//!
+//! A tile pair `C[16 outs][rows] += A[16 outs][32 k] B[32 k][rows]`: A is read straight from the weights (16 rows, their own
+//! stride), B is x packed once per call so that a line holds one pair of k for all rows of a group of 16. C comes out with
+//! outputs down and rows across, and is transposed on its way to y.
+//!
+//! ```text
+//!            B  group 0   group 1          tmm6 tmm7
+//! A  outs 0-15  tmm0      tmm1       tmm4
+//!    outs 16-31 tmm2      tmm3       tmm5
+//! ```
+//!
+//! Many rows: 32 outs of one stretch of k stay in the L1 while all rows pass over them; C waits in memory between
+//! stretches, which costs no rounding. Few rows: weights stream once, prefetched one block of 32 outs ahead in the order
+//! in which they lie in memory. A tail of k (`in % 32`) is multiplied from copies filled up with zeros.
+//!
+//! `C[i][j]` is summed by the same instruction over the same 32 k at a time whatever the other elements of its tile are.
+#![allow(unsafe_code)]
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{Job, Line, Output};
+
+/// Outputs of one block: two tiles.
+const OUTS: usize = 32;
+pub(super) const GRAIN: usize = OUTS;
+/// Rows of x in one tile.
+const GROUP: usize = 16;
+/// k in one tile.
+const STEP: usize = 32;
+const TILE_LINES: usize = 16;
+const C_LINES: usize = 4 * TILE_LINES;
+/// Steps of k that 32 outs keep in the L1 (2 KiB each).
+const MAX_STRETCH: usize = 32;
+/// Blocks of outs that share a stretch of x from the L2 before the next stretch begins.
+const SUPER_BLOCKS: usize = 4;
+
+/// How many groups of 16 rows there are.
+pub(super) fn num_groups(rows: usize) -> usize {
+    rows.div_ceil(GROUP)
+}
+
+/// Lines of one packed group: `[steps][16 pairs of k][columns]` words. Fewer than 16 rows take no more room than they need.
+pub(super) fn group_lines(rows: usize, in_features: usize) -> usize {
+    in_features.div_ceil(STEP) * num_columns(rows)
+}
+
+/// Lines each thread needs: C of the blocks in flight, and the tail of k of one block of weights.
+pub(super) fn thread_lines(rows: usize, in_features: usize) -> usize {
+    let blocks = if num_stretches(rows, in_features) == 1 { 1 } else { SUPER_BLOCKS * rows.div_ceil(2 * GROUP) };
+    blocks * C_LINES + OUTS
+}
+
+fn num_columns(rows: usize) -> usize {
+    rows.min(GROUP)
+}
+
+fn num_stretches(rows: usize, in_features: usize) -> usize {
+    if rows <= 2 * GROUP { 1 } else { in_features.div_ceil(STEP).div_ceil(MAX_STRETCH).max(1) }
+}
+
+/// Packs rows `[16 group, 16 group + 16)` of x `[rows, in]`; missing rows and the tail of k become zero.
+///
+/// # Safety
+/// AVX-512 F, BW, VL and DQ are there.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) unsafe fn pack(x: &[bf16], rows: usize, in_features: usize, group: usize, lines: &mut [Line]) {
+    let (k, columns) = (in_features, num_columns(rows));
+    let first = group * GROUP;
+    let num_rows = GROUP.min(rows - first);
+    let row_at = |r: usize, at: usize| &x[(first + r) * k + at..][..STEP.min(k - at)];
+    let mask = ((1u32 << columns) - 1) as __mmask16;
+    for (step, lines) in lines.chunks_exact_mut(columns).enumerate() {
+        let at = step * STEP;
+        let mut filled = [Line::ZERO; GROUP];
+        let mut sources: [*const f32; GROUP] = std::array::from_fn(|r| filled[r].0.as_ptr().cast());
+        if at + STEP <= k {
+            for (r, source) in sources.iter_mut().enumerate().take(num_rows) {
+                *source = row_at(r, at).as_ptr().cast();
+            }
+        } else {
+            for (r, line) in filled.iter_mut().enumerate().take(num_rows) {
+                let tail = row_at(r, at);
+                bytemuck::cast_slice_mut::<u32, bf16>(&mut line.0)[..tail.len()].copy_from_slice(tail);
+            }
+            sources = std::array::from_fn(|r| filled[r].0.as_ptr().cast());
+        }
+        let dst: &mut [f32] = bytemuck::cast_slice_mut(lines);
+        // SAFETY: every source has 64 bytes: a whole step of a row of x, or a line of `filled`.
+        let pairs = unsafe { transpose(&sources) };
+        for (dst, pairs) in dst.chunks_exact_mut(columns).zip(pairs) {
+            // SAFETY: the mask names `columns` words, which `dst` has.
+            unsafe { _mm512_mask_storeu_ps(dst.as_mut_ptr(), mask, pairs) };
+        }
+    }
+}
+
+/// Column j of the 16 x 16 words at `sources`, for every j.
+///
+/// # Safety
+/// 64 bytes can be read at every source.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+unsafe fn transpose(sources: &[*const f32; 16]) -> [__m512; 16] {
+    let mut columns = [_mm512_setzero_ps(); 16];
+    for c in 0..4 {
+        // Quarter c of rows j, j + 4, j + 8, j + 12: the loads do half of the work, which spares the shuffle port.
+        // SAFETY: four words at `4 c` lie in the 16 that the caller vouches for.
+        let quarter = |row: usize| unsafe { _mm_loadu_ps(sources[row].add(4 * c)) };
+        let gather = |j: usize| {
+            let v = _mm512_castps128_ps512(quarter(j));
+            let v = _mm512_insertf32x4::<1>(v, quarter(j + 4));
+            let v = _mm512_insertf32x4::<2>(v, quarter(j + 8));
+            _mm512_insertf32x4::<3>(v, quarter(j + 12))
+        };
+        let rows = [gather(0), gather(1), gather(2), gather(3)];
+        let low = [_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpacklo_ps(rows[2], rows[3])];
+        let high = [_mm512_unpackhi_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[2], rows[3])];
+        columns[4 * c] = _mm512_shuffle_ps::<0x44>(low[0], low[1]);
+        columns[4 * c + 1] = _mm512_shuffle_ps::<0xEE>(low[0], low[1]);
+        columns[4 * c + 2] = _mm512_shuffle_ps::<0x44>(high[0], high[1]);
+        columns[4 * c + 3] = _mm512_shuffle_ps::<0xEE>(high[0], high[1]);
+    }
+    columns
+}
+
+/// # Safety
+/// AMX and AVX-512 are there and permitted; `job.x` holds all groups as [`pack`] made them; `own` has [`thread_lines`];
+/// the calling thread owns the outputs of `job`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
+    let k = job.in_features;
+    let (steps, whole_steps) = (k.div_ceil(STEP), k / STEP);
+    let columns = num_columns(job.rows);
+    let num_groups = num_groups(job.rows);
+    let num_row_blocks = num_groups.div_ceil(2);
+    let num_stretches = num_stretches(job.rows, k);
+    let super_outs = if num_stretches == 1 { OUTS } else { OUTS * SUPER_BLOCKS };
+    let group_lines = group_lines(job.rows, k);
+    let (tail, c) = own.split_at_mut(OUTS);
+    let stretch_start = |stretch: usize| steps * stretch / num_stretches;
+    // SAFETY: the caller vouches for AMX.
+    let mut tiles = unsafe { Tiles::new() };
+
+    for first in (0..job.num_outs).step_by(super_outs) {
+        let end = job.num_outs.min(first + super_outs);
+        for stretch in 0..num_stretches {
+            let range = stretch_start(stretch)..stretch_start(stretch + 1);
+            let is_last = stretch + 1 == num_stretches;
+            for out in (first..end).step_by(OUTS) {
+                let num_outs = OUTS.min(end - out);
+                // SAFETY: as above.
+                unsafe { tiles.configure(num_outs, columns) };
+                let has_tail = is_last && whole_steps < steps;
+                if has_tail {
+                    for (n, line) in tail.iter_mut().enumerate().take(num_outs) {
+                        let rest = &job.w[(out + n) * k + whole_steps * STEP..(out + n + 1) * k];
+                        let line: &mut [bf16] = bytemuck::cast_slice_mut(&mut line.0);
+                        line[..rest.len()].copy_from_slice(rest);
+                        line[rest.len()..].fill(bf16::ZERO);
+                    }
+                }
+                // What is read after this: the next block of this stretch, the first one of the next, or the next blocks.
+                let (next_out, next_step) = if out + OUTS < end {
+                    (out + OUTS, range.start)
+                } else if is_last {
+                    (end, 0)
+                } else {
+                    (first, range.end)
+                };
+                // A second tile that does not exist is computed as a copy of the first one and not stored.
+                let second = if num_outs > GROUP { GROUP } else { 0 };
+                let whole = range.end.min(whole_steps) - range.start;
+                for block in 0..num_row_blocks {
+                    let group = 2 * block;
+                    let is_pair = group + 1 < num_groups;
+                    let c_at =
+                        if num_stretches == 1 { 0 } else { (out - first) / OUTS * num_row_blocks + block } * C_LINES;
+                    let c = &mut c[c_at..c_at + C_LINES];
+                    let b = &job.x[group * group_lines + range.start * columns..];
+                    let a = &job.w[out * k + range.start * STEP..];
+                    // Each block of rows prefetches its share of the next 32 rows of W.
+                    let quads = if next_out < job.num_outs { (OUTS / 4).div_ceil(num_row_blocks) } else { 0 };
+                    let quads = quads.min((OUTS / 4).saturating_sub(block * quads));
+                    let ahead = (next_out + block * (OUTS / 4).div_ceil(num_row_blocks) * 4) * k + next_step * STEP;
+                    let mut operands = Operands {
+                        a: a.as_ptr(),
+                        a_second: a.as_ptr().wrapping_add(second * k),
+                        a_stride: k * size_of::<bf16>(),
+                        b: b.as_ptr(),
+                        b_second: b.as_ptr().wrapping_add(group_lines),
+                        b_stride: columns * size_of::<u32>(),
+                        ahead: job.w.as_ptr().wrapping_add(ahead),
+                        quads,
+                    };
+                    // SAFETY: tiles are configured. `whole` steps of `num_outs` rows of W lie in `job.w`; the group, and the
+                    // next one if `is_pair`, have `steps` packed steps; `tail` has a line for every row; `c` has four tiles.
+                    unsafe {
+                        if stretch == 0 {
+                            tiles.zero()
+                        } else {
+                            tiles.load(c)
+                        }
+                        tiles.multiply(&mut operands, whole, is_pair);
+                        if has_tail {
+                            operands.a = tail.as_ptr().cast();
+                            operands.a_second = tail.as_ptr().wrapping_add(second).cast();
+                            operands.a_stride = size_of::<Line>();
+                            operands.quads = 0;
+                            tiles.multiply(&mut operands, 1, is_pair);
+                        }
+                        tiles.store(c);
+                    }
+                    if is_last {
+                        for (i, tile) in c.chunks_exact(TILE_LINES).enumerate() {
+                            let (first_row, first_out) = ((group + i % 2) * GROUP, i / 2 * GROUP);
+                            if first_row < job.rows && first_out < num_outs {
+                                let num_rows = GROUP.min(job.rows - first_row);
+                                let width = GROUP.min(num_outs - first_out);
+                                // SAFETY: handed on to the caller.
+                                unsafe {
+                                    store(job.out, tile, first_row, num_rows, job.first_out + out + first_out, width)
+                                };
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Writes one tile, transposed, to y\[first_row.., first_out..\].
+///
+/// # Safety
+/// AVX-512 is there; the calling thread owns the outputs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn store(out: &Output<'_>, tile: &[Line], first_row: usize, num_rows: usize, first_out: usize, width: usize) {
+    let sources: [*const f32; TILE_LINES] = std::array::from_fn(|i| tile[i].0.as_ptr().cast());
+    // SAFETY: every source is a line.
+    let rows = unsafe { transpose(&sources) };
+    let mask = |len: usize| ((1u32 << len) - 1) as __mmask16;
+    let bias = out.bias.map(|bias| {
+        let bias = &bias[first_out..first_out + width];
+        // SAFETY: the mask names the elements of `bias`.
+        unsafe { _mm512_maskz_loadu_ps(mask(bias.len()), bias.as_ptr()) }
+    });
+    for (row, &sums) in rows.iter().enumerate().take(num_rows) {
+        let sums = if let Some(bias) = bias { _mm512_add_ps(sums, bias) } else { sums };
+        // SAFETY: handed on to the caller.
+        let y = unsafe { out.row(first_row + row, first_out..first_out + width) };
+        // SAFETY: the mask names the elements of `y`.
+        unsafe { _mm512_mask_storeu_ps(y.as_mut_ptr(), mask(y.len()), sums) };
+    }
+}
+
+/// Where the tiles of one block come from; moved on by every step.
+struct Operands {
+    a: *const bf16,
+    a_second: *const bf16,
+    a_stride: usize,
+    b: *const Line,
+    b_second: *const Line,
+    b_stride: usize,
+    /// What to prefetch: `4 quads` lines a step.
+    ahead: *const bf16,
+    quads: usize,
+}
+
+/// This thread's tile registers, between configuration and release. Nothing else in the process uses them.
+struct Tiles {
+    /// What they are configured for: outs and columns.
+    shape: (usize, usize),
+}
+
+/// The operand of `ldtilecfg`.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Tiles {
+    /// # Safety
+    /// AMX is there and permitted.
+    unsafe fn new() -> Self {
+        Self { shape: (0, 0) }
+    }
+
+    /// Shapes the tiles for a block of `num_outs` outs (at most 32) and `columns` rows of x (at most 16).
+    ///
+    /// # Safety
+    /// AMX is there and permitted.
+    unsafe fn configure(&mut self, num_outs: usize, columns: usize) {
+        if self.shape == (num_outs, columns) {
+            return;
+        }
+        self.shape = (num_outs, columns);
+        let first = num_outs.min(GROUP) as u8;
+        let second = if num_outs > GROUP { (num_outs - GROUP) as u8 } else { first };
+        let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        config.rows[..8].copy_from_slice(&[first, first, second, second, first, second, 16, 16]);
+        let narrow = 4 * columns as u16;
+        config.row_bytes[..8].copy_from_slice(&[narrow, narrow, narrow, narrow, 64, 64, narrow, narrow]);
+        // SAFETY: 64 bytes of a valid palette 1 configuration: at most 16 rows of at most 64 bytes.
+        unsafe {
+            asm!("ldtilecfg [{0}]", in(reg) &raw const config, options(nostack),
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _);
+        }
+    }
+
+    /// C = 0.
+    ///
+    /// # Safety
+    /// Configured.
+    unsafe fn zero(&mut self) {
+        // SAFETY: touches tile registers only.
+        unsafe { asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem)) };
+    }
+
+    /// C = `c`, four tiles.
+    ///
+    /// # Safety
+    /// Configured; `c` has `C_LINES`.
+    unsafe fn load(&mut self, c: &[Line]) {
+        // SAFETY: four tiles of 16 lines are read, which `c` has.
+        unsafe {
+            asm!(
+                "tileloadd tmm0, [{c} + {s}*1]",
+                "tileloadd tmm1, [{c} + {s}*1 + 1024]",
+                "tileloadd tmm2, [{c} + {s}*1 + 2048]",
+                "tileloadd tmm3, [{c} + {s}*1 + 3072]",
+                c = in(reg) c.as_ptr(), s = in(reg) size_of::<Line>(), options(nostack, readonly),
+            );
+        }
+    }
+
+    /// `c` = C.
+    ///
+    /// # Safety
+    /// Configured; `c` has `C_LINES`.
+    unsafe fn store(&mut self, c: &mut [Line]) {
+        // SAFETY: four tiles of at most 16 lines are written, which `c` has.
+        unsafe {
+            asm!(
+                "tilestored [{c} + {s}*1], tmm0",
+                "tilestored [{c} + {s}*1 + 1024], tmm1",
+                "tilestored [{c} + {s}*1 + 2048], tmm2",
+                "tilestored [{c} + {s}*1 + 3072], tmm3",
+                c = in(reg) c.as_mut_ptr(), s = in(reg) size_of::<Line>(), options(nostack),
+            );
+        }
+    }
+
+    /// C += A B over `steps` steps; the second column of tiles only if `is_pair` (16 columns each then).
+    ///
+    /// # Safety
+    /// Configured; A and B can be read for all steps.
+    unsafe fn multiply(&mut self, o: &mut Operands, steps: usize, is_pair: bool) {
+        if steps == 0 {
+            return;
+        }
+        if is_pair {
+            // SAFETY: as the caller promises; a prefetch may name any address. It walks down rows of W, a column of
+            // lines a step, beside sums that take longer than the memory does.
+            unsafe {
+                asm!(
+                    "2:",
+                    "tileloadd tmm6, [{b0} + {sb}*1]",
+                    "tileloadd tmm4, [{a0} + {sa}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{b1} + {sb}*1]",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {sa}*1]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "mov {at}, {ahead}",
+                    "mov {n}, {quads}",
+                    "test {n}, {n}",
+                    "jz 4f",
+                    "3:",
+                    "prefetcht1 [{at}]",
+                    "prefetcht1 [{at} + {sa}*1]",
+                    "lea {at}, [{at} + {sa}*2]",
+                    "prefetcht1 [{at}]",
+                    "prefetcht1 [{at} + {sa}*1]",
+                    "lea {at}, [{at} + {sa}*2]",
+                    "dec {n}",
+                    "jnz 3b",
+                    "4:",
+                    "add {ahead}, 64",
+                    "add {a0}, 64",
+                    "add {a1}, 64",
+                    "add {b0}, 1024",
+                    "add {b1}, 1024",
+                    "dec {steps}",
+                    "jnz 2b",
+                    a0 = inout(reg) o.a, a1 = inout(reg) o.a_second, sa = in(reg) o.a_stride,
+                    b0 = inout(reg) o.b, b1 = inout(reg) o.b_second, sb = in(reg) size_of::<Line>(),
+                    steps = inout(reg) steps => _, ahead = inout(reg) o.ahead, quads = in(reg) o.quads,
+                    at = out(reg) _, n = out(reg) _,
+                    options(nostack, readonly),
+                );
+            }
+        } else {
+            // SAFETY: as above. The prefetch takes lines as they lie in memory: W streams.
+            unsafe {
+                asm!(
+                    "2:",
+                    "tileloadd tmm6, [{b0} + {sb}*1]",
+                    "tileloadd tmm4, [{a0} + {sa}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tileloadd tmm5, [{a1} + {sa}*1]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "mov {n}, {quads}",
+                    "test {n}, {n}",
+                    "jz 4f",
+                    "3:",
+                    "prefetcht1 [{ahead}]",
+                    "prefetcht1 [{ahead} + 64]",
+                    "prefetcht1 [{ahead} + 128]",
+                    "prefetcht1 [{ahead} + 192]",
+                    "add {ahead}, 256",
+                    "dec {n}",
+                    "jnz 3b",
+                    "4:",
+                    "add {a0}, 64",
+                    "add {a1}, 64",
+                    "add {b0}, {b_step}",
+                    "dec {steps}",
+                    "jnz 2b",
+                    a0 = inout(reg) o.a, a1 = inout(reg) o.a_second, sa = in(reg) o.a_stride,
+                    b0 = inout(reg) o.b, sb = in(reg) o.b_stride, b_step = in(reg) 16 * o.b_stride,
+                    steps = inout(reg) steps => _, ahead = inout(reg) o.ahead, quads = in(reg) o.quads,
+                    n = out(reg) _,
+                    options(nostack, readonly),
+                );
+            }
+        }
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: touches tile registers only; allowed without a configuration too.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}

@@ -1,0 +1,160 @@
+//! Weight matrices as `linear` and `embed` read them: row-stacked parts, each used where it lies.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::model::weights::{Tensor, TensorData};
+
+/// One `[out, in]` matrix made of one or several row-stacked parts. A part whose element type the compute type cannot
+/// use is converted once, here; all others stay where they are mapped.
+pub struct CpuMatrix {
+    parts: Vec<Part>,
+    in_features: usize,
+    out_features: usize,
+    extra_bytes: u64,
+}
+
+struct Part {
+    tensor: Tensor,
+    /// Rows of the stacked matrix before this part.
+    first_row: usize,
+    num_rows: usize,
+}
+
+/// Elements of some rows, `[num_rows, in]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+    /// Half precision.
+    F16(&'a [f16]),
+}
+
+impl CpuMatrix {
+    /// Stacks `parts` (each `[out_i, in]`) for use with activations of type `compute`.
+    pub fn new(parts: &[Tensor], compute: DType) -> Result<Self> {
+        let mut matrix =
+            Self { parts: Vec::with_capacity(parts.len()), in_features: 0, out_features: 0, extra_bytes: 0 };
+        for tensor in parts {
+            let &[num_rows, in_features] = tensor.shape.as_slice() else {
+                return Err(shape_error("[out, in]".into(), format!("{} of {:?}", tensor.name, tensor.shape)));
+            };
+            if !matrix.parts.is_empty() && in_features != matrix.in_features {
+                let expected = format!("[out, {}]", matrix.in_features);
+                return Err(shape_error(expected, format!("{} of {:?}", tensor.name, tensor.shape)));
+            }
+            let tensor = if compute == DType::F32 || compute == tensor.dtype {
+                tensor.clone()
+            } else {
+                let converted = convert(tensor, compute)?;
+                matrix.extra_bytes += (converted.num_elems() * compute.size_bytes()) as u64;
+                converted
+            };
+            weights(&tensor)?;
+            matrix.parts.push(Part { tensor, first_row: matrix.out_features, num_rows });
+            matrix.in_features = in_features;
+            matrix.out_features += num_rows;
+        }
+        if matrix.parts.is_empty() {
+            return Err(shape_error("at least one part".into(), "none".into()));
+        }
+        Ok(matrix)
+    }
+
+    /// Columns: the width of an input row.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Rows of all parts.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Bytes of converted copies.
+    pub fn extra_bytes(&self) -> u64 {
+        self.extra_bytes
+    }
+
+    /// Bytes that one sweep over all rows reads.
+    pub fn num_bytes(&self) -> u64 {
+        self.parts.iter().map(|p| (p.tensor.num_elems() * p.tensor.dtype.size_bytes()) as u64).sum()
+    }
+
+    /// The parts: first row of each in the stacked matrix, number of rows, elements.
+    pub fn parts(&self) -> impl Iterator<Item = Result<(usize, usize, Weights<'_>)>> {
+        self.parts.iter().map(|p| Ok((p.first_row, p.num_rows, weights(&p.tensor)?)))
+    }
+
+    /// Writes row `row` to `dst` (`[in]`), widened to f32.
+    pub fn widen_row(&self, row: usize, dst: &mut [f32]) -> Result<()> {
+        let n = self.in_features;
+        let part = self.parts.iter().find(|p| (p.first_row..p.first_row + p.num_rows).contains(&row));
+        let (Some(part), true) = (part, dst.len() == n) else {
+            let expected = format!("a row below {} and {n} elements", self.out_features);
+            return Err(shape_error(expected, format!("row {row} and {} elements", dst.len())));
+        };
+        let at = (row - part.first_row) * n;
+        match weights(&part.tensor)? {
+            Weights::F32(w) => dst.copy_from_slice(&w[at..at + n]),
+            Weights::Bf16(w) => dst.iter_mut().zip(&w[at..]).for_each(|(d, s)| *d = s.to_f32()),
+            Weights::F16(w) => dst.iter_mut().zip(&w[at..]).for_each(|(d, s)| *d = s.to_f32()),
+        }
+        Ok(())
+    }
+}
+
+fn shape_error(expected: String, got: String) -> Error {
+    Error::Shape { op: "matrix", expected, got }
+}
+
+/// The elements of `tensor`, typed; an error when there are too few or they are not aligned.
+fn weights(tensor: &Tensor) -> Result<Weights<'_>> {
+    let bytes = tensor.bytes();
+    let len = tensor.num_elems();
+    let misfit = |why: String| shape_error(format!("{len} aligned elements of {}", tensor.dtype), why);
+    let cast_error = |e: bytemuck::PodCastError| misfit(format!("{}: {e}", tensor.name));
+    let (typed, got) = match tensor.dtype {
+        DType::F32 => {
+            let w = bytemuck::try_cast_slice(bytes).map_err(cast_error)?;
+            (Weights::F32(w), w.len())
+        }
+        DType::Bf16 => {
+            let w = bytemuck::try_cast_slice(bytes).map_err(cast_error)?;
+            (Weights::Bf16(w), w.len())
+        }
+        DType::F16 => {
+            let w = bytemuck::try_cast_slice(bytes).map_err(cast_error)?;
+            (Weights::F16(w), w.len())
+        }
+    };
+    if got == len { Ok(typed) } else { Err(misfit(format!("{got} in {}", tensor.name))) }
+}
+
+/// A copy of `tensor` as `to`, rounded to nearest even.
+fn convert(tensor: &Tensor, to: DType) -> Result<Tensor> {
+    let elems = weights(tensor)?;
+    let at = |i: usize| match elems {
+        Weights::F32(w) => w[i],
+        Weights::Bf16(w) => w[i].to_f32(),
+        Weights::F16(w) => w[i].to_f32(),
+    };
+    let bits = |i: usize| match to {
+        DType::Bf16 => u32::from(bf16::from_f32(at(i)).to_bits()),
+        DType::F16 => u32::from(f16::from_f32(at(i)).to_bits()),
+        DType::F32 => at(i).to_bits(),
+    };
+    let len = tensor.num_elems();
+    let data: Arc<[u32]> = if to == DType::F32 {
+        (0..len).map(bits).collect()
+    } else {
+        // Two elements a word, the first one in the low half.
+        (0..len.div_ceil(2)).map(|i| bits(2 * i) | if 2 * i + 1 < len { bits(2 * i + 1) << 16 } else { 0 }).collect()
+    };
+    Ok(Tensor { name: tensor.name.clone(), dtype: to, shape: tensor.shape.clone(), data: TensorData::Owned(data) })
+}
