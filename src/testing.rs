@@ -1,1 +1,4 @@
 //! Float64 oracles, fills and tolerances, shared by tests and benches.
+
+pub mod fill;
+pub mod oracle;

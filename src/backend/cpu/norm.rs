@@ -1,0 +1,216 @@
+//! `add_rms_norm`: the residual addition, the norm that follows it, and the step similarity.
+//!
+//! formula: x' = x + delta; y = x' * rsqrt(mean(x'^2) + eps) * weight, rounded once; similarity = cos(x, x')
+//! work split: rows
+//! numerics: f32 sums in `LANES` partial sums and a fixed tree, whatever the number of rows
+//! traffic: x twice, delta and y once
+//! oracle: `testing::oracle::rms_norm`; tests: `tests/kernels/elementwise.rs`
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::elem::{Elem, load_part, store_part};
+use super::pool::{SharedMut, ThreadPool, share};
+use super::simd::SimdLevel;
+use super::vector::{Kernel, Vector, dispatch};
+use crate::error::{Error, Result};
+
+/// Elements below which one thread does an elementwise op alone: waking the others costs about as much as the work.
+pub(crate) const THREAD_ELEMS: usize = 16 * 1024;
+
+/// The arguments of `add_rms_norm`; `T` is the compute type.
+pub struct AddRmsNormArgs<'a, T> {
+    /// Rows of `x`, `delta` and `y` to work on.
+    pub rows: Range<usize>,
+    /// `[T, hidden]`, updated in place.
+    pub x: &'a mut [f32],
+    /// `[T, hidden]`, added first.
+    pub delta: Option<&'a [f32]>,
+    /// `[hidden]`; `None` stops after the addition.
+    pub weight: Option<&'a [f32]>,
+    /// `[T, hidden]`, written when there is a weight.
+    pub y: &'a mut [T],
+    /// `[rows.len()]`: cosine of each row before and after the addition; 0 where a norm is 0.
+    pub step_similarity: Option<&'a mut [f32]>,
+    /// Row width.
+    pub hidden: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// See [`AddRmsNormArgs`].
+pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddRmsNormArgs<'_, T>) -> Result<()> {
+    let AddRmsNormArgs { rows, x, delta, weight, y, mut step_similarity, hidden, eps } = args;
+    let shape = |expected: String, got: String| Err(Error::Shape { op: "add_rms_norm", expected, got });
+    let need = rows.end * hidden;
+    if rows.start > rows.end || hidden == 0 || x.len() < need || delta.is_some_and(|d| d.len() < need) {
+        return shape(format!("x and delta of {need} elements"), format!("x {}", x.len()));
+    }
+    if weight.is_some_and(|w| w.len() != hidden || y.len() < need) {
+        return shape(format!("a weight of {hidden}, y of {need} elements"), format!("y {}", y.len()));
+    }
+    if step_similarity.as_ref().is_some_and(|s| s.len() != rows.len()) {
+        return shape(format!("{} step similarities", rows.len()), "another number".into());
+    }
+    if delta.is_none() && weight.is_none() && step_similarity.is_none() {
+        return Ok(());
+    }
+    let (wants_similarity, similarity) = match step_similarity.as_deref_mut() {
+        Some(s) => (true, s),
+        None => (false, &mut [][..]),
+    };
+    let job = Job {
+        first: rows.start,
+        x: SharedMut::new(x),
+        delta,
+        weight,
+        y: SharedMut::new(y),
+        similarity: SharedMut::new(similarity),
+        wants_similarity,
+        hidden,
+        eps,
+    };
+    let threads = pool.num_threads();
+    if threads == 1 || rows.len() * hidden < THREAD_ELEMS || rows.len() == 1 {
+        dispatch(level, Turn { job: &job, rows });
+        return Ok(());
+    }
+    pool.run(&|idx| {
+        let part = share(rows.len(), 1, idx, threads);
+        dispatch(level, Turn { job: &job, rows: rows.start + part.start..rows.start + part.end });
+    });
+    Ok(())
+}
+
+struct Job<'a, T> {
+    /// The first row of all, whose similarity is entry 0.
+    first: usize,
+    x: SharedMut<'a, f32>,
+    delta: Option<&'a [f32]>,
+    weight: Option<&'a [f32]>,
+    y: SharedMut<'a, T>,
+    similarity: SharedMut<'a, f32>,
+    wants_similarity: bool,
+    hidden: usize,
+    eps: f32,
+}
+
+struct Turn<'a, T> {
+    job: &'a Job<'a, T>,
+    rows: Range<usize>,
+}
+
+impl<T: Elem> Kernel for Turn<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Vector>(self, v: V) {
+        let job = self.job;
+        for row in self.rows {
+            let at = row * job.hidden..(row + 1) * job.hidden;
+            // SAFETY: threads have different rows.
+            let x = unsafe { job.x.range(at.clone()) };
+            let mut square = None;
+            if let Some(delta) = job.delta {
+                let sums = add(v, x, &delta[at.clone()], job.wants_similarity);
+                square = Some(sums.after);
+                if job.wants_similarity {
+                    // SAFETY: as above.
+                    let out = unsafe { job.similarity.range(row - job.first..row - job.first + 1) };
+                    out[0] = cosine(&sums);
+                }
+            } else if job.wants_similarity {
+                let sum = sum_squares(v, x);
+                square = Some(sum);
+                // SAFETY: as above.
+                let out = unsafe { job.similarity.range(row - job.first..row - job.first + 1) };
+                out[0] = cosine(&Sums { before: sum, after: sum, product: sum });
+            }
+            if let Some(weight) = job.weight {
+                let square = square.unwrap_or_else(|| sum_squares(v, x));
+                // SAFETY: as above.
+                let y = unsafe { job.y.range(at) };
+                normalize(v, x, inv_rms(square, job.hidden, job.eps), weight, y);
+            }
+        }
+    }
+}
+
+/// Sums over a row before and after an addition.
+struct Sums {
+    before: f32,
+    after: f32,
+    product: f32,
+}
+
+fn cosine(sums: &Sums) -> f32 {
+    let norms = (f64::from(sums.before) * f64::from(sums.after)).sqrt();
+    if norms > 0.0 { (f64::from(sums.product) / norms) as f32 } else { 0.0 }
+}
+
+/// 1 / sqrt(square / n + eps)
+#[inline(always)]
+pub(super) fn inv_rms(square: f32, n: usize, eps: f32) -> f32 {
+    1.0 / (square / n as f32 + eps).sqrt()
+}
+
+/// `x += delta`, and the sums wanted.
+#[inline(always)]
+fn add<V: Vector>(v: V, x: &mut [f32], delta: &[f32], similarity: bool) -> Sums {
+    let zero = v.splat(0.0);
+    let (mut before, mut after, mut product) = (zero, zero, zero);
+    let mut xs = x.chunks_exact_mut(V::LANES);
+    let mut ds = delta.chunks_exact(V::LANES);
+    for (x, d) in xs.by_ref().zip(ds.by_ref()) {
+        let a = v.load(x);
+        let b = v.add(a, v.load(d));
+        v.store(b, x);
+        after = v.fma(b, b, after);
+        if similarity {
+            before = v.fma(a, a, before);
+            product = v.fma(a, b, product);
+        }
+    }
+    let rest = xs.into_remainder();
+    if !rest.is_empty() {
+        let a = load_part(v, &*rest);
+        let b = v.add(a, load_part(v, ds.remainder()));
+        store_part(v, b, rest);
+        after = v.fma(b, b, after);
+        before = v.fma(a, a, before);
+        product = v.fma(a, b, product);
+    }
+    Sums { before: v.reduce_add(before), after: v.reduce_add(after), product: v.reduce_add(product) }
+}
+
+/// The same bits as [`add`] yields for the same row.
+#[inline(always)]
+pub(super) fn sum_squares<V: Vector>(v: V, x: &[f32]) -> f32 {
+    let mut sum = v.splat(0.0);
+    let mut xs = x.chunks_exact(V::LANES);
+    for x in xs.by_ref() {
+        let x = v.load(x);
+        sum = v.fma(x, x, sum);
+    }
+    if !xs.remainder().is_empty() {
+        let x = load_part(v, xs.remainder());
+        sum = v.fma(x, x, sum);
+    }
+    v.reduce_add(sum)
+}
+
+/// `y = x * inv * weight`, rounded once.
+#[inline(always)]
+pub(super) fn normalize<V: Vector, T: Elem>(v: V, x: &[f32], inv: f32, weight: &[f32], y: &mut [T]) {
+    let inv = v.splat(inv);
+    let mut xs = x.chunks_exact(V::LANES);
+    let mut ws = weight.chunks_exact(V::LANES);
+    let mut ys = y.chunks_exact_mut(V::LANES);
+    for ((x, w), y) in xs.by_ref().zip(ws.by_ref()).zip(ys.by_ref()) {
+        T::store(v, v.mul(v.mul(v.load(x), inv), v.load(w)), y);
+    }
+    let rest = ys.into_remainder();
+    if !rest.is_empty() {
+        let y = v.mul(v.mul(load_part(v, xs.remainder()), inv), load_part(v, ws.remainder()));
+        store_part(v, y, rest);
+    }
+}

@@ -1,0 +1,304 @@
+//! `rope_append`: fused qkv rows become q and cache entries; and `kv_copy_blocks`.
+//!
+//! formula: per head (x RMS-normed first where the family does), for i below D/2 and angle a_i = position * inv_freq\[i\]:
+//! y\[i\] = x\[i\] cos a_i - x\[i + D/2\] sin a_i, y\[i + D/2\] = x\[i + D/2\] cos a_i + x\[i\] sin a_i; v is only rounded
+//! work split: rows
+//! numerics: the angle is an f32 product, as transformers computes it; cos and sin of that f32, correctly rounded
+//! traffic: qkv once, q, k and v once
+//! oracle: `testing::oracle::rope`; tests: `tests/kernels/elementwise.rs`
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::elem::{Elem, load_part, store_part};
+use super::elementwise::for_rows;
+use super::norm::{inv_rms, sum_squares};
+use super::pool::{SharedMut, ThreadPool};
+use super::simd::SimdLevel;
+use super::vector::{Kernel, Vector, dispatch};
+use crate::backend::BlockCopy;
+use crate::error::{Error, Result};
+use crate::kv::KvLayout;
+
+/// The arguments of `rope_append`; `T` is the compute type.
+pub struct RopeAppendArgs<'a, T> {
+    /// Rows of `qkv`, `q`, `positions` and `slots` to work on.
+    pub rows: Range<usize>,
+    /// `[T, (Hq + 2 Hkv) * D]`: q heads, then k heads, then v heads.
+    pub qkv: &'a [f32],
+    /// `[T, Hq, D]`, written.
+    pub q: &'a mut [T],
+    /// K of one layer, written at `slots`.
+    pub k_cache: &'a mut [T],
+    /// V of one layer, written at `slots`.
+    pub v_cache: &'a mut [T],
+    /// `[T]`: what RoPE uses.
+    pub positions: &'a [u32],
+    /// `[T]`: `block_id * block_size + offset`, no two alike.
+    pub slots: &'a [u32],
+    /// `[D / 2]`, radians per position.
+    pub inv_freq: &'a [f32],
+    /// Multiplies cos and sin.
+    pub rope_scale: f32,
+    /// Weight `[D]` and eps of the per-head q norm.
+    pub q_norm: Option<(&'a [f32], f32)>,
+    /// Weight `[D]` and eps of the per-head k norm.
+    pub k_norm: Option<(&'a [f32], f32)>,
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// Geometry of the cache.
+    pub layout: &'a KvLayout,
+}
+
+/// What the layers of a step have in common: kept between calls, so that the first layer alone pays for it.
+#[derive(Default)]
+pub struct RopeScratch {
+    /// Rows' positions of the last call, and what the table was made with.
+    positions: Vec<u32>,
+    inv_freq: Vec<f32>,
+    rope_scale: f32,
+    /// Distinct positions, ascending.
+    distinct: Vec<u32>,
+    /// `[distinct, 2, D / 2]`: cos, then sin.
+    table: Vec<f32>,
+    /// Slots of the last call, found distinct.
+    slots: Vec<u32>,
+    sorted_slots: Vec<u32>,
+}
+
+impl RopeScratch {
+    fn prepare(&mut self, positions: &[u32], inv_freq: &[f32], scale: f32) {
+        if self.positions == positions && self.inv_freq == inv_freq && self.rope_scale == scale {
+            return;
+        }
+        copy(&mut self.positions, positions);
+        self.inv_freq.clear();
+        self.inv_freq.extend_from_slice(inv_freq);
+        self.rope_scale = scale;
+        copy(&mut self.distinct, positions);
+        self.distinct.sort_unstable();
+        self.distinct.dedup();
+        self.table.clear();
+        for &position in &self.distinct {
+            let angle = |f: &f32| f64::from(position as f32 * f);
+            self.table.extend(inv_freq.iter().map(|f| angle(f).cos() as f32 * scale));
+            self.table.extend(inv_freq.iter().map(|f| angle(f).sin() as f32 * scale));
+        }
+    }
+
+    /// Whether no slot is named twice.
+    fn distinct_slots(&mut self, slots: &[u32]) -> bool {
+        if self.slots == slots {
+            return true;
+        }
+        copy(&mut self.sorted_slots, slots);
+        self.sorted_slots.sort_unstable();
+        if self.sorted_slots.windows(2).any(|w| w[0] == w[1]) {
+            return false;
+        }
+        copy(&mut self.slots, slots);
+        true
+    }
+}
+
+fn copy(to: &mut Vec<u32>, from: &[u32]) {
+    to.clear();
+    to.extend_from_slice(from);
+}
+
+/// See [`RopeAppendArgs`].
+pub fn rope_append<T: Elem>(
+    level: SimdLevel,
+    pool: &mut ThreadPool,
+    scratch: &mut RopeScratch,
+    args: RopeAppendArgs<'_, T>,
+) -> Result<()> {
+    check(&args)?;
+    let rows = args.rows.clone();
+    let slots = &args.slots[rows.clone()];
+    if !scratch.distinct_slots(slots) {
+        return Err(Error::Shape {
+            op: "rope_append",
+            expected: "distinct slots".into(),
+            got: "one named twice".into(),
+        });
+    }
+    scratch.prepare(&args.positions[rows.clone()], args.inv_freq, args.rope_scale);
+    let width = (args.num_q_heads + 2 * args.layout.num_kv_heads) * args.layout.head_dim;
+    let job = Job {
+        qkv: args.qkv,
+        q: SharedMut::new(args.q),
+        k_cache: SharedMut::new(args.k_cache),
+        v_cache: SharedMut::new(args.v_cache),
+        positions: args.positions,
+        slots: args.slots,
+        distinct: &scratch.distinct,
+        table: &scratch.table,
+        q_norm: args.q_norm,
+        k_norm: args.k_norm,
+        num_q_heads: args.num_q_heads,
+        layout: args.layout,
+    };
+    for_rows(pool, rows, width, &|rows| dispatch(level, Turn { job: &job, rows }));
+    Ok(())
+}
+
+fn check<T: Elem>(args: &RopeAppendArgs<'_, T>) -> Result<()> {
+    let layout = args.layout;
+    let (rows, dim) = (&args.rows, layout.head_dim);
+    let shape = |expected: String, got: String| Err(Error::Shape { op: "rope_append", expected, got });
+    if rows.start > rows.end || dim % 2 != 0 || args.inv_freq.len() != dim / 2 {
+        return shape(format!("an even head_dim, {} frequencies", dim / 2), args.inv_freq.len().to_string());
+    }
+    let width = (args.num_q_heads + 2 * layout.num_kv_heads) * dim;
+    if args.qkv.len() < rows.end * width || args.q.len() < rows.end * args.num_q_heads * dim {
+        return shape(
+            format!("{} rows of {width} and of {} x {dim}", rows.end, args.num_q_heads),
+            format!("{} and {} elements", args.qkv.len(), args.q.len()),
+        );
+    }
+    if args.positions.len() < rows.end || args.slots.len() < rows.end {
+        return shape(format!("{} positions and slots", rows.end), args.slots.len().to_string());
+    }
+    let cache = layout.num_blocks * layout.block_elems();
+    let num_slots = layout.num_blocks * layout.block_size;
+    if args.k_cache.len() < cache || args.v_cache.len() < cache {
+        return shape(format!("{cache} elements of K and V"), args.k_cache.len().to_string());
+    }
+    if args.slots[rows.clone()].iter().any(|&s| s as usize >= num_slots) {
+        return shape(format!("slots below {num_slots}"), "one beyond".into());
+    }
+    if [args.q_norm, args.k_norm].iter().flatten().any(|(w, _)| w.len() != dim) {
+        return shape(format!("head norm weights of {dim}"), "another length".into());
+    }
+    Ok(())
+}
+
+struct Job<'a, T> {
+    qkv: &'a [f32],
+    q: SharedMut<'a, T>,
+    k_cache: SharedMut<'a, T>,
+    v_cache: SharedMut<'a, T>,
+    positions: &'a [u32],
+    slots: &'a [u32],
+    distinct: &'a [u32],
+    table: &'a [f32],
+    q_norm: Option<(&'a [f32], f32)>,
+    k_norm: Option<(&'a [f32], f32)>,
+    num_q_heads: usize,
+    layout: &'a KvLayout,
+}
+
+struct Turn<'a, T> {
+    job: &'a Job<'a, T>,
+    rows: Range<usize>,
+}
+
+impl<T: Elem> Kernel for Turn<'_, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Vector>(self, v: V) {
+        let job = self.job;
+        let (hq, hkv, dim) = (job.num_q_heads, job.layout.num_kv_heads, job.layout.head_dim);
+        let size = job.layout.block_size;
+        for row in self.rows {
+            let at = job.distinct.binary_search(&job.positions[row]).unwrap_or_default() * dim;
+            let (cos, sin) = job.table[at..at + dim].split_at(dim / 2);
+            let heads = &job.qkv[row * (hq + 2 * hkv) * dim..(row + 1) * (hq + 2 * hkv) * dim];
+            // SAFETY: threads have different rows.
+            let q = unsafe { job.q.range(row * hq * dim..(row + 1) * hq * dim) };
+            for (x, y) in heads.chunks_exact(dim).zip(q.chunks_exact_mut(dim)) {
+                rotate(v, x, job.q_norm, cos, sin, y);
+            }
+            let slot = job.slots[row] as usize;
+            for head in 0..hkv {
+                let to = job.layout.elem(slot / size, head, slot % size);
+                // SAFETY: no two rows have the same slot.
+                let (k, vs) = unsafe { (job.k_cache.range(to..to + dim), job.v_cache.range(to..to + dim)) };
+                rotate(v, &heads[(hq + head) * dim..][..dim], job.k_norm, cos, sin, k);
+                narrow(v, &heads[(hq + hkv + head) * dim..][..dim], vs);
+            }
+        }
+    }
+}
+
+/// Norms one head where asked, and rotates it.
+#[inline(always)]
+fn rotate<V: Vector, T: Elem>(v: V, x: &[f32], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32], y: &mut [T]) {
+    let half = cos.len();
+    let (x0, x1) = x.split_at(half);
+    let (y0, y1) = y.split_at_mut(half);
+    let inv = match norm {
+        Some((_, eps)) => v.splat(inv_rms(sum_squares(v, x), x.len(), eps)),
+        None => v.splat(1.0),
+    };
+    let mut at = 0;
+    while at < half {
+        let n = (half - at).min(V::LANES);
+        let part = at..at + n;
+        let mut a = some(v, &x0[part.clone()]);
+        let mut b = some(v, &x1[part.clone()]);
+        if let Some((w, _)) = norm {
+            a = v.mul(v.mul(a, inv), some(v, &w[part.clone()]));
+            b = v.mul(v.mul(b, inv), some(v, &w[half..][part.clone()]));
+        }
+        let (c, s) = (some(v, &cos[part.clone()]), some(v, &sin[part.clone()]));
+        let r0 = v.sub(v.mul(a, c), v.mul(b, s));
+        let r1 = v.add(v.mul(b, c), v.mul(a, s));
+        if n == V::LANES {
+            T::store(v, r0, &mut y0[part.clone()]);
+            T::store(v, r1, &mut y1[part]);
+        } else {
+            store_part(v, r0, &mut y0[part.clone()]);
+            store_part(v, r1, &mut y1[part]);
+        }
+        at += n;
+    }
+}
+
+#[inline(always)]
+fn some<V: Vector>(v: V, x: &[f32]) -> V::F {
+    if x.len() == V::LANES { v.load(x) } else { load_part(v, x) }
+}
+
+#[inline(always)]
+fn narrow<V: Vector, T: Elem>(v: V, x: &[f32], y: &mut [T]) {
+    let mut xs = x.chunks_exact(V::LANES);
+    let mut ys = y.chunks_exact_mut(V::LANES);
+    for (x, y) in xs.by_ref().zip(ys.by_ref()) {
+        T::store(v, v.load(x), y);
+    }
+    let rest = ys.into_remainder();
+    if !rest.is_empty() {
+        store_part(v, load_part(v, xs.remainder()), rest);
+    }
+}
+
+/// Copies the first `num_slots` slots of each pair's source to its destination, for every kv head.
+pub fn kv_copy_blocks<T: Elem>(
+    copies: &[BlockCopy],
+    k_cache: &mut [T],
+    v_cache: &mut [T],
+    layout: &KvLayout,
+) -> Result<()> {
+    let cache = layout.num_blocks * layout.block_elems();
+    let fits =
+        |c: &BlockCopy| (c.src.max(c.dst) as usize) < layout.num_blocks && c.num_slots as usize <= layout.block_size;
+    if k_cache.len() < cache || v_cache.len() < cache || !copies.iter().all(fits) {
+        return Err(Error::Shape {
+            op: "kv_copy_blocks",
+            expected: format!("blocks below {}, at most {} slots of each", layout.num_blocks, layout.block_size),
+            got: format!("{copies:?}"),
+        });
+    }
+    for copy in copies {
+        let len = copy.num_slots as usize * layout.head_dim;
+        for head in 0..layout.num_kv_heads {
+            let from = layout.elem(copy.src as usize, head, 0);
+            let to = layout.elem(copy.dst as usize, head, 0);
+            k_cache.copy_within(from..from + len, to);
+            v_cache.copy_within(from..from + len, to);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! The ops in float64, one loop after the other, with the rounding points of `backend.rs`. Slow and plain: what every
+//! backend is measured against.
+
+use crate::dtype::DType;
+
+/// Rounds to `dtype` the way a store does.
+pub fn round(dtype: DType, x: f64) -> f64 {
+    match dtype {
+        DType::F32 => f64::from(x as f32),
+        DType::Bf16 => f64::from(half::bf16::from_f32(x as f32).to_f32()),
+        DType::F16 => f64::from(half::f16::from_f32(x as f32).to_f32()),
+    }
+}
+
+/// Distance from 1 to the next number.
+pub fn eps(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => f64::from(f32::EPSILON),
+        DType::Bf16 => 0.007_812_5,
+        DType::F16 => 0.000_976_562_5,
+    }
+}
+
+/// One query against `k` and `v`, both `[n][dim]`: the output rounded to `dtype`, and ln sum exp.
+/// P is rounded, unnormalised, where the tile whose maximum it was scaled by is irrelevant: its relative error is.
+pub fn attention(dtype: DType, q: &[f64], k: &[&[f64]], v: &[&[f64]], sm_scale: f64) -> (Vec<f64>, f64) {
+    let scores: Vec<f64> =
+        k.iter().map(|k| sm_scale * q.iter().zip(k.iter()).map(|(a, b)| a * b).sum::<f64>()).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let mut sum = 0.0;
+    let mut o = vec![0.0; q.len()];
+    for (s, v) in scores.iter().zip(v) {
+        let p = (s - max).exp();
+        sum += p;
+        let p = round(dtype, p);
+        for (o, v) in o.iter_mut().zip(v.iter()) {
+            *o += p * v;
+        }
+    }
+    (o.into_iter().map(|x| round(dtype, x / sum)).collect(), max + sum.ln())
+}
+
+/// `x * rsqrt(mean(x^2) + eps) * weight`, unrounded.
+pub fn rms_norm(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
+    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    let inv = 1.0 / (mean + eps).sqrt();
+    x.iter().zip(weight).map(|(x, w)| x * inv * w).collect()
+}
+
+/// Cosine of two rows; 0 where one is zero.
+pub fn cosine(a: &[f64], b: &[f64]) -> f64 {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let norms = (dot(a, a) * dot(b, b)).sqrt();
+    if norms > 0.0 { dot(a, b) / norms } else { 0.0 }
+}
+
+/// Half-split rotation of one head at `position`; the angle is an f32 product.
+pub fn rope(x: &[f64], position: u32, inv_freq: &[f32], scale: f64) -> Vec<f64> {
+    let half = x.len() / 2;
+    let mut y = vec![0.0; x.len()];
+    for i in 0..half {
+        let angle = f64::from(position as f32 * inv_freq[i]);
+        let (c, s) = (angle.cos() * scale, angle.sin() * scale);
+        y[i] = x[i] * c - x[i + half] * s;
+        y[i + half] = x[i + half] * c + x[i] * s;
+    }
+    y
+}
+
+/// `g * sigmoid(g) * u`, unrounded.
+pub fn silu_mul(g: f64, u: f64) -> f64 {
+    g / (1.0 + (-g).exp()) * u
+}
+
+/// What [`row_stats`] returns.
+#[derive(Clone, Copy, Debug)]
+pub struct Stats {
+    /// Lowest id of the largest logit.
+    pub argmax: usize,
+    /// ln sum exp.
+    pub lse: f64,
+    /// In nats.
+    pub entropy: f64,
+    /// Probability of `argmax`.
+    pub top1: f64,
+    /// Largest minus second largest logit.
+    pub margin: f64,
+}
+
+/// Statistics of a row of finite logits.
+pub fn row_stats(x: &[f32]) -> Stats {
+    let mut argmax = 0;
+    for (i, &v) in x.iter().enumerate() {
+        if v > x[argmax] {
+            argmax = i;
+        }
+    }
+    let max = f64::from(x[argmax]);
+    let second = x
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| *i != argmax)
+        .map(|(_, &v)| f64::from(v))
+        .fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = x.iter().map(|&v| (f64::from(v) - max).exp()).sum();
+    let lse = max + sum.ln();
+    let entropy = x
+        .iter()
+        .map(|&v| {
+            let ln_p = f64::from(v) - lse;
+            -ln_p.exp() * ln_p
+        })
+        .sum();
+    Stats { argmax, lse, entropy, top1: 1.0 / sum, margin: max - second }
+}
+
+/// `1 - 2 <a, b> / (<a, a> + <b, b>)`: 0 where the two are the same, whatever their size.
+pub fn global_difference(a: &[f64], b: &[f64]) -> f64 {
+    let (mut ab, mut squares) = (0.0, 0.0);
+    for (a, b) in a.iter().zip(b) {
+        ab += a * b;
+        squares += a * a + b * b;
+    }
+    if squares == 0.0 { 0.0 } else { 1.0 - 2.0 * ab / squares }
+}
+
+/// Fails with the op, the case, the index and both values where an element is off by more than
+/// `atol + |want| * eps(dtype)`, or all of them together by more than the dtype's global bound.
+pub fn assert_close(what: &str, dtype: DType, atol: f64, got: &[f64], want: &[f64]) {
+    assert_eq!(got.len(), want.len(), "{what}: length");
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        let bound = atol + w.abs() * eps(dtype);
+        assert!((g - w).abs() <= bound, "{what}: index {i}: got {g:e}, want {w:e}, off by more than {bound:e}");
+    }
+    let off = global_difference(got, want);
+    let bound = if dtype == DType::F32 { 1e-5 } else { 1e-3 };
+    assert!(off < bound, "{what}: global difference {off:e}");
+}
