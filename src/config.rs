@@ -77,10 +77,9 @@ impl EngineConfig {
         }
         match self.device.as_str() {
             "auto" | "cpu" => Ok(()),
-            d if d.starts_with("cuda") => Err(Error::Device {
-                device: d.into(),
-                why: "this build has no CUDA backend; use --device cpu".into(),
-            }),
+            d if d.starts_with("cuda") => {
+                Err(Error::Device { device: d.into(), why: "this build has no CUDA backend; use --device cpu".into() })
+            }
             d => Err(Error::config("device", format!("{d:?} is unknown; use auto, cpu or cuda:N"))),
         }
     }

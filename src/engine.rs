@@ -128,7 +128,6 @@ impl Engine {
         let path = sampler::child_path(0, options.path);
         Ok(self.tree.insert(|id| Branch {
             id,
-            parent: None,
             depth: 0,
             num_children: 0,
             path,
@@ -175,7 +174,7 @@ impl Engine {
         parent.num_children += 1;
         let parent = self.tree.get(parent_id)?;
         // Blocks are shared at once unless the parent still has tokens to run or holds none: then when it has run them.
-        let waits = parent.is_runnable() && parent.pending() > 0;
+        let waits = parent.fork_point.is_some() || parent.is_runnable();
         let shares_now = !waits && parent.swapped.is_none();
         let fork_point = waits.then_some(ForkPoint { parent: parent_id, at: parent.tokens.len() });
         let (table, num_computed) = if shares_now {
@@ -185,7 +184,6 @@ impl Engine {
         };
         let child = Branch {
             id: parent_id,
-            parent: Some(parent_id),
             depth: parent.depth + 1,
             num_children: 0,
             path: sampler::child_path(parent.path, ordinal),
@@ -466,9 +464,10 @@ impl Engine {
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         match tokens.iter().find(|&&t| t as usize >= self.model.vocab_size) {
-            Some(t) => {
-                Err(Error::config("tokens", format!("token id {t} is outside the vocabulary of {}", self.model.vocab_size)))
-            }
+            Some(t) => Err(Error::config(
+                "tokens",
+                format!("token id {t} is outside the vocabulary of {}", self.model.vocab_size),
+            )),
             None => Ok(()),
         }
     }
@@ -494,10 +493,12 @@ impl Engine {
 
     /// A branch whose tokens are all computed has no logits at hand: its last token runs again.
     fn reopen_last_row(&mut self, branch: BranchId) -> Result<()> {
-        let b = self.tree.get(branch)?;
-        if b.fork_point.is_none() && b.pending() == 0 {
-            let last = b.tokens.len() - 1;
-            self.uncompute(branch, last)?;
+        let b = self.tree.get_mut(branch)?;
+        let last = b.tokens.len() - 1;
+        match &mut b.fork_point {
+            Some(fork) => fork.at = fork.at.min(last),
+            None if b.num_computed > last => self.uncompute(branch, last)?,
+            None => {}
         }
         Ok(())
     }
@@ -538,6 +539,17 @@ impl Engine {
             heir = Some((child, at));
         }
         Ok(())
+    }
+
+    /// Lets children share what their parents have finished, those included that have nothing to run themselves.
+    fn materialise_ready(&mut self) -> Result<()> {
+        let is_ready = |b: &Branch| {
+            b.fork_point.is_some_and(|f| {
+                self.tree.get(f.parent).is_ok_and(|p| p.fork_point.is_none() && p.num_computed >= f.at)
+            })
+        };
+        let ready: Vec<BranchId> = self.tree.iter().filter(|b| is_ready(b)).map(|b| b.id).collect();
+        ready.into_iter().try_for_each(|id| self.materialise(id))
     }
 
     /// Forks the table of a waiting child from its parent as far as that has come.

@@ -197,7 +197,10 @@ impl<B: Backend> Model<B> {
     }
 
     /// Makes the layers of `store` the second weight set (norms and biases come from it too).
-    #[cfg_attr(not(test), expect(dead_code, reason = "the river loads its own weights; tests load a second checkpoint"))]
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "the river loads its own weights; tests load a second checkpoint")
+    )]
     pub(crate) fn set_river(&mut self, store: &WeightStore) -> Result<()> {
         let load = Loader { backend: &self.backend, store, compute: self.compute, config: &self.config };
         self.river = (0..self.config.num_layers).map(|i| load.layer(i)).collect::<Result<Vec<_>>>()?;
@@ -384,7 +387,13 @@ impl<B: Backend> Model<B> {
     }
 
     /// Copies the queried rows of a sequence that leaves with an answer.
-    fn keep_exit_rows(&mut self, live_seq: usize, batch: &Batch, queries: &[RowQuery], pass: &mut Pass<B>) -> Result<()> {
+    fn keep_exit_rows(
+        &mut self,
+        live_seq: usize,
+        batch: &Batch,
+        queries: &[RowQuery],
+        pass: &mut Pass<B>,
+    ) -> Result<()> {
         let seq = &batch.seqs[pass.live.seq_of(live_seq)];
         let first_live = pass.live.first_row(live_seq);
         let (ids, rows): (Vec<usize>, Vec<u32>) = queries
@@ -394,7 +403,12 @@ impl<B: Backend> Model<B> {
             .map(|(i, q)| (i, (first_live + q.row - seq.rows.start) as u32))
             .unzip();
         let mut dst = self.backend.alloc(DType::F32, rows.len() * self.config.hidden)?;
-        self.backend.gather_rows(GatherRows { rows: &rows, src: &self.ws.x, dst: &mut dst, width: self.config.hidden })?;
+        self.backend.gather_rows(GatherRows {
+            rows: &rows,
+            src: &self.ws.x,
+            dst: &mut dst,
+            width: self.config.hidden,
+        })?;
         pass.exits.push((ids, dst));
         Ok(())
     }

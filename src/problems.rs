@@ -86,7 +86,8 @@ mod tests {
 
     #[test]
     fn lines_with_numbers_and_extra_fields_are_read() {
-        let problems = parse("\n{\"id\":7,\"question\":\"q\",\"answer\":18,\"n_ops\":2}\n{\"question\":\"r\"}\n").unwrap();
+        let problems =
+            parse("\n{\"id\":7,\"question\":\"q\",\"answer\":18,\"n_ops\":2}\n{\"question\":\"r\"}\n").unwrap();
         assert_eq!((problems[0].id.as_str(), problems[0].answer.as_deref()), ("7", Some("18")));
         assert_eq!(problems[1].id, "line-3");
     }

@@ -98,7 +98,6 @@ pub(crate) struct ForkPoint {
 #[derive(Debug)]
 pub(crate) struct Branch {
     pub(crate) id: BranchId,
-    pub(crate) parent: Option<BranchId>,
     pub(crate) depth: u32,
     pub(crate) num_children: u64,
     /// Hash of the path from the root: the key of its draws.
@@ -144,8 +143,9 @@ pub(crate) struct SwappedBlocks {
 }
 
 impl Branch {
+    /// Tokens it has to run itself: those its parent is about to run for it do not count.
     pub(crate) fn pending(&self) -> usize {
-        self.tokens.len() - self.num_computed
+        self.tokens.len() - self.fork_point.map_or(self.num_computed, |f| f.at)
     }
 
     /// It has tokens to run and nobody told it to rest.

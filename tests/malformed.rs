@@ -207,7 +207,12 @@ fn index_cases() -> Vec<Case> {
         case("weight_map a list", INDEX, r#"{"weight_map":[]}"#, "expected an object"),
         case("weight_map empty", INDEX, index(""), "weight_map: empty"),
         case("weight_map to numbers", INDEX, index(r#""a":7"#), "expected a string"),
-        case("index twice", INDEX, index(r#""a":"x.safetensors","a":"y.safetensors""#), "tensor a: twice in weight_map"),
+        case(
+            "index twice",
+            INDEX,
+            index(r#""a":"x.safetensors","a":"y.safetensors""#),
+            "tensor a: twice in weight_map",
+        ),
         case("index with byte order mark", INDEX, "\u{feff}{}", "byte order mark"),
         escape("parent folder", "../model.safetensors"),
         escape("absolute", "/etc/x.safetensors"),
@@ -266,7 +271,9 @@ fn tokenizer_cases() -> Vec<Case> {
             json["decoder"] = serde_json::json!({"type":"WordPiece","prefix":"##","cleanup":true});
         }),
         edit("dropout", "dropout: 0.5", &|json| json["model"]["dropout"] = serde_json::json!(0.5)),
-        edit("two tokens, one id", "stands for both", &|json| json["model"]["vocab"]["zz-twin"] = serde_json::json!(300)),
+        edit("two tokens, one id", "stands for both", &|json| {
+            json["model"]["vocab"]["zz-twin"] = serde_json::json!(300)
+        }),
         edit("absurd id", "id 4000000000", &|json| json["model"]["vocab"]["zz"] = serde_json::json!(4_000_000_000u32)),
         edit("negative id", "loading failed", &|json| json["model"]["vocab"]["zz"] = serde_json::json!(-1)),
         edit("broken expression", "loading failed", &|json| {
@@ -298,7 +305,8 @@ fn tokenizer_cases() -> Vec<Case> {
 
 #[test]
 fn every_malformed_file_is_a_typed_error() {
-    let cases: Vec<Case> = [config_cases(), weights_cases(), index_cases(), tokenizer_cases()].into_iter().flatten().collect();
+    let cases: Vec<Case> =
+        [config_cases(), weights_cases(), index_cases(), tokenizer_cases()].into_iter().flatten().collect();
     assert!(cases.len() >= 60);
     let mut slowest = (Duration::ZERO, "");
     let mut failures = Vec::new();
@@ -372,7 +380,10 @@ fn unusual_but_sound_files_load() {
     std::fs::write(dir.path().join("y.safetensors"), st(&two, 4)).unwrap();
     std::fs::write(dir.path().join(INDEX), r#"{"weight_map":{"a":"x.safetensors","b":"y.safetensors"}}"#).unwrap();
     let store = WeightStore::open(dir.path()).unwrap();
-    assert_eq!((store.get("b", &[0, 7]).unwrap().bytes().len(), store.contains("extra"), store.files().len()), (0, true, 2));
+    assert_eq!(
+        (store.get("b", &[0, 7]).unwrap().bytes().len(), store.contains("extra"), store.files().len()),
+        (0, true, 2)
+    );
     store.check_finite().unwrap();
 }
 

@@ -49,6 +49,13 @@ pub enum CpuBuf {
 
 /// Runs `$body` with `$T` and the named buffers bound to slices of the compute type, which the first of them decides.
 macro_rules! with_type {
+    ($op:literal, [$name:ident = $buf:expr], $body:expr) => {
+        match $buf {
+            CpuBuf::F32($name) => $body,
+            CpuBuf::Bf16($name) => $body,
+            CpuBuf::F16($name) => $body,
+        }
+    };
     ($op:literal, [$($name:ident = $buf:expr),+], $body:expr) => {
         match ($($buf,)+) {
             ($(CpuBuf::F32($name),)+) => $body,

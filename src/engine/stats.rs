@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::Engine;
 use crate::error::Result;
 use crate::kv::block_pool::BlockState;
-use crate::tree::{BranchId, Branch, EndReason, Mode};
+use crate::tree::{Branch, BranchId, EndReason, Mode};
 
 /// A branch at a glance.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -131,7 +131,8 @@ impl Engine {
     pub fn stats(&self, branch: BranchId) -> Result<BranchStats> {
         let b = self.tree.get(branch)?;
         let shared = self.shared_blocks();
-        let blocks_shared = b.table.blocks().iter().filter(|id| shared.get(&id.index()).is_some_and(|&n| n > 1)).count();
+        let blocks_shared =
+            b.table.blocks().iter().filter(|id| shared.get(&id.index()).is_some_and(|&n| n > 1)).count();
         Ok(BranchStats {
             depth: b.depth,
             num_tokens: b.tokens.len(),

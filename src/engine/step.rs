@@ -89,7 +89,8 @@ impl Engine {
             .map(|b| Holder { branch: b.id.index as usize, runnable: b.is_runnable() })
             .collect();
         let block_size = self.layout.block_size;
-        let wanted: usize = candidates.iter().map(|c| c.copy_blocks + c.growth_blocks + c.pending / block_size + 1).sum();
+        let wanted: usize =
+            candidates.iter().map(|c| c.copy_blocks + c.growth_blocks + c.pending / block_size + 1).sum();
         // Counting what could be evicted walks the cache: only when it may matter.
         let evictable = if wanted > self.pool.num_free() { self.cache.num_evictable(&self.pool)? } else { 0 };
         let budget = Budget {
@@ -102,12 +103,13 @@ impl Engine {
 
     fn candidate(&self, b: &Branch) -> Result<Candidate> {
         let block_size = self.layout.block_size;
+        let start = self.fork_start(b);
         let (free_tail_slots, copy_blocks) = match (&b.fork_point, &b.swapped) {
             // A fork of what is not there yet will find a shared tail, and copy it.
-            (Some(fork), _) => {
-                let tail = fork.at % block_size;
-                if tail == 0 { (0, 0) } else { (block_size - tail, 1) }
-            }
+            (Some(_), _) => match start % block_size {
+                0 => (0, 0),
+                tail => (block_size - tail, 1),
+            },
             (None, Some(swapped)) => {
                 let blocks = swapped.num_slots.div_ceil(block_size);
                 (blocks * block_size - swapped.num_slots, blocks)
@@ -123,7 +125,7 @@ impl Engine {
         };
         Ok(Candidate {
             branch: b.id.index as usize,
-            pending: b.pending(),
+            pending: b.tokens.len() - start,
             free_tail_slots,
             copy_blocks,
             after: b.fork_point.map(|f| (f.parent.index as usize, f.at)),
@@ -131,6 +133,16 @@ impl Engine {
             preempted: b.preemptions > 0 && b.table.is_empty(),
             growth_blocks: limit.saturating_sub(b.tokens.len()).div_ceil(block_size),
         })
+    }
+
+    /// Tokens a branch has, or will have from its parent, when its next step begins.
+    fn fork_start(&self, b: &Branch) -> usize {
+        match b.fork_point.map(|f| (f, self.tree.get(f.parent))) {
+            None => b.num_computed,
+            Some((fork, Ok(parent))) if parent.is_runnable() || parent.fork_point.is_some() => fork.at,
+            Some((fork, Ok(parent))) if parent.swapped.is_none() => fork.at.min(parent.num_computed),
+            Some(_) => 0,
+        }
     }
 
     /// An exact branch can always be recomputed; another needs room in the swap space.
@@ -178,10 +190,9 @@ impl Engine {
         if needed > self.pool.num_free() {
             self.cache.evict(needed - self.pool.num_free(), &mut self.pool)?;
         }
-        let mut fresh = self
-            .pool
-            .try_take(needed)
-            .ok_or_else(|| Error::Internal(format!("the plan needs {needed} blocks, {} are free", self.pool.num_free())))?;
+        let mut fresh = self.pool.try_take(needed).ok_or_else(|| {
+            Error::Internal(format!("the plan needs {needed} blocks, {} are free", self.pool.num_free()))
+        })?;
         self.clear_batch();
         let mut reserved = Vec::with_capacity(plan.len());
         for item in plan {
@@ -260,8 +271,7 @@ impl Engine {
         let parent = self.tree.get(fork.parent)?;
         let at = fork.at.min(parent.num_computed + planned);
         let state = parent.state;
-        let table =
-            if parent.swapped.is_some() { None } else { Some(parent.table.fork(&mut self.pool, at)?) };
+        let table = if parent.swapped.is_some() { None } else { Some(parent.table.fork(&mut self.pool, at)?) };
         let c = self.tree.get_mut(child)?;
         match table {
             Some(table) => {
@@ -328,6 +338,7 @@ impl Engine {
                 self.commit_answer(r.branch, answer)?;
             }
         }
+        self.materialise_ready()?;
         self.totals.steps += 1;
         debug_assert!(self.check_integrity().is_ok());
         Ok(summary)

@@ -259,7 +259,8 @@ impl ModelConfig {
         let (h, inter) = (self.hidden, self.intermediate);
         let mut out = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, h])];
         for layer in 0..self.num_layers {
-            let mut put = |name: &str, shape: &[usize]| out.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            let mut put =
+                |name: &str, shape: &[usize]| out.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
             put("input_layernorm.weight", &[h]);
             for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
                 put(&format!("self_attn.{name}_proj.weight"), &[rows, h]);
@@ -410,7 +411,9 @@ fn rope_theta(f: &Fields<'_>) -> Result<f64> {
         if let Some(inner) = rope.opt_number("rope_theta")? {
             match outer {
                 Some(outer) if outer != inner => {
-                    return Err(f.bad(field, format!("rope_theta is {inner} here and {outer} at the top; make them equal")));
+                    return Err(
+                        f.bad(field, format!("rope_theta is {inner} here and {outer} at the top; make them equal"))
+                    );
                 }
                 _ => theta = Some(inner),
             }
@@ -436,7 +439,9 @@ fn sliding_window(f: &Fields<'_>, family: &Family) -> Result<Option<usize>> {
     let sliding_layers = f.strings("layer_types")?.iter().any(|kind| *kind != "full_attention");
     let on = family.sliding_window_on || sliding_layers || f.flag("use_sliding_window")?.unwrap_or(false);
     match window {
-        None if sliding_layers => Err(f.bad("layer_types", "names layers without full attention, and sliding_window is not given")),
+        None if sliding_layers => {
+            Err(f.bad("layer_types", "names layers without full attention, and sliding_window is not given"))
+        }
         window => Ok(window.filter(|_| on)),
     }
 }

@@ -200,7 +200,10 @@ impl WeightStore {
         for shard in &shards {
             let path = dir.join(shard);
             if !path.exists() {
-                return Err(Error::format(index, format!("weight_map names shard {shard}, which is not there; fetch it")));
+                return Err(Error::format(
+                    index,
+                    format!("weight_map names shard {shard}, which is not there; fetch it"),
+                ));
             }
             store.add_file(path)?;
         }

@@ -332,7 +332,12 @@ impl Run {
     }
 
     /// Selects the answer, clears the engine of the problem, and writes the record.
-    pub(super) fn finish(mut self, engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> Result<ProblemResult> {
+    pub(super) fn finish(
+        mut self,
+        engine: &mut Engine,
+        config: &SolverConfig,
+        task: &dyn Task,
+    ) -> Result<ProblemResult> {
         let ballots: Vec<Ballot> = self.branches.iter().map(Candidate::ballot).collect();
         let winner = select(config.select, &ballots).ok_or_else(|| Error::Internal("no branches".into()))?;
         let answer = ballots[winner].answer.clone();

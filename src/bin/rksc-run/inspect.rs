@@ -49,7 +49,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     writeln!(out, "parameters   {}", model.num_params())?;
     writeln!(out, "layers       {} of hidden {}, intermediate {}", model.num_layers, model.hidden, model.intermediate)?;
     writeln!(out, "heads        {} query, {} kv, head_dim {}", model.num_q_heads, model.num_kv_heads, model.head_dim)?;
-    writeln!(out, "vocabulary   {} (embeddings {})", model.vocab_size, if model.tie_word_embeddings { "tied" } else { "untied" })?;
+    writeln!(
+        out,
+        "vocabulary   {} (embeddings {})",
+        model.vocab_size,
+        if model.tie_word_embeddings { "tied" } else { "untied" }
+    )?;
     writeln!(out, "context      {}", model.max_position_embeddings)?;
     writeln!(out, "end tokens   {:?}", source.end_tokens(&model)?)?;
     writeln!(out, "weights      {} tensors, {}", names.len(), human_bytes(store.num_bytes()))?;

@@ -44,7 +44,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut row = |name: &str, bytes: u64, what: &str| writeln!(out, "{name:<22}{:>12}  {what}", human_bytes(bytes));
     row("weights", plan.weight_bytes, "mapped from the file, or random")?;
     row("workspace", plan.workspace_bytes, "activations of the largest pass; touched as used")?;
-    row("KV cache", plan.kv_cache_bytes, &format!("{} blocks of {} tokens; touched as used", plan.kv_blocks, plan.block_size))?;
+    row(
+        "KV cache",
+        plan.kv_cache_bytes,
+        &format!("{} blocks of {} tokens; touched as used", plan.kv_blocks, plan.block_size),
+    )?;
     row("  per token", plan.kv_bytes_per_token, "")?;
     row("  per branch", plan.kv_bytes_per_branch, &format!("{} tokens of its own", args.own))?;
     row("total", plan.weight_bytes + plan.workspace_bytes + plan.kv_cache_bytes, "")?;

@@ -70,7 +70,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn score(engine: &mut Engine, top_k: usize, id: serde_json::Value, tokens: &[u32]) -> anyhow::Result<serde_json::Value> {
+fn score(
+    engine: &mut Engine,
+    top_k: usize,
+    id: serde_json::Value,
+    tokens: &[u32],
+) -> anyhow::Result<serde_json::Value> {
     let branch = engine.prefill(tokens, PrefillOptions::default())?;
     let mut logprobs = vec![f32::NAN; tokens.len()];
     engine.watch(branch, &[], top_k)?;

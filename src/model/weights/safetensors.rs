@@ -62,8 +62,7 @@ pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Store
     let header = header(path, bytes)?;
     let data_start = 8 + header.len();
     explain(path, header, bytes.len() - data_start)?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(bytes).map_err(|e| Error::format(path, format!("header: {e}")))?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| Error::format(path, format!("header: {e}")))?;
 
     let mut out = Vec::new();
     let mut copied = 0;
