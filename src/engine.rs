@@ -8,6 +8,8 @@
 //! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
 //! object, and outputs go to buffers of the caller.
 
+#[cfg(test)]
+mod gate_tests;
 mod open;
 mod stats;
 mod step;

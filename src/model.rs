@@ -197,10 +197,6 @@ impl<B: Backend> Model<B> {
     }
 
     /// Makes the layers of `store` the second weight set (norms and biases come from it too).
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "the river loads its own weights; tests load a second checkpoint")
-    )]
     pub(crate) fn set_river(&mut self, store: &WeightStore) -> Result<()> {
         let load = Loader { backend: &self.backend, store, compute: self.compute, config: &self.config };
         self.river = (0..self.config.num_layers).map(|i| load.layer(i)).collect::<Result<Vec<_>>>()?;

@@ -29,6 +29,17 @@ impl Engine {
 
     /// As [`open`](Self::open), for weights that are at hand.
     pub fn with_weights(config: EngineConfig, model: ModelConfig, store: &WeightStore) -> Result<Self> {
+        Self::with_weight_sets(config, model, store, None)
+    }
+
+    /// As [`with_weights`](Self::with_weights), with a second weight set of the same shape for gates whose effect is
+    /// [`River`](crate::gate::Effect::River).
+    pub fn with_weight_sets(
+        config: EngineConfig,
+        model: ModelConfig,
+        store: &WeightStore,
+        river: Option<&WeightStore>,
+    ) -> Result<Self> {
         config.validate()?;
         let started = Instant::now();
         if config.check_tensors {
@@ -43,7 +54,10 @@ impl Engine {
             max_rows: config.max_batch_tokens,
             max_group_rows: MAX_GROUP_ROWS,
         };
-        let runner = Model::new(backend, model.clone(), store, options)?;
+        let mut runner = Model::new(backend, model.clone(), store, options)?;
+        if let Some(river) = river {
+            runner.set_river(river)?;
+        }
         let block_bytes = layout.block_bytes(model.num_layers);
         let info = ModelInfo {
             name: match &config.model {

@@ -160,7 +160,7 @@ impl Engine {
     }
 
     /// Takes a branch's blocks. An exact branch will be recomputed; any other is swapped out bit for bit.
-    fn preempt(&mut self, index: usize) -> Result<()> {
+    pub(super) fn preempt(&mut self, index: usize) -> Result<()> {
         let Some(id) = self.tree.at(index).map(|b| b.id) else { return Ok(()) };
         let b = self.tree.get_mut(id)?;
         if b.state == BlockState::Exact {
