@@ -17,8 +17,8 @@ use crate::model::fields::read_small;
 mod decode;
 mod stop;
 
-use decode::TokenTable;
 pub use decode::IncrementalDecoder;
+use decode::TokenTable;
 pub use stop::StopMatcher;
 
 /// Larger than the largest vocabulary in use by an order of magnitude.

@@ -25,7 +25,24 @@ impl Rng {
     }
 
     fn text(&mut self, max_chars: usize) -> String {
-        let pieces = ["a", " 7", "\n", "é", "你", "好", "한", "😀", "👩‍👩‍👧", "🇩🇪", " YES", "\u{301}", "ا", "\t", "<think>", "\u{fffd}"];
+        let pieces = [
+            "a",
+            " 7",
+            "\n",
+            "é",
+            "你",
+            "好",
+            "한",
+            "😀",
+            "👩‍👩‍👧",
+            "🇩🇪",
+            " YES",
+            "\u{301}",
+            "ا",
+            "\t",
+            "<think>",
+            "\u{fffd}",
+        ];
         (0..self.below(max_chars + 1)).map(|_| pieces[self.below(pieces.len())]).collect()
     }
 }
@@ -70,7 +87,9 @@ fn single_tokens_and_special_tokens() {
     assert_eq!((tokenizer.token_id("<|eos|>"), tokenizer.token_id("<|nothing|>")), (Some(1), None));
     assert_eq!((tokenizer.token_bytes(413), tokenizer.token_bytes(1)), (&b" YES"[..], &b"<|eos|>"[..]));
     assert!(tokenizer.token_bytes(768).is_empty() && tokenizer.token_bytes(u32::MAX).is_empty());
-    assert!(tokenizer.is_special(0) && tokenizer.is_special(4) && !tokenizer.is_special(5) && !tokenizer.is_special(413));
+    assert!(
+        tokenizer.is_special(0) && tokenizer.is_special(4) && !tokenizer.is_special(5) && !tokenizer.is_special(413)
+    );
     let ids = tokenizer.encode("<|bos|><think>x</think><|eos|>").unwrap();
     assert_eq!(tokenizer.decode(&ids).unwrap(), "<|bos|><think>x</think><|eos|>");
     assert_eq!(tokenizer.decode_visible(&ids).unwrap(), "<think>x</think>");
@@ -173,12 +192,16 @@ fn sentencepiece_files_stream_too() {
 }
 
 #[test]
-fn truncation_in_the_file_does_not_cut_prompts() {
+fn truncation_padding_and_templates_in_the_file_change_nothing() {
     let text = std::fs::read_to_string("models/tinymath/tokenizer.json").unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
     // A stride that is not below max_length makes `tokenizers` panic when it truncates.
     json["truncation"] = serde_json::json!({"direction":"Right","max_length":4,"strategy":"LongestFirst","stride":9});
     json["padding"] = serde_json::json!({"strategy":{"Fixed":64},"direction":"Right","pad_to_multiple_of":null,"pad_id":2,"pad_type_id":0,"pad_token":"<|pad|>"});
+    // And a template that names a special token which is not there makes it panic when it adds special tokens.
+    let item = serde_json::json!([{"SpecialToken":{"id":"[X]","type_id":0}},{"Sequence":{"id":"A","type_id":0}}]);
+    json["post_processor"] =
+        serde_json::json!({"type":"TemplateProcessing","single":item,"pair":item,"special_tokens":{}});
     let tokenizer = Tokenizer::from_bytes(Path::new("tokenizer.json"), json.to_string().as_bytes()).unwrap();
     let text = "Tom has 7 apples. He buys 5 more.";
     assert_eq!(tokenizer.encode(text).unwrap(), bundled().encode(text).unwrap());
@@ -187,7 +210,8 @@ fn truncation_in_the_file_does_not_cut_prompts() {
 /// What a matcher must do, said the slow way: the first end of any stop string, longest first.
 fn first_stop(stops: &[String], text: &str) -> Option<(usize, usize)> {
     for end in 1..=text.len() {
-        let ending = stops.iter().enumerate().filter(|(_, s)| !s.is_empty() && text.as_bytes()[..end].ends_with(s.as_bytes()));
+        let ending =
+            stops.iter().enumerate().filter(|(_, s)| !s.is_empty() && text.as_bytes()[..end].ends_with(s.as_bytes()));
         if let Some((i, s)) = ending.max_by(|a, b| a.1.len().cmp(&b.1.len()).then(b.0.cmp(&a.0))) {
             return Some((end - s.len(), i));
         }

@@ -161,11 +161,11 @@ impl ModelConfig {
         let family = find_family(&f)?;
         if let Some(quant) = f.object("quantization_config")? {
             let method = quant.string("quant_method")?.unwrap_or("unnamed");
-            return Err(unsupported(format!("quantization_config ({method}); use the bf16 or f16 checkpoint: it")));
+            return Err(unsupported(format!("quantization_config ({method}; use the bf16 or f16 checkpoint)")));
         }
         match f.string("hidden_act")?.or(f.string("hidden_activation")?) {
             None | Some("silu" | "swish") => {}
-            Some(other) => return Err(unsupported(format!("hidden_act {other:?} (only silu is)"))),
+            Some(other) => return Err(unsupported(format!("hidden_act {other:?} (use silu)"))),
         }
 
         let hidden = f.count("hidden_size", 1 << 20)?;
@@ -254,7 +254,8 @@ impl ModelConfig {
         let (h, inter) = (self.hidden, self.intermediate);
         let mut out = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, h])];
         for layer in 0..self.num_layers {
-            let mut put = |name: &str, shape: &[usize]| out.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            let mut put =
+                |name: &str, shape: &[usize]| out.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
             put("input_layernorm.weight", &[h]);
             for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
                 put(&format!("self_attn.{name}_proj.weight"), &[rows, h]);
@@ -399,13 +400,15 @@ fn rope_theta(f: &Fields<'_>) -> Result<f64> {
         let Some(rope) = f.object(field)? else { continue };
         match rope.string("rope_type")?.or(rope.string("type")?) {
             None | Some("default") => {}
-            Some(kind) => return Err(unsupported(format!("{field}.rope_type {kind:?} (only \"default\" is)"))),
+            Some(kind) => return Err(unsupported(format!("{field}.rope_type {kind:?} (use \"default\")"))),
         }
         partial_rotary(&rope)?;
         if let Some(inner) = rope.opt_number("rope_theta")? {
             match outer {
                 Some(outer) if outer != inner => {
-                    return Err(f.bad(field, format!("rope_theta is {inner} here and {outer} at the top; make them equal")));
+                    return Err(
+                        f.bad(field, format!("rope_theta is {inner} here and {outer} at the top; make them equal"))
+                    );
                 }
                 _ => theta = Some(inner),
             }
@@ -431,7 +434,9 @@ fn sliding_window(f: &Fields<'_>, family: &Family) -> Result<Option<usize>> {
     let sliding_layers = f.strings("layer_types")?.iter().any(|kind| *kind != "full_attention");
     let on = family.sliding_window_on || sliding_layers || f.flag("use_sliding_window")?.unwrap_or(false);
     match window {
-        None if sliding_layers => Err(f.bad("layer_types", "names layers without full attention, and sliding_window is not given")),
+        None if sliding_layers => {
+            Err(f.bad("layer_types", "names layers without full attention, and sliding_window is not given"))
+        }
         window => Ok(window.filter(|_| on)),
     }
 }
@@ -439,7 +444,7 @@ fn sliding_window(f: &Fields<'_>, family: &Family) -> Result<Option<usize>> {
 fn dtype(f: &Fields<'_>) -> Result<DType> {
     let Some(name) = f.string("dtype")?.or(f.string("torch_dtype")?) else { return Ok(DType::F32) };
     let plain = name.strip_prefix("torch.").unwrap_or(name);
-    plain.parse().map_err(|_| unsupported(format!("dtype {name:?} (bfloat16, float16 and float32 are)")))
+    plain.parse().map_err(|_| unsupported(format!("dtype {name:?} (use bfloat16, float16 or float32)")))
 }
 
 /// How the checkpoint's authors generate, from generation_config.json. Absent fields stay `None`.

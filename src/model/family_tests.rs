@@ -85,7 +85,10 @@ fn named_shapes_have_the_known_sizes() {
     assert_eq!(params("llama-3-8b"), 8_030_261_248);
     for name in ModelConfig::SHAPES {
         let config = ModelConfig::shape(name).unwrap();
-        assert!(config.num_q_heads.is_multiple_of(config.num_kv_heads) && config.eos_ids.iter().all(|&id| (id as usize) < config.vocab_size));
+        assert!(
+            config.num_q_heads.is_multiple_of(config.num_kv_heads)
+                && config.eos_ids.iter().all(|&id| (id as usize) < config.vocab_size)
+        );
     }
     assert!(ModelConfig::shape("gpt-5").unwrap_err().to_string().contains("llama-3-8b"));
 }

@@ -82,8 +82,8 @@ enum Scheme {
 
 impl Scheme {
     fn of(path: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Self> {
-        let decoder = serde_json::to_value(tokenizer.get_decoder())
-            .map_err(|e| Error::format(path, format!("decoder: {e}")))?;
+        let decoder =
+            serde_json::to_value(tokenizer.get_decoder()).map_err(|e| Error::format(path, format!("decoder: {e}")))?;
         Self::from_json(&decoder).map_err(|what| {
             let supported = "supported: ByteLevel, or a Sequence of Replace, ByteFallback, Fuse and Strip";
             Error::format(path, format!("decoder: {what} is not supported ({supported})"))

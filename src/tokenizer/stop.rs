@@ -57,7 +57,9 @@ impl StopMatcher {
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
         let bytes = self.held.as_bytes();
         (bytes.len().saturating_sub(longest.saturating_sub(1))..bytes.len())
-            .find(|&at| self.held.is_char_boundary(at) && self.stops.iter().any(|s| s.as_bytes().starts_with(&bytes[at..])))
+            .find(|&at| {
+                self.held.is_char_boundary(at) && self.stops.iter().any(|s| s.as_bytes().starts_with(&bytes[at..]))
+            })
             .unwrap_or(bytes.len())
     }
 }

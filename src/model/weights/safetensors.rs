@@ -15,7 +15,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, IntoDeserializer, MapAccess, Visitor};
 
-use super::{Stored, Tensor, TensorData, weights_error};
+use super::{Stored, Tensor, TensorData, shown_shape, weights_error};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::fields::{json_why, read_small};
@@ -62,8 +62,7 @@ pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Store
     let header = header(path, bytes)?;
     let data_start = 8 + header.len();
     explain(path, header, bytes.len() - data_start)?;
-    let (_, metadata) =
-        SafeTensors::read_metadata(bytes).map_err(|e| Error::format(path, format!("header: {e}")))?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| Error::format(path, format!("header: {e}")))?;
 
     let mut out = Vec::new();
     let mut copied = 0;
@@ -190,10 +189,6 @@ fn explain(path: &Path, header: &[u8], data_len: usize) -> Result<()> {
         return Err(Error::format(path, why));
     }
     Ok(())
-}
-
-fn shown_shape(shape: &[u64]) -> String {
-    if shape.len() <= 8 { format!("{shape:?}") } else { format!("of rank {}", shape.len()) }
 }
 
 /// Reads `weight_map`: tensor to shard, each shard a plain file name.
