@@ -103,7 +103,12 @@ fn config_cases() -> Vec<Case> {
         field("eos list with text", "eos_token_id", r#"[1,"x"]"#, "eos_token_id: \"x\""),
         field("negative bos", "bos_token_id", "-1", "bos_token_id: -1"),
         field("fp8", "dtype", "\"float8_e4m3fn\"", "dtype \"float8_e4m3fn\""),
-        field("quantised", "quantization_config", r#"{"quant_method":"gptq"}"#, "quantization_config (gptq)"),
+        field(
+            "quantised",
+            "quantization_config",
+            r#"{"quant_method":"gptq"}"#,
+            "quantization_config (gptq; use the bf16",
+        ),
         field("zero window", "sliding_window", "0", "sliding_window: 0"),
         field("sliding layers", "layer_types", r#"["sliding_attention"]"#, "layer_types"),
         case("generation: bad top_p", GENERATION, r#"{"top_p":1.5}"#, "top_p"),
@@ -183,8 +188,14 @@ fn weights_cases() -> Vec<Case> {
         one("int64 tensor", "I64", "[2,2]", 0, 32, 32, "dtype I64 is not supported"),
         one("wrong shape", "F32", "[4]", 0, 16, 16, "expected shape [2, 2] from the config, found [4]"),
         one("transposed rank", "BF16", "[2,1,2]", 0, 8, 8, "found [2, 1, 2]"),
-        case("rank of 10002", WEIGHTS, of(&[tensor("a", "F32", &many_ones, 0, 16)], 16), "expected shape [2, 2]"),
+        case("rank of 10002", WEIGHTS, of(&[tensor("a", "F32", &many_ones, 0, 16)], 16), "found of rank 10002"),
         case("entry no object", WEIGHTS, st(r#"{"a":7}"#, 0), "tensor a: its header entry is malformed"),
+        case(
+            "control characters in a name",
+            WEIGHTS,
+            st(r#"{"a\n\u001b[31m":7}"#, 0),
+            r"tensor a\n\u{1b}[31m: its header",
+        ),
         case("metadata no map", WEIGHTS, st(r#"{"__metadata__":[1]}"#, 0), "header"),
         case("nan element", WEIGHTS, nan, "tensor a: element 3 is NaN"),
         case("infinite element", WEIGHTS, infinite, "tensor a: element 1 is NaN or infinite"),
@@ -398,4 +409,39 @@ fn bundled_weights_are_mapped_in_place() {
     assert_eq!(store.names().count(), config.tensor_shapes().len());
     assert_eq!(u128::from(store.num_bytes()), config.num_params() * 2);
     store.check_finite().unwrap();
+}
+
+#[test]
+fn random_damage_never_panics() {
+    let header = [tensor("a", "F32", "[2,2]", 0, 16), tensor("b", "BF16", "[3]", 16, 22)].join(",");
+    let weights = st(&format!("{{\"__metadata__\":{{\"format\":\"pt\"}},{header}}}"), 22);
+    let config = std::fs::read("models/tinymath/config.json").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut state = 1u64;
+    let mut below = |n: usize| {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        (state >> 33) as usize % n
+    };
+    let (mut refused, rounds) = (0, 4000);
+    for round in 0..rounds {
+        let mut bytes = if round % 2 == 0 { weights.clone() } else { config.clone() };
+        for _ in 0..1 + below(3) {
+            let at = below(bytes.len());
+            match below(4) {
+                0 => bytes.truncate(at.max(1)),
+                1 => bytes[at] = b"0123456789-\"[]{},:.eE"[below(21)],
+                2 => bytes.insert(at, b'0' + below(10) as u8),
+                _ => bytes[at] = below(256) as u8,
+            }
+        }
+        let bad = if round % 2 == 0 {
+            std::fs::write(dir.path().join(WEIGHTS), &bytes).unwrap();
+            WeightStore::open(dir.path()).and_then(|store| store.check_finite()).is_err()
+        } else {
+            let parsed = ModelConfig::from_bytes(Path::new(CONFIG), &bytes);
+            parsed.map(|config| config.inv_freq().len()).is_err()
+        };
+        refused += usize::from(bad);
+    }
+    assert!(refused > rounds / 4, "only {refused} of {rounds} were refused");
 }

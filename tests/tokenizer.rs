@@ -192,12 +192,16 @@ fn sentencepiece_files_stream_too() {
 }
 
 #[test]
-fn truncation_in_the_file_does_not_cut_prompts() {
+fn truncation_padding_and_templates_in_the_file_change_nothing() {
     let text = std::fs::read_to_string("models/tinymath/tokenizer.json").unwrap();
     let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
     // A stride that is not below max_length makes `tokenizers` panic when it truncates.
     json["truncation"] = serde_json::json!({"direction":"Right","max_length":4,"strategy":"LongestFirst","stride":9});
     json["padding"] = serde_json::json!({"strategy":{"Fixed":64},"direction":"Right","pad_to_multiple_of":null,"pad_id":2,"pad_type_id":0,"pad_token":"<|pad|>"});
+    // And a template that names a special token which is not there makes it panic when it adds special tokens.
+    let item = serde_json::json!([{"SpecialToken":{"id":"[X]","type_id":0}},{"Sequence":{"id":"A","type_id":0}}]);
+    json["post_processor"] =
+        serde_json::json!({"type":"TemplateProcessing","single":item,"pair":item,"special_tokens":{}});
     let tokenizer = Tokenizer::from_bytes(Path::new("tokenizer.json"), json.to_string().as_bytes()).unwrap();
     let text = "Tom has 7 apples. He buys 5 more.";
     assert_eq!(tokenizer.encode(text).unwrap(), bundled().encode(text).unwrap());

@@ -161,11 +161,11 @@ impl ModelConfig {
         let family = find_family(&f)?;
         if let Some(quant) = f.object("quantization_config")? {
             let method = quant.string("quant_method")?.unwrap_or("unnamed");
-            return Err(unsupported(format!("quantization_config ({method}); use the bf16 or f16 checkpoint: it")));
+            return Err(unsupported(format!("quantization_config ({method}; use the bf16 or f16 checkpoint)")));
         }
         match f.string("hidden_act")?.or(f.string("hidden_activation")?) {
             None | Some("silu" | "swish") => {}
-            Some(other) => return Err(unsupported(format!("hidden_act {other:?} (only silu is)"))),
+            Some(other) => return Err(unsupported(format!("hidden_act {other:?} (use silu)"))),
         }
 
         let hidden = f.count("hidden_size", 1 << 20)?;
@@ -405,7 +405,7 @@ fn rope_theta(f: &Fields<'_>) -> Result<f64> {
         let Some(rope) = f.object(field)? else { continue };
         match rope.string("rope_type")?.or(rope.string("type")?) {
             None | Some("default") => {}
-            Some(kind) => return Err(unsupported(format!("{field}.rope_type {kind:?} (only \"default\" is)"))),
+            Some(kind) => return Err(unsupported(format!("{field}.rope_type {kind:?} (use \"default\")"))),
         }
         partial_rotary(&rope)?;
         if let Some(inner) = rope.opt_number("rope_theta")? {
@@ -449,7 +449,7 @@ fn sliding_window(f: &Fields<'_>, family: &Family) -> Result<Option<usize>> {
 fn dtype(f: &Fields<'_>) -> Result<DType> {
     let Some(name) = f.string("dtype")?.or(f.string("torch_dtype")?) else { return Ok(DType::F32) };
     let plain = name.strip_prefix("torch.").unwrap_or(name);
-    plain.parse().map_err(|_| unsupported(format!("dtype {name:?} (bfloat16, float16 and float32 are)")))
+    plain.parse().map_err(|_| unsupported(format!("dtype {name:?} (use bfloat16, float16 or float32)")))
 }
 
 /// How the checkpoint's authors generate, from generation_config.json. Absent fields stay `None`.

@@ -141,7 +141,8 @@ impl WeightStore {
                 Err(weights_error(path, name, format!("dtype {dtype} is not supported; use F32, BF16 or F16")))
             }
             Stored::Ready(tensor) if tensor.shape != expected_shape => {
-                let why = format!("expected shape {expected_shape:?} from the config, found {:?}", tensor.shape);
+                let why =
+                    format!("expected shape {expected_shape:?} from the config, found {}", shown_shape(&tensor.shape));
                 Err(weights_error(path, name, why))
             }
             Stored::Ready(tensor) => Ok(tensor.clone()),
@@ -235,6 +236,12 @@ impl WeightStore {
     }
 }
 
+/// The name comes from a file: no control characters, and not all of a long one.
 fn weights_error(path: &Path, tensor: &str, why: String) -> Error {
-    Error::Weights { path: path.to_owned(), tensor: tensor.to_owned(), why }
+    let tensor = tensor.chars().take(200).flat_map(char::escape_debug).collect();
+    Error::Weights { path: path.to_owned(), tensor, why }
+}
+
+fn shown_shape<T: std::fmt::Debug>(shape: &[T]) -> String {
+    if shape.len() <= 8 { format!("{shape:?}") } else { format!("of rank {}", shape.len()) }
 }

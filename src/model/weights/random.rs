@@ -53,21 +53,30 @@ fn random_tensor(name: &str, shape: &[usize], seed: u64, dtype: DType) -> Tensor
     let elems: usize = shape.iter().product();
     let key = mix(name.bytes().fold(seed ^ GOLDEN, |h, b| mix(h ^ u64::from(b))));
     let norm = name.ends_with("norm.weight");
-    let value = |i: usize| if norm { 1.0 } else { STD * normal(key, i as u64) };
+    let value = |i: u32| if norm { 1.0 } else { STD * normal(i) };
     let mut words: Arc<[u32]> = std::iter::repeat_n(0, (elems * dtype.size_bytes()).div_ceil(4)).collect();
     if let Some(words) = Arc::get_mut(&mut words) {
         match dtype {
-            DType::F32 => fill(bytemuck::cast_slice_mut(words), elems, value),
-            DType::Bf16 => fill(bytemuck::cast_slice_mut(words), elems, |i| bf16::from_f32(value(i))),
-            DType::F16 => fill(bytemuck::cast_slice_mut(words), elems, |i| f16::from_f32(value(i))),
+            DType::F32 => fill(&mut bytemuck::cast_slice_mut(words)[..elems], key, value),
+            DType::Bf16 => fill(&mut bytemuck::cast_slice_mut(words)[..elems], key, |i| bf16::from_f32(value(i))),
+            DType::F16 => fill(&mut bytemuck::cast_slice_mut(words)[..elems], key, |i| f16::from_f32(value(i))),
         }
     }
     Tensor { name: name.into(), dtype, shape: shape.to_vec(), data: TensorData::Owned(words) }
 }
 
-fn fill<T>(out: &mut [T], elems: usize, value: impl Fn(usize) -> T) {
-    for (i, slot) in out[..elems].iter_mut().enumerate() {
-        *slot = value(i);
+/// Draws every element from a table of 65,536 values: 16 random bits an element, four elements a random word.
+fn fill<T: Copy>(out: &mut [T], key: u64, value: impl Fn(u32) -> T) {
+    let table: Vec<T> = (0..=0xffff).map(value).collect();
+    let Ok(table) = <&[T; 0x1_0000]>::try_from(&table[..]) else { return };
+    let mut state = key;
+    for four in out.chunks_mut(4) {
+        state = state.wrapping_add(GOLDEN);
+        let mut bits = mix(state);
+        for slot in four {
+            *slot = table[(bits & 0xffff) as usize];
+            bits >>= 16;
+        }
     }
 }
 
@@ -80,9 +89,9 @@ fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Element `i` of a stream: four uniform 16-bit numbers, summed, centred and scaled to variance 1.
-fn normal(key: u64, i: u64) -> f32 {
-    let z = mix(key.wrapping_add(i.wrapping_mul(GOLDEN)));
+/// Value `i` of the table: four uniform 16-bit numbers, summed, centred and scaled to variance 1.
+fn normal(i: u32) -> f32 {
+    let z = mix(u64::from(i + 1).wrapping_mul(GOLDEN));
     let sum = (z & 0xffff) + ((z >> 16) & 0xffff) + ((z >> 32) & 0xffff) + (z >> 48);
     // The sum has mean 2 * 65535 and standard deviation sqrt(4 / 12) * 65536.
     (sum as i32 - 131_070) as f32 * (1.732_050_8 / 65_536.0)

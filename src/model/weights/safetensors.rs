@@ -15,7 +15,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, IntoDeserializer, MapAccess, Visitor};
 
-use super::{Stored, Tensor, TensorData, weights_error};
+use super::{Stored, Tensor, TensorData, shown_shape, weights_error};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::fields::{json_why, read_small};
@@ -189,10 +189,6 @@ fn explain(path: &Path, header: &[u8], data_len: usize) -> Result<()> {
         return Err(Error::format(path, why));
     }
     Ok(())
-}
-
-fn shown_shape(shape: &[u64]) -> String {
-    if shape.len() <= 8 { format!("{shape:?}") } else { format!("of rank {}", shape.len()) }
 }
 
 /// Reads `weight_map`: tensor to shard, each shard a plain file name.
