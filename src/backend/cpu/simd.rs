@@ -24,10 +24,7 @@ impl SimdLevel {
                 levels.push(Self::Avx2);
             }
             if super::vector::has_avx512() {
-                levels.push(Self::Avx512);
-                if std::arch::is_x86_feature_detected!("avx512f") {
-                    levels.push(Self::Amx);
-                }
+                levels.extend([Self::Avx512, Self::Amx]);
             }
         }
         levels
