@@ -280,7 +280,7 @@ fn check<T: Elem>(args: &PagedAttentionArgs<'_, T>, seen: &mut Vec<u64>) -> Resu
     if hkv == 0 || hq % hkv != 0 || dim == 0 || dim % 2 != 0 {
         return shape("whole query groups and an even head_dim".into(), format!("{hq}/{hkv} heads of {dim}"));
     }
-    if layout.block_size == 0 || TILE_SLOTS % layout.block_size != 0 {
+    if layout.block_size == 0 || !TILE_SLOTS.is_multiple_of(layout.block_size) {
         return shape("a block size that divides 64".into(), layout.block_size.to_string());
     }
     let rows = args.lse.len() / hq.max(1);

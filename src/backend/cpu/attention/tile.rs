@@ -225,9 +225,9 @@ impl Scratch {
         let q = &self.q[first * d.steps..(first + R) * d.steps];
         score::<V, T, PAIRS, R>(v, k, q, &mut self.scores);
         let mut alpha = [v.splat(0.0); R];
-        for r in 0..R {
+        for (r, alpha) in alpha.iter_mut().enumerate() {
             let l = &mut self.l[(first + r) * MAX_LANES..][..MAX_LANES];
-            alpha[r] = softmax::<V, T, PAIRS>(
+            *alpha = softmax::<V, T, PAIRS>(
                 v,
                 &mut self.scores[r],
                 &mut self.probs[r],
