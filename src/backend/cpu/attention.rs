@@ -19,6 +19,7 @@ use super::pool::{SharedMut, ThreadPool};
 use super::simd::SimdLevel;
 use super::vector::{Kernel, LOG2_E, Vector, dispatch};
 use crate::batch::{AttentionPlan, PlanSegment, TILE_SLOTS};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::KvLayout;
 
@@ -26,7 +27,7 @@ use crate::kv::KvLayout;
 pub const MAX_GROUP_ROWS: usize = 64;
 
 /// Queries (rows times query heads of a kv head) a unit holds at most: their outputs stay in the first-level cache
-/// while the tiles pass. Measured on Xeon (Sapphire Rapids), prefill 1024 rows, 14/2 heads of 64: see the bench.
+/// while the tiles pass (112 x 64 x 4 bytes = 28 KiB of 48 KiB).
 const UNIT_QUERIES: usize = 112;
 /// Below this many queries a tile costs more to fetch and transpose than to use, so units are not cut finer.
 const MIN_UNIT_QUERIES: usize = 4;
@@ -148,22 +149,25 @@ struct Job<'a, T> {
     next: AtomicUsize,
 }
 
-/// One thread's turn. `PAIRS`: bf16 goes through the pair dot product instruction.
-struct Turn<'a, T, const PAIRS: bool> {
+/// One thread's turn. `pairs`: bf16 goes through the pair dot product instruction where there is one.
+struct Turn<'a, T> {
     job: &'a Job<'a, T>,
     own: &'a mut Scratch,
+    pairs: bool,
 }
 
-impl<T: Elem, const PAIRS: bool> Kernel for Turn<'_, T, PAIRS> {
+impl<T: Elem> Kernel for Turn<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<V: Vector>(self, v: V) {
         loop {
             // Who takes a unit has no bearing on its result.
             let at = self.job.next.fetch_add(1, Ordering::Relaxed);
-            match self.job.units.get(at) {
-                Some(unit) => self.job.run_unit::<V, PAIRS>(v, unit, self.own),
-                None => return,
+            let Some(unit) = self.job.units.get(at) else { return };
+            if const { V::PAIRS && matches!(T::DTYPE, DType::Bf16) } && self.pairs {
+                self.job.run_unit::<V, true>(v, unit, self.own);
+            } else {
+                self.job.run_unit::<V, false>(v, unit, self.own);
             }
         }
     }
@@ -171,12 +175,9 @@ impl<T: Elem, const PAIRS: bool> Kernel for Turn<'_, T, PAIRS> {
 
 impl<T: Elem> Job<'_, T> {
     fn run(&self, level: SimdLevel, own: &mut Scratch) {
-        // Cores with AMX have half the multiply-add rate in vdpbf16ps (measured on Sapphire Rapids: 2 cycles each, against
-        // 2 FMA a cycle); others, Zen 4 and 5 among them, have twice.
-        match level {
-            SimdLevel::Avx512 => dispatch(level, Turn::<T, true> { job: self, own }),
-            _ => dispatch(level, Turn::<T, false> { job: self, own }),
-        }
+        // Cores with AMX have half the multiply-add rate in vdpbf16ps (measured on Sapphire Rapids: one in 2 cycles, against
+        // two f32 FMA in one); those with AVX-512 alone, Zen 4 among them, have twice.
+        dispatch(level, Turn { job: self, own, pairs: level == SimdLevel::Avx512 });
     }
 
     #[inline(always)]
@@ -279,7 +280,7 @@ fn check<T: Elem>(args: &PagedAttentionArgs<'_, T>, seen: &mut Vec<u64>) -> Resu
     if hkv == 0 || hq % hkv != 0 || dim == 0 || dim % 2 != 0 {
         return shape("whole query groups and an even head_dim".into(), format!("{hq}/{hkv} heads of {dim}"));
     }
-    if layout.block_size == 0 || TILE_SLOTS % layout.block_size != 0 {
+    if layout.block_size == 0 || !TILE_SLOTS.is_multiple_of(layout.block_size) {
         return shape("a block size that divides 64".into(), layout.block_size.to_string());
     }
     let rows = args.lse.len() / hq.max(1);

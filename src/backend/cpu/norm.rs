@@ -40,7 +40,7 @@ pub struct AddRmsNormArgs<'a, T> {
 
 /// See [`AddRmsNormArgs`].
 pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddRmsNormArgs<'_, T>) -> Result<()> {
-    let AddRmsNormArgs { rows, x, delta, weight, y, mut step_similarity, hidden, eps } = args;
+    let AddRmsNormArgs { rows, x, delta, weight, y, step_similarity, hidden, eps } = args;
     let shape = |expected: String, got: String| Err(Error::Shape { op: "add_rms_norm", expected, got });
     let need = rows.end * hidden;
     if rows.start > rows.end || hidden == 0 || x.len() < need || delta.is_some_and(|d| d.len() < need) {
@@ -55,7 +55,7 @@ pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddR
     if delta.is_none() && weight.is_none() && step_similarity.is_none() {
         return Ok(());
     }
-    let (wants_similarity, similarity) = match step_similarity.as_deref_mut() {
+    let (wants_similarity, similarity) = match step_similarity {
         Some(s) => (true, s),
         None => (false, &mut [][..]),
     };

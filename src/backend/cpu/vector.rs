@@ -25,6 +25,8 @@ pub trait Vector: Copy {
     const LANES: usize;
     /// Queries whose attention accumulators fit the register file at 4 vectors each: 4, 2 or 1.
     const QUERIES: usize;
+    /// Whether [`dot_bf16`](Self::dot_bf16) is an instruction.
+    const PAIRS: bool;
     /// A vector. Its lanes are f32, or opaque 32-bit words where a method says so.
     type F: Copy;
 

@@ -225,9 +225,9 @@ impl Scratch {
         let q = &self.q[first * d.steps..(first + R) * d.steps];
         score::<V, T, PAIRS, R>(v, k, q, &mut self.scores);
         let mut alpha = [v.splat(0.0); R];
-        for r in 0..R {
+        for (r, alpha) in alpha.iter_mut().enumerate() {
             let l = &mut self.l[(first + r) * MAX_LANES..][..MAX_LANES];
-            alpha[r] = softmax::<V, T, PAIRS>(
+            *alpha = softmax::<V, T, PAIRS>(
                 v,
                 &mut self.scores[r],
                 &mut self.probs[r],
@@ -241,14 +241,17 @@ impl Scratch {
         let tile = ValueTile { words: &self.v, stride: d.d_stride, slots: valid };
         let mut at = 0;
         while at < d.d_stride {
-            let vecs = (d.d_stride - at) / V::LANES;
+            let vecs = match (d.d_stride - at) / V::LANES {
+                1 => 1,
+                2 | 3 => 2,
+                _ => VECS,
+            };
             match vecs {
                 1 => mix::<V, T, PAIRS, R, 1>(v, &tile, at, &self.probs, &alpha, o),
                 2 => mix::<V, T, PAIRS, R, 2>(v, &tile, at, &self.probs, &alpha, o),
-                3 => mix::<V, T, PAIRS, R, 3>(v, &tile, at, &self.probs, &alpha, o),
                 _ => mix::<V, T, PAIRS, R, VECS>(v, &tile, at, &self.probs, &alpha, o),
             }
-            at += vecs.min(VECS) * V::LANES;
+            at += vecs * V::LANES;
         }
     }
 

@@ -102,6 +102,7 @@ unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_strid
 impl Vector for Avx2 {
     const LANES: usize = N;
     const QUERIES: usize = 2;
+    const PAIRS: bool = false;
     type F = __m256;
 
     #[inline(always)]

@@ -110,6 +110,7 @@ fn zip(a: __m512i, b: __m512i) -> (__m512i, __m512i) {
 impl Vector for Avx512 {
     const LANES: usize = N;
     const QUERIES: usize = 4;
+    const PAIRS: bool = true;
     type F = __m512;
 
     #[inline(always)]

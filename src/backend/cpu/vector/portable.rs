@@ -29,6 +29,7 @@ fn round_bits(x: f32) -> u32 {
 impl Vector for Portable {
     const LANES: usize = N;
     const QUERIES: usize = 1;
+    const PAIRS: bool = false;
     type F = [f32; N];
 
     #[inline(always)]
