@@ -1,16 +1,18 @@
-//! A private pool of worker threads with a static partition: every thread gets its index and works on its share of
-//! the *outputs*. A sum is never divided, so the number of threads cannot change a bit.
+//! A private pool of worker threads with a static partition: a job is cut into as many shares of the *outputs* as there
+//! are threads. A sum is never divided, so neither the number of threads nor who works on which share can change a bit.
 //!
-//! The caller is thread 0. Workers spin briefly between jobs (a decode step is dozens of jobs, microseconds apart) and
-//! then park. The invariant that makes the one `unsafe` here sound: [`ThreadPool::run`] does not return before every
-//! worker has finished the job it borrowed.
+//! The caller works too, and takes whatever share nobody has begun when it is done with its own: on a busy machine a
+//! job never waits for a worker that the system has not scheduled. Workers spin briefly between jobs (a decode step is
+//! dozens of jobs, microseconds apart) and then park. The invariant that makes the one `unsafe` here sound:
+//! [`ThreadPool::run`] does not return before every share that was begun is finished, and a share of an earlier job
+//! cannot be begun.
 #![allow(unsafe_code)]
 
 use std::any::Any;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -26,76 +28,82 @@ pub struct ThreadPool {
 }
 
 struct Shared {
-    /// The job of the current epoch; written by the caller before it advances `epoch`.
-    job: Mutex<Option<SendJob>>,
-    epoch: AtomicUsize,
-    running: AtomicUsize,
+    /// The current job and its epoch; written by the caller before it opens `tickets`.
+    job: Mutex<(u32, Option<SendJob>)>,
+    /// High half: the epoch; low half: the next share to begin.
+    tickets: AtomicU64,
+    /// Shares of the current job that are finished.
+    finished: AtomicUsize,
+    num_shares: usize,
     stop: AtomicBool,
-    /// The first panic of a worker, handed to the caller of `run`.
+    /// The first panic of a share, handed to the caller of `run`.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 #[derive(Clone, Copy)]
 struct SendJob(Job);
-// SAFETY: the pointee is `Sync`, and `run` keeps it alive until every worker has left it.
+// SAFETY: the pointee is `Sync`, and `run` keeps it alive until every share that was begun is finished.
 unsafe impl Send for SendJob {}
 
 impl ThreadPool {
     /// A pool of `num_threads` threads, the caller included. Threads the system refuses are done without.
     pub fn new(num_threads: usize) -> Self {
+        let num_shares = num_threads.max(1);
         let shared = Arc::new(Shared {
-            job: Mutex::new(None),
-            epoch: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
+            job: Mutex::new((0, None)),
+            tickets: AtomicU64::new(num_shares as u64),
+            finished: AtomicUsize::new(0),
+            num_shares,
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
-        let workers = (1..num_threads)
+        let workers = (1..num_shares)
             .filter_map(|idx| {
                 let shared = Arc::clone(&shared);
-                thread::Builder::new().name(format!("rksc-cpu-{idx}")).spawn(move || shared.work(idx)).ok()
+                thread::Builder::new().name(format!("rksc-cpu-{idx}")).spawn(move || shared.work()).ok()
             })
             .collect();
         Self { shared, workers }
     }
 
-    /// Threads that `run` calls, the caller included.
+    /// Shares that `run` cuts a job into.
     pub fn num_threads(&self) -> usize {
-        self.workers.len() + 1
+        self.shared.num_shares
     }
 
-    /// Calls `f(0)`, ..., `f(num_threads - 1)`, each on its own thread, and returns when all are done.
+    /// Calls `f(0)`, ..., `f(num_threads - 1)`, each once and on any thread, and returns when all are done.
     /// A panic of any of them is raised here, after all are done.
     pub fn run(&mut self, f: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() {
-            return f(0);
+            return (0..self.shared.num_shares).for_each(f);
         }
         // SAFETY: only the lifetime is erased; the wait below outlasts every use of the pointer.
         let job = SendJob(unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(f) });
-        *lock(&self.shared.job) = Some(job);
-        self.shared.running.store(self.workers.len(), Ordering::Relaxed);
-        self.shared.epoch.fetch_add(1, Ordering::Release);
+        let epoch = {
+            let mut current = lock(&self.shared.job);
+            *current = (current.0.wrapping_add(1), Some(job));
+            current.0
+        };
+        self.shared.finished.store(0, Ordering::Relaxed);
+        self.shared.tickets.store(u64::from(epoch) << 32, Ordering::Release);
         for worker in &self.workers {
             worker.thread().unpark();
         }
-        let mine = catch_unwind(AssertUnwindSafe(|| f(0)));
+        self.shared.take_shares(epoch, job);
         let mut spins = 0u32;
-        while self.shared.running.load(Ordering::Acquire) != 0 {
+        while self.shared.finished.load(Ordering::Acquire) != self.shared.num_shares {
             spins += 1;
-            if spins % SPINS == 0 { thread::yield_now() } else { std::hint::spin_loop() }
+            if spins.is_multiple_of(SPINS) { thread::yield_now() } else { std::hint::spin_loop() }
         }
-        *lock(&self.shared.job) = None;
+        lock(&self.shared.job).1 = None;
         if let Some(panic) = lock(&self.shared.panic).take() {
-            resume_unwind(panic);
-        }
-        if let Err(panic) = mine {
             resume_unwind(panic);
         }
     }
 }
 
 impl Shared {
-    fn work(&self, idx: usize) {
+    fn work(&self) {
         let mut seen = 0;
         loop {
             let mut spins = 0;
@@ -103,7 +111,7 @@ impl Shared {
                 if self.stop.load(Ordering::Acquire) {
                     return;
                 }
-                let epoch = self.epoch.load(Ordering::Acquire);
+                let epoch = (self.tickets.load(Ordering::Acquire) >> 32) as u32;
                 if epoch != seen {
                     seen = epoch;
                     break;
@@ -111,16 +119,32 @@ impl Shared {
                 spins += 1;
                 if spins < SPINS { std::hint::spin_loop() } else { thread::park() }
             }
-            let job = *lock(&self.job);
-            if let Some(SendJob(job)) = job {
-                // SAFETY: `run` set this job for this epoch and waits until `running` is zero before it returns.
-                let f = unsafe { &*job };
-                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(idx))) {
-                    lock(&self.panic).get_or_insert(panic);
-                }
+            let (epoch, job) = *lock(&self.job);
+            if let Some(job) = job {
+                self.take_shares(epoch, job);
             }
-            self.running.fetch_sub(1, Ordering::Release);
         }
+    }
+
+    /// Works on shares of the job of `epoch` until none is left to begin.
+    fn take_shares(&self, epoch: u32, SendJob(job): SendJob) {
+        while let Some(idx) = self.begin_share(epoch) {
+            // SAFETY: a share of this epoch has been begun and is not finished, so `run` has not returned and the job
+            // it was given is alive.
+            let f = unsafe { &*job };
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(idx))) {
+                lock(&self.panic).get_or_insert(panic);
+            }
+            self.finished.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// The next share of the job of `epoch`, or `None` when all are begun or the job is over.
+    fn begin_share(&self, epoch: u32) -> Option<usize> {
+        let is_open = |t: u64| (t >> 32) as u32 == epoch && (t as u32 as usize) < self.num_shares;
+        let begin = |t: u64| is_open(t).then_some(t + 1);
+        let ticket = self.tickets.fetch_update(Ordering::AcqRel, Ordering::Acquire, begin).ok()?;
+        Some(ticket as u32 as usize)
     }
 }
 
@@ -182,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_thread_works_on_its_own_share() {
+    fn every_share_is_done_once() {
         for threads in 1..5 {
             let mut pool = ThreadPool::new(threads);
             let mut data = vec![0u32; 1003];
