@@ -9,6 +9,9 @@
 //!                  verify - select - report
 //! ```
 
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::unimplemented)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
 pub mod assets;
 pub mod backend;
 pub mod batch;
