@@ -1,0 +1,3 @@
+//! Every kernel against a float64 oracle, and the promises about bits.
+
+mod linear;
