@@ -3,7 +3,7 @@
 //! ```text
 //! cargo bench --bench linear -- [--rows 1,8,256] [--simd avx512] [--threads 2] [--filter 7b] [--compute bf16] [--json FILE]
 //! ```
-//! One line a case: `op | shape | rows | us | GB/s of weights | GFLOP/s`, median of the samples.
+//! One line a case: `op | shape | rows | us | p10 us | GB/s of weights | GFLOP/s`, median and 10th percentile.
 //! `benches/peers/torch_linear.py` prints the same cases for PyTorch.
 
 use std::time::{Duration, Instant};
@@ -102,11 +102,13 @@ fn main() -> anyhow::Result<()> {
             }
             let mut timed = samples[2..].to_vec();
             timed.sort_by(f64::total_cmp);
-            let us = timed[timed.len() / 2];
+            let (us, p10) = (timed[timed.len() / 2], timed[timed.len() / 10]);
             let (gbps, gflops) = (bytes as f64 / us / 1e3, (2 * n * k * rows) as f64 / us / 1e3);
             let (compute, level) = (options.compute, options.level);
-            println!("linear | {name} {k}->{n} {compute} {level} | {rows} | {us:.1} | {gbps:.1} | {gflops:.0}");
-            cases.push(serde_json::json!({ "shape": name, "in": k, "out": n, "rows": rows, "us": us }));
+            println!(
+                "linear | {name} {k}->{n} {compute} {level} | {rows} | {us:.1} | {p10:.1} | {gbps:.1} | {gflops:.0}"
+            );
+            cases.push(serde_json::json!({ "shape": name, "in": k, "out": n, "rows": rows, "us": us, "p10_us": p10 }));
         }
     }
     if let Some(path) = options.json {
