@@ -9,7 +9,6 @@
 import argparse
 import json
 import os
-import statistics
 import time
 
 import torch
@@ -54,10 +53,11 @@ def main():
                     F.linear(x, weights[i % copies])
                     samples.append(time.perf_counter() - start)
                     i += 1
-            us = statistics.median(samples[2:]) * 1e6
+            timed = sorted(samples[2:])
+            us, p10 = timed[len(timed) // 2] * 1e6, timed[len(timed) // 10] * 1e6
             gbps, gflops = n * k * 2 / us / 1e3, 2 * n * k * rows / us / 1e3
-            print(f"linear | {name} {k}->{n} bf16 torch | {rows} | {us:.1f} | {gbps:.1f} | {gflops:.0f}", flush=True)
-            cases.append({"shape": name, "in": k, "out": n, "rows": rows, "us": us})
+            print(f"linear | {name} {k}->{n} bf16 torch | {rows} | {us:.1f} | {p10:.1f} | {gbps:.1f} | {gflops:.0f}", flush=True)
+            cases.append({"shape": name, "in": k, "out": n, "rows": rows, "us": us, "p10_us": p10})
     if args.json:
         with open(args.json, "w") as f:
             json.dump({"engine": f"torch {torch.__version__}", "cases": cases}, f, indent=1)

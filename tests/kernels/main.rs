@@ -2,4 +2,5 @@
 
 mod attention;
 mod elementwise;
+mod linear;
 mod row_stats;

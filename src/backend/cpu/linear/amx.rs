@@ -76,7 +76,7 @@ pub(super) unsafe fn pack(x: &[bf16], rows: usize, in_features: usize, group: us
     for (step, lines) in lines.chunks_exact_mut(columns).enumerate() {
         let at = step * STEP;
         let mut filled = [Line::ZERO; GROUP];
-        let mut sources: [*const f32; GROUP] = std::array::from_fn(|r| filled[r].0.as_ptr().cast());
+        let mut sources = starts(&filled);
         if at + STEP <= k {
             for (r, source) in sources.iter_mut().enumerate().take(num_rows) {
                 *source = row_at(r, at).as_ptr().cast();
@@ -86,7 +86,7 @@ pub(super) unsafe fn pack(x: &[bf16], rows: usize, in_features: usize, group: us
                 let tail = row_at(r, at);
                 bytemuck::cast_slice_mut::<u32, bf16>(&mut line.0)[..tail.len()].copy_from_slice(tail);
             }
-            sources = std::array::from_fn(|r| filled[r].0.as_ptr().cast());
+            sources = starts(&filled);
         }
         let dst: &mut [f32] = bytemuck::cast_slice_mut(lines);
         // SAFETY: every source has 64 bytes: a whole step of a row of x, or a line of `filled`.
@@ -98,25 +98,32 @@ pub(super) unsafe fn pack(x: &[bf16], rows: usize, in_features: usize, group: us
     }
 }
 
+/// Where 16 lines begin.
+#[inline]
+fn starts(lines: &[Line]) -> [*const f32; TILE_LINES] {
+    std::array::from_fn(|i| lines[i].0.as_ptr().cast())
+}
+
 /// Column j of the 16 x 16 words at `sources`, for every j.
 ///
 /// # Safety
-/// 64 bytes can be read at every source.
+/// AVX-512 F and DQ are there, and 64 bytes can be read at every source.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq")]
 unsafe fn transpose(sources: &[*const f32; 16]) -> [__m512; 16] {
     let mut columns = [_mm512_setzero_ps(); 16];
     for c in 0..4 {
-        // Quarter c of rows j, j + 4, j + 8, j + 12: the loads do half of the work, which spares the shuffle port.
-        // SAFETY: four words at `4 c` lie in the 16 that the caller vouches for.
-        let quarter = |row: usize| unsafe { _mm_loadu_ps(sources[row].add(4 * c)) };
-        let gather = |j: usize| {
-            let v = _mm512_castps128_ps512(quarter(j));
-            let v = _mm512_insertf32x4::<1>(v, quarter(j + 4));
-            let v = _mm512_insertf32x4::<2>(v, quarter(j + 8));
-            _mm512_insertf32x4::<3>(v, quarter(j + 12))
-        };
-        let rows = [gather(0), gather(1), gather(2), gather(3)];
+        let mut rows = [_mm512_setzero_ps(); 4];
+        for (j, row) in rows.iter_mut().enumerate() {
+            // Quarter c of rows j, j + 4, j + 8, j + 12: the loads do half of the work, which spares the shuffle port.
+            // SAFETY: four words at `4 c` lie in the 16 that the caller vouches for.
+            unsafe {
+                let v = _mm512_castps128_ps512(_mm_loadu_ps(sources[j].add(4 * c)));
+                let v = _mm512_insertf32x4::<1>(v, _mm_loadu_ps(sources[j + 4].add(4 * c)));
+                let v = _mm512_insertf32x4::<2>(v, _mm_loadu_ps(sources[j + 8].add(4 * c)));
+                *row = _mm512_insertf32x4::<3>(v, _mm_loadu_ps(sources[j + 12].add(4 * c)));
+            }
+        }
         let low = [_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpacklo_ps(rows[2], rows[3])];
         let high = [_mm512_unpackhi_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[2], rows[3])];
         columns[4 * c] = _mm512_shuffle_ps::<0x44>(low[0], low[1]);
@@ -240,9 +247,8 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn store(out: &Output<'_>, tile: &[Line], first_row: usize, num_rows: usize, first_out: usize, width: usize) {
-    let sources: [*const f32; TILE_LINES] = std::array::from_fn(|i| tile[i].0.as_ptr().cast());
     // SAFETY: every source is a line.
-    let rows = unsafe { transpose(&sources) };
+    let rows = unsafe { transpose(&starts(tile)) };
     let mask = |len: usize| ((1u32 << len) - 1) as __mmask16;
     let bias = out.bias.map(|bias| {
         let bias = &bias[first_out..first_out + width];

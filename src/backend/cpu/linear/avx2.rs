@@ -63,6 +63,12 @@ pub(super) unsafe fn multiply<W: Widen>(job: &Job<'_, f32, W>) {
     }
 }
 
+/// Rows `first..first + len` of `elems` (`[_, k]`); the last one again for those past `len`.
+#[inline]
+fn rows_of<T, const N: usize>(elems: &[T], k: usize, first: usize, len: usize) -> [&[T]; N] {
+    std::array::from_fn(|i| &elems[(first + i.min(len - 1)) * k..][..k])
+}
+
 /// `R` rows of x from `row` against up to `OUTS` rows of W from `out`.
 ///
 /// # Safety
@@ -73,18 +79,22 @@ unsafe fn block<W: Widen, const R: usize>(job: &Job<'_, f32, W>, row: usize, out
     let k = job.in_features;
     let num_outs = OUTS.min(job.num_outs - out);
     // Missing rows of W are computed as copies of the last one and not stored.
-    let w: [&[W]; OUTS] = std::array::from_fn(|n| &job.w[(out + n.min(num_outs - 1)) * k..][..k]);
-    let x: [&[f32]; R] = std::array::from_fn(|r| &job.x[(row + r) * k..][..k]);
+    let w: [&[W]; OUTS] = rows_of(job.w, k, out, num_outs);
+    let x: [&[f32]; R] = rows_of(job.x, k, row, R);
     let mut acc = [[_mm256_setzero_ps(); OUTS]; R];
     let whole = k / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
         // SAFETY: `at + LANES <= k`, the length of every row.
         unsafe {
-            let x: [__m256; R] = std::array::from_fn(|r| _mm256_loadu_ps(x[r].as_ptr().add(at)));
+            // No `array::from_fn`: it lacks the target features, and its closure would be called, not inlined.
+            let mut x_now = [_mm256_setzero_ps(); R];
+            for r in 0..R {
+                x_now[r] = _mm256_loadu_ps(x[r].as_ptr().add(at));
+            }
             for n in 0..OUTS {
                 let w = W::load8(w[n].as_ptr().add(at));
                 for r in 0..R {
-                    acc[r][n] = _mm256_fmadd_ps(x[r], w, acc[r][n]);
+                    acc[r][n] = _mm256_fmadd_ps(x_now[r], w, acc[r][n]);
                 }
             }
         }
@@ -107,7 +117,10 @@ unsafe fn block<W: Widen, const R: usize>(job: &Job<'_, f32, W>, row: usize, out
         }
     }
     for (r, acc) in acc.iter().enumerate() {
-        let sums: [f32; OUTS] = std::array::from_fn(|n| reduce(acc[n]));
+        let mut sums = [0.0; OUTS];
+        for (sum, &acc) in sums.iter_mut().zip(acc) {
+            *sum = reduce(acc);
+        }
         // SAFETY: handed on to the caller.
         unsafe { job.out.store(row + r, job.first_out + out, &sums[..num_outs]) };
     }

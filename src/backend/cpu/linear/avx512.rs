@@ -207,6 +207,12 @@ unsafe fn multiply<D: Dot>(job: &Job<'_, D::X, D::W>) {
     }
 }
 
+/// Where rows `first..first + len` of `elems` (`[_, k]`) begin; the last one again for those past `len`.
+#[inline]
+fn starts<T, const N: usize>(elems: &[T], k: usize, first: usize, len: usize) -> [*const T; N] {
+    std::array::from_fn(|i| elems[(first + i.min(len - 1)) * k..][..k].as_ptr())
+}
+
 /// Up to `R` rows of x from `row` against rows `[first, end)` of W. Missing rows of either side are computed as copies of
 /// the last one and not stored.
 ///
@@ -222,11 +228,11 @@ unsafe fn sweep<D: Dot, const R: usize, const N: usize>(
 ) {
     let k = job.in_features;
     let num_rows = R.min(job.rows - row);
-    let x: [*const D::X; R] = std::array::from_fn(|r| job.x[(row + r.min(num_rows - 1)) * k..][..k].as_ptr());
+    let x: [*const D::X; R] = starts(job.x, k, row, num_rows);
     let whole = k / D::STEP * D::STEP;
     for out in (first..end).step_by(N) {
         let num_outs = N.min(end - out);
-        let w: [*const D::W; N] = std::array::from_fn(|n| job.w[(out + n.min(num_outs - 1)) * k..][..k].as_ptr());
+        let w: [*const D::W; N] = starts(job.w, k, out, num_outs);
         let mut ahead = job.w.as_ptr().wrapping_add((out + N) * k).cast::<i8>();
         let mut acc = [[_mm512_setzero_ps(); N]; R];
         let mut at = 0;
@@ -237,11 +243,15 @@ unsafe fn sweep<D: Dot, const R: usize, const N: usize>(
                     _mm_prefetch::<_MM_HINT_T1>(ahead);
                     ahead = ahead.wrapping_add(D::STEP * size_of::<D::W>());
                 }
-                let x: [D::V; R] = std::array::from_fn(|r| D::load_x(x[r].add(at)));
+                // No `array::from_fn`: it lacks the target features, and its closure would be called, not inlined.
+                let mut x_now = [D::load_x(x[0].add(at)); R];
+                for r in 1..R {
+                    x_now[r] = D::load_x(x[r].add(at));
+                }
                 for n in 0..N {
                     let w = D::load_w(w[n].add(at));
                     for r in 0..R {
-                        acc[r][n] = D::mul_add(x[r], w, acc[r][n]);
+                        acc[r][n] = D::mul_add(x_now[r], w, acc[r][n]);
                     }
                 }
             }
@@ -274,11 +284,17 @@ unsafe fn sweep<D: Dot, const R: usize, const N: usize>(
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn reduce8(v: [__m512; 8]) -> [f32; 8] {
-    let halves = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
-    let quarters = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b));
+    let (mut quarters, mut halves) = ([_mm512_setzero_ps(); 2], [_mm512_setzero_ps(); 4]);
+    for (i, sum) in halves.iter_mut().enumerate() {
+        let (a, b) = (v[2 * i], v[2 * i + 1]);
+        *sum = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
+    }
     // Four lanes each of v0, v1, v2, v3, and of v4, v5, v6, v7.
-    let low = quarters(halves(v[0], v[1]), halves(v[2], v[3]));
-    let high = quarters(halves(v[4], v[5]), halves(v[6], v[7]));
+    for (i, sum) in quarters.iter_mut().enumerate() {
+        let (a, b) = (halves[2 * i], halves[2 * i + 1]);
+        *sum = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xDD>(a, b));
+    }
+    let [low, high] = quarters;
     let pairs = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(low, high), _mm512_shuffle_ps::<0xEE>(low, high));
     let sums = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(pairs, pairs), _mm512_shuffle_ps::<0xDD>(pairs, pairs));
     let mut lanes = [0.0f32; 16];
