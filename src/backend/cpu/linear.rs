@@ -25,11 +25,11 @@ use super::pool::{SharedMut, ThreadPool, share};
 use super::simd::SimdLevel;
 use crate::error::{Error, Result};
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 mod amx;
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 mod avx2;
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 mod avx512;
 mod portable;
 
@@ -209,7 +209,7 @@ impl Run<'_> {
         out: &Output<'_>,
     ) -> Result<()> {
         match level {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(x86_kernels)]
             SimdLevel::Amx => {
                 let groups = amx::num_groups(self.rows);
                 let group_lines = amx::group_lines(self.rows, self.in_features);
@@ -230,7 +230,7 @@ impl Run<'_> {
                     unsafe { amx::multiply(&self.job(packed, w, first_out, num_outs, out), own) }
                 })
             }
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(x86_kernels)]
             SimdLevel::Avx512 => self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| {
                 let Weights::Bf16(w) = w else { return };
                 // SAFETY: the level is available, and `divide` gave these outputs to this thread.
@@ -265,7 +265,7 @@ impl Run<'_> {
     /// f32 against anything.
     fn f32(&self, pool: &mut ThreadPool, level: SimdLevel, x: &[f32], out: &Output<'_>) -> Result<()> {
         match level {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(x86_kernels)]
             // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
             SimdLevel::Amx | SimdLevel::Avx512 => {
                 self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| unsafe {
@@ -276,7 +276,7 @@ impl Run<'_> {
                     }
                 })
             }
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(x86_kernels)]
             // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
             SimdLevel::Avx2 => self.divide(pool, avx2::GRAIN, |_, first_out, w, num_outs| unsafe {
                 match w {

@@ -38,13 +38,13 @@ impl SimdLevel {
     pub fn is_available(self) -> bool {
         match self {
             Self::Portable => true,
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(x86_kernels)]
             Self::Avx2 => x86::has_avx2(),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(x86_kernels)]
             Self::Avx512 => x86::has_avx2() && x86::has_avx512(),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(x86_kernels)]
             Self::Amx => x86::has_avx2() && x86::has_avx512() && x86::amx_permitted(),
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(not(x86_kernels))]
             _ => false,
         }
     }
@@ -85,7 +85,7 @@ impl FromStr for SimdLevel {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 mod x86 {
     use std::arch::is_x86_feature_detected as has;
 

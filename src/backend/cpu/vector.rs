@@ -12,9 +12,9 @@ use half::{bf16, f16};
 
 use super::simd::SimdLevel;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 mod avx2;
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 mod avx512;
 mod portable;
 
@@ -143,7 +143,7 @@ pub trait Kernel {
 /// Runs `kernel` with the vectors of `level`, or of the highest level below it that this machine has.
 #[inline]
 pub fn dispatch<K: Kernel>(level: SimdLevel, kernel: K) -> K::Out {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(x86_kernels)]
     {
         if level >= SimdLevel::Avx512 && has_avx512() {
             // SAFETY: the machine has the instructions, checked just above.
@@ -159,14 +159,14 @@ pub fn dispatch<K: Kernel>(level: SimdLevel, kernel: K) -> K::Out {
 }
 
 /// AVX2 with FMA and F16C.
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 pub(crate) fn has_avx2() -> bool {
     use std::arch::is_x86_feature_detected as has;
     has!("avx2") && has!("fma") && has!("f16c")
 }
 
 /// AVX-512 F, BW, VL, DQ and BF16.
-#[cfg(target_arch = "x86_64")]
+#[cfg(x86_kernels)]
 pub(crate) fn has_avx512() -> bool {
     use std::arch::is_x86_feature_detected as has;
     has_avx2() && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") && has!("avx512bf16")
