@@ -1,0 +1,347 @@
+//! The real binary, each time in a folder of its own: what it prints, writes and returns. Data goes to stdout, the
+//! rest to stderr; the exit status says who can act (1 caller, 2 file, 3 memory, 5 cancelled).
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use common::*;
+use serde_json::Value;
+use tempfile::TempDir;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_rksc-run");
+
+fn command(dir: &Path) -> Command {
+    let mut command = Command::new(BINARY);
+    command.current_dir(dir);
+    command
+}
+
+fn run(dir: &Path, args: &[&str]) -> Output {
+    command(dir).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Standard output of a command that must succeed.
+fn ok(dir: &Path, args: &[&str]) -> String {
+    let out = run(dir, args);
+    assert_eq!(out.status.code(), Some(0), "{args:?}: {}", stderr(&out));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn json(dir: &Path, args: &[&str]) -> Value {
+    let text = ok(dir, args);
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?}: stdout is not one JSON value: {e}\n{text}"))
+}
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// Fails with `code`, names `what` on stderr, and leaves stdout empty.
+fn refused(dir: &Path, args: &[&str], code: i32, what: &str) {
+    let out = run(dir, args);
+    let message = stderr(&out);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {message}");
+    assert!(message.contains(what), "{args:?}: {what:?} is not in: {message}");
+    assert!(out.stdout.is_empty(), "{args:?}: an error on stdout");
+    assert!(!message.contains("panicked"), "{args:?}: {message}");
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = read(path);
+    assert!(text.is_empty() || text.ends_with('\n'), "{}: the last line is not whole", path.display());
+    text.lines().map(|l| serde_json::from_str(l).unwrap_or_else(|e| panic!("{e}: {l}"))).collect()
+}
+
+/// Ids and answers, whatever the order.
+fn answers(path: &Path) -> BTreeSet<(String, String)> {
+    let lines = lines(path);
+    let set: BTreeSet<_> =
+        lines.iter().map(|l| (l["id"].as_str().unwrap().to_string(), l["answer"].to_string())).collect();
+    assert_eq!(set.len(), lines.len(), "an id appears twice");
+    set
+}
+
+#[test]
+fn the_binary_alone_in_an_empty_folder_solves_its_problems() {
+    let dir = folder();
+    let binary = dir.path().join("rksc-run");
+    std::fs::copy(BINARY, &binary).unwrap();
+    let out = Command::new(&binary)
+        .args(["solve", "--limit", "2"])
+        .current_dir(dir.path())
+        .env_clear()
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(out.status.code(), Some(0), "{}", stderr(&out));
+    let text = String::from_utf8(out.stdout.clone()).unwrap();
+    assert!(text.contains("test-0000") && text.contains("test-0006") && text.contains("of 2 right"), "{text}");
+    assert!(stderr(&out).contains("tinymath (bundled)"));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "it left files behind");
+}
+
+#[test]
+fn solve_json_is_one_object_with_the_promised_keys() {
+    let dir = folder();
+    let report = json(dir.path(), &["solve", "--limit", "3", "--json", "--policy", "exact"]);
+    assert_eq!(report["problems"], 3);
+    assert!(report["correct"].as_u64().unwrap() <= 3);
+    let accuracy = report["accuracy"].as_f64().unwrap();
+    assert!((accuracy - report["correct"].as_f64().unwrap() / 3.0).abs() < 1e-12);
+    for key in ["mean", "p50", "p90"] {
+        assert!(report["latency_ms"][key].as_f64().unwrap() > 0.0, "latency_ms.{key}");
+    }
+    for key in ["prefill", "decode", "verify"] {
+        assert!(report["tokens"][key].as_u64().unwrap() > 0, "tokens.{key}");
+    }
+    assert_eq!((&report["verify"]["run"], &report["verify"]["skipped"]), (&24.into(), &0.into()));
+    assert_eq!(report["policy"], "exact");
+    let (peak, shared) = (report["blocks"]["peak"].as_u64().unwrap(), report["blocks"]["shared"].as_u64().unwrap());
+    assert!(peak > shared && shared > 0, "{peak} {shared}");
+}
+
+#[test]
+fn out_holds_a_whole_record_a_line() {
+    let dir = folder();
+    let report = json(dir.path(), &["solve", "--limit", "2", "-B", "3", "--policy", "exact", "--out", "o", "--json"]);
+    let lines = lines(&dir.path().join("o"));
+    assert_eq!(lines.len(), 2);
+    for line in &lines {
+        assert!(line["id"].is_string() && line["answer"].is_string() && line["correct"].is_boolean());
+        assert!(line["latency_ms"].as_f64().unwrap() > 0.0);
+        let branches = line["branches"].as_array().unwrap();
+        assert_eq!(branches.len(), 3);
+        for b in branches {
+            assert!(b["tokens"].as_array().unwrap().len() > 5);
+            assert!(b["text"].as_str().unwrap().contains("The answer is"));
+            assert!(b["answer"].is_string() && b["ended"] == "end-token");
+            assert!((0.0..=1.0).contains(&b["score"].as_f64().unwrap()));
+            assert!((0.0..=1.0).contains(&b["confidence"].as_f64().unwrap()));
+        }
+    }
+    let right = lines.iter().filter(|l| l["correct"] == true).count();
+    assert_eq!(report["correct"], right);
+}
+
+#[test]
+fn resume_after_a_torn_line_gives_the_uninterrupted_file() {
+    let dir = folder();
+    let args = ["solve", "--limit", "6", "-B", "3", "--json", "--out"];
+    ok(dir.path(), &[&args[..], &["whole"]].concat());
+    let whole = answers(&dir.path().join("whole"));
+    assert_eq!(whole.len(), 6);
+    let text = read(&dir.path().join("whole"));
+    let third = text.match_indices('\n').nth(2).unwrap().0;
+    // In the middle of the third line; between lines; in the first; nothing at all.
+    for (cut, left) in [(third - 10, 4), (third + 1, 3), (5, 6), (0, 6)] {
+        std::fs::write(dir.path().join("torn"), &text[..cut]).unwrap();
+        let report = json(dir.path(), &[&args[..], &["torn", "--resume"]].concat());
+        assert_eq!(report["problems"], left, "cut at {cut}: only what is missing is solved");
+        assert_eq!(answers(&dir.path().join("torn")), whole, "cut at {cut}");
+    }
+    let again = json(dir.path(), &[&args[..], &["whole", "--resume"]].concat());
+    assert_eq!((&again["problems"], &again["accuracy"]), (&0.into(), &Value::Null));
+    assert_eq!(answers(&dir.path().join("whole")), whole);
+    std::fs::write(dir.path().join("other"), "{\"id\": \"a\"}\n{\"x\": 1}\n").unwrap();
+    refused(dir.path(), &[&args[..], &["other", "--resume"]].concat(), 1, "other: line 2");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_ends_with_5_and_whole_lines() {
+    let dir = folder();
+    let out = dir.path().join("o");
+    let problems = model_file("problems/test.jsonl");
+    let mut child = command(dir.path())
+        .args(["solve", "--policy", "no-sharing", "--json", "--out", "o", "--problems"])
+        .arg(&problems)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The first lines say that it is at work.
+    while std::fs::read_to_string(&out).unwrap_or_default().lines().count() < 2 {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(sent.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    assert!(stderr(&output).contains("cancelled") && output.stdout.is_empty());
+    let done = lines(&out).len();
+    assert!((2..500).contains(&done), "{done} lines");
+}
+
+fn golden(idx: usize) -> (String, String) {
+    let golden: Value = serde_json::from_str(&read(&model_file("golden/golden.json"))).unwrap();
+    let text = |key: &str| golden["prompts"][idx][key].as_str().unwrap().to_string();
+    (format!("<|bos|>{}", text("prompt")), text("greedy64_text"))
+}
+
+#[test]
+fn generate_continues_as_the_goldens_do_streamed_or_not() {
+    let dir = folder();
+    for idx in [0, 3] {
+        let (prompt, expected) = golden(idx);
+        let (expected, _) = expected.split_once("<|eos|>").unwrap();
+        let args = ["generate", "--dtype", "f32", "-p", &prompt];
+        let text = ok(dir.path(), &args);
+        assert_eq!(text.trim_end_matches('\n'), expected);
+        assert_eq!(ok(dir.path(), &[&args[..], &["--stream"]].concat()), text);
+        std::fs::write(dir.path().join("p"), &prompt).unwrap();
+        assert_eq!(ok(dir.path(), &["generate", "--dtype", "f32", "--prompt-file", "p"]), text);
+        let json = json(dir.path(), &[&args[..], &["--json"]].concat());
+        let choice = &json["choices"][0];
+        assert_eq!((choice["text"].as_str(), choice["finish_reason"].as_str()), (Some(expected), Some("stop")));
+        assert_eq!(choice["tokens"].as_array().unwrap().len(), choice["token_logprobs"].as_array().unwrap().len());
+        assert_eq!(json["usage"]["completion_tokens"], choice["tokens"].as_array().unwrap().len());
+    }
+    let (prompt, expected) = golden(0);
+    let stopped = ok(dir.path(), &["generate", "-p", &prompt, "--stop", "The answer"]);
+    assert_eq!(stopped.trim_end_matches('\n'), expected.split_once("The answer").unwrap().0.trim_end_matches('\n'));
+    let short = json(dir.path(), &["generate", "-p", &prompt, "--max-new-tokens", "5", "--json"]);
+    assert_eq!(short["choices"][0]["finish_reason"], "length");
+    assert_eq!(short["usage"]["completion_tokens"], 5);
+    let past = json(dir.path(), &["generate", "-p", &prompt, "--max-new-tokens", "40", "--ignore-eos", "--json"]);
+    assert_eq!(past["usage"]["completion_tokens"], 40);
+}
+
+#[test]
+fn sampled_continuations_are_seeded_repeatable_and_distinct() {
+    let dir = folder();
+    let (prompt, _) = golden(2);
+    // Ten words into the model's own text nothing is certain: past the end token it makes up problems.
+    let texts = |seed: &str| -> Vec<String> {
+        let args = ["generate", "-p", &prompt, "-n", "3", "--temperature", "1", "--ignore-eos", "--seed", seed];
+        let json = json(dir.path(), &[&args[..], &["--max-new-tokens", "120", "--json"]].concat());
+        json["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap().to_string()).collect()
+    };
+    let first = texts("1");
+    assert_eq!(first.len(), 3);
+    assert_eq!(first.iter().collect::<BTreeSet<_>>().len(), 3, "the draws of the branches are the same");
+    assert_eq!(texts("1"), first);
+    assert_ne!(texts("2"), first);
+}
+
+#[test]
+fn score_of_text_and_of_its_tokens_agree() {
+    let dir = folder();
+    let (prompt, continuation) = golden(0);
+    let text = format!("{prompt}{}", continuation.split_once("<|eos|>").unwrap().0);
+    let tokens = tokenizer().encode(&text).unwrap();
+    let input = [
+        serde_json::json!({"id": "text", "text": text}),
+        serde_json::json!({"id": 7, "tokens": tokens}),
+        serde_json::json!({"tokens": [0]}),
+    ];
+    let input: Vec<String> = input.iter().map(Value::to_string).collect();
+    std::fs::write(dir.path().join("in"), input.join("\n")).unwrap();
+    let stdout = ok(dir.path(), &["score", "--in", "in", "--out", "out", "--dtype", "f32", "--top-k", "4"]);
+    assert_eq!(stdout, "");
+    let records = lines(&dir.path().join("out"));
+    assert_eq!((&records[0]["id"], &records[1]["id"], &records[2]["id"]), (&"text".into(), &7.into(), &"line-3".into()));
+    for key in ["tokens", "token_logprobs", "last_top"] {
+        assert_eq!(records[0][key], records[1][key]);
+    }
+    let logprobs = records[0]["token_logprobs"].as_array().unwrap();
+    assert_eq!(logprobs.len(), tokens.len());
+    assert!(logprobs[0].is_null());
+    assert!(logprobs[1..].iter().all(|x| x.as_f64().unwrap() <= 0.0));
+    // The model's own greedy text is likely to it.
+    let own = &logprobs[tokenizer().encode(&prompt).unwrap().len()..];
+    assert!(own.iter().all(|x| x.as_f64().unwrap() > -0.7), "{own:?}");
+    let top = records[0]["last_top"].as_array().unwrap();
+    assert_eq!((top.len(), &top[0][0]), (4, &Value::from(EOS)));
+    assert!(top.windows(2).all(|w| w[0][1].as_f64() >= w[1][1].as_f64()), "{top:?}");
+}
+
+#[test]
+fn score_without_a_tokenizer_takes_tokens_and_no_text() {
+    let dir = folder();
+    let model = dir.path().join("m");
+    std::fs::create_dir(&model).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(model_file(name), model.join(name)).unwrap();
+    }
+    std::fs::write(dir.path().join("tokens"), "{\"tokens\": [0, 349, 32, 615]}\n").unwrap();
+    std::fs::write(dir.path().join("text"), "{\"text\": \"Problem: x\"}\n").unwrap();
+    ok(dir.path(), &["score", "-m", "m", "--in", "tokens", "--out", "out"]);
+    assert_eq!(lines(&dir.path().join("out"))[0]["token_logprobs"].as_array().unwrap().len(), 4);
+    refused(dir.path(), &["score", "-m", "m", "--in", "text", "--out", "out"], 2, "tokenizer.json");
+}
+
+#[test]
+fn inspect_plan_and_devices_speak_json() {
+    let dir = folder();
+    let model = model_file("");
+    let bundled = json(dir.path(), &["inspect", "--json"]);
+    let of_folder = json(dir.path(), &["inspect", "--json", "--tensors", "-m", model.to_str().unwrap()]);
+    for inspect in [&bundled, &of_folder] {
+        assert_eq!((&inspect["num_params"], &inspect["vocab_size"]), (&2_804_928.into(), &768.into()));
+        assert_eq!((&inspect["problems"], &inspect["end_tokens"]), (&serde_json::json!([]), &serde_json::json!([EOS])));
+    }
+    assert_eq!(of_folder["tensors"].as_array().unwrap().len() as u64, of_folder["num_tensors"].as_u64().unwrap());
+    let plan = json(dir.path(), &["plan", "--json", "--kv-cache-memory", "8MiB"]);
+    assert!(plan["kv_cache_bytes"].as_u64().unwrap() <= 8 << 20);
+    assert_eq!(plan["kv_bytes_per_token"], 2048, "8 layers, K and V, 2 heads of 32 bf16");
+    let shape = json(dir.path(), &["plan", "--json", "--shape", "qwen2.5-7b", "--kv-cache-memory", "8GiB"]);
+    assert!(shape["weight_bytes"].as_u64().unwrap() > 14_000_000_000);
+    let devices = json(dir.path(), &["devices", "--json"]);
+    let simd = devices["devices"][0]["simd"].as_array().unwrap();
+    let levels: Vec<&str> = simd.iter().map(|s| s.as_str().unwrap()).collect();
+    assert_eq!(levels, simd_levels());
+}
+
+#[test]
+fn mistakes_are_named_with_their_exit_status() {
+    let dir = folder();
+    let at = dir.path();
+    // The command line itself: clap's status.
+    refused(at, &["solve", "--policy", "best"], 2, "\"best\" is unknown; use one of no-sharing");
+    refused(at, &["solve", "--bogus"], 2, "--bogus");
+    refused(at, &["solve", "--dtype", "int3"], 2, "int3");
+    refused(at, &["solve", "--kv-cache-memory", "12XB"], 2, "unknown unit \"XB\"");
+    refused(at, &["generate"], 2, "--prompt");
+    // Options that parse and cannot work.
+    refused(at, &["solve", "--block-size", "24"], 1, "block-size: 24");
+    refused(at, &["solve", "--simd", "neon"], 1, "neon");
+    refused(at, &["solve", "-B", "9"], 1, "8 approaches");
+    refused(at, &["solve", "--temperature=-1"], 1, "temperature");
+    refused(at, &["generate", "-p", "x", "-n", "2", "--stream"], 1, "--stream");
+    refused(at, &["plan", "--shape", "gpt-9"], 1, "gpt-9");
+    // Files.
+    refused(at, &["solve", "-m", "nowhere"], 2, "nowhere");
+    refused(at, &["solve", "--problems", "nowhere.jsonl"], 2, "nowhere.jsonl");
+    refused(at, &["score", "--in", "nowhere.jsonl", "--out", "o"], 2, "nowhere.jsonl");
+    std::fs::write(at.join("bad.jsonl"), "{\"id\": 1, \"question\": \"q\"}\n{\"id\": 2}\n").unwrap();
+    refused(at, &["solve", "--problems", "bad.jsonl"], 2, "bad.jsonl: line 2: field question");
+    std::fs::write(at.join("pack.json"), "{\"name\": \"x\"}").unwrap();
+    refused(at, &["solve", "--prompts", "pack.json"], 2, "pack.json");
+    std::fs::create_dir(at.join("empty")).unwrap();
+    refused(at, &["inspect", "-m", "empty"], 2, "config.json");
+    // Memory and devices.
+    refused(at, &["solve", "--kv-cache-memory", "1KiB"], 3, "bytes are missing");
+    refused(at, &["solve", "--kv-cache-memory", "100KiB"], 3, "bytes are missing");
+    refused(at, &["solve", "--device", "cuda:0"], 4, "--device cpu");
+    refused(at, &["solve", "--device", "tpu"], 1, "tpu");
+}
+
+#[test]
+fn verbose_logs_and_progress_stay_off_stdout() {
+    let dir = folder();
+    let quiet = json(dir.path(), &["solve", "--limit", "1", "--json"]);
+    let loud = json(dir.path(), &["-vv", "solve", "--limit", "1", "--json"]);
+    assert_eq!((&quiet["correct"], &quiet["tokens"]), (&loud["correct"], &loud["tokens"]));
+    let script = ok(dir.path(), &["completions", "bash"]);
+    assert!(script.contains("rksc-run"));
+    assert!(ok(dir.path(), &["--version"]).starts_with("rksc-run "));
+}
