@@ -10,6 +10,7 @@ pub mod linear;
 pub mod matrix;
 pub mod norm;
 pub mod pool;
+pub mod roof;
 pub mod rope;
 pub mod row_stats;
 pub mod simd;

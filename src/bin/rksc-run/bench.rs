@@ -1,8 +1,100 @@
-//! `rksc-run bench`.
+//! `rksc-run bench`: policies against each other, whole passes, one op, the machine. Tables and JSON go to stdout.
 
-#[derive(clap::Subcommand)]
-pub(crate) enum Command {}
+mod gemm;
+mod ladder;
+mod passes;
+mod roof;
+
+use clap::{Args, Subcommand};
+use rksc::DType;
+use rksc::backend::cpu::Cpu;
+use rksc::backend::cpu::simd::SimdLevel;
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// The policies against each other, interleaved in one process on the same problems.
+    Ladder(Box<ladder::Args>),
+    /// Decode steps of branches that share a context.
+    Decode(passes::Args),
+    /// Whole prompts.
+    Prefill(passes::Args),
+    /// The linear op at the layer shapes of a model, weights from memory.
+    Gemm(gemm::Args),
+    /// What this machine can do at most: memory, and the linear op at each SIMD level.
+    Roof(roof::Args),
+}
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
-    match *command {}
+    match command {
+        Command::Ladder(args) => ladder::run(args),
+        Command::Decode(args) => passes::decode(args),
+        Command::Prefill(args) => passes::prefill(args),
+        Command::Gemm(args) => gemm::run(args),
+        Command::Roof(args) => roof::run(args),
+    }
+}
+
+/// Flags of the commands that time ops without an engine.
+#[derive(Args, Clone)]
+struct CpuArgs {
+    /// Compute type: f32, bf16 or f16.
+    #[arg(long, default_value = "bf16")]
+    dtype: DType,
+    /// CPU kernels: auto, amx, avx512, avx2 or portable.
+    #[arg(long, default_value = "auto")]
+    simd: SimdLevel,
+    /// CPU threads [default: one per core].
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+}
+
+impl CpuArgs {
+    fn open(&self) -> rksc::Result<Cpu> {
+        Cpu::new(self.threads, self.simd)
+    }
+}
+
+/// The processor's name, where the system tells it.
+fn cpu_model() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("model name"));
+    let name = line.map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{name}, {cores} cores")
+}
+
+/// Bytes a second in GB/s.
+fn gb(bytes_per_second: f64) -> f64 {
+    bytes_per_second / 1e9
+}
+
+/// A table on stdout: first column to the left, the others to the right, as wide as they need to be.
+struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    fn new(header: &[&str]) -> Self {
+        Self { rows: vec![header.iter().map(|s| s.to_string()).collect()] }
+    }
+
+    fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    fn print(&self) -> std::io::Result<()> {
+        use std::io::Write;
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |i: usize| self.rows.iter().filter_map(|r| r.get(i)).map(|c| c.chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let mut out = std::io::stdout().lock();
+        for row in &self.rows {
+            let mut line = String::new();
+            for (i, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+                line += &if i == 0 { format!("{cell:<width$}") } else { format!("  {cell:>width$}") };
+            }
+            writeln!(out, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
 }

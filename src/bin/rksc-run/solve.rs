@@ -11,6 +11,7 @@ use clap::{Args as ClapArgs, ValueEnum};
 use rksc::gate::step::DecodeExit;
 use rksc::gate::verify::SkipRule;
 use rksc::problems::{Problem, read_problems};
+use rksc::prompts::PromptPack;
 use rksc::report::{ProblemResult, SolveReport};
 use rksc::solver::select::Select;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
@@ -208,9 +209,23 @@ fn compile(args: &Args, engine: &rksc::Engine, problems: &[Problem]) -> anyhow::
         Some(path) if path == Path::new("bundled") => source.fewshot_prefix()?,
         Some(path) => read_text(path)?,
     };
-    let end_tokens = source.end_tokens(engine.model())?;
-    let pack = Arc::new(CompiledPack::new(pack, args.engine.tokenizer()?, &prefix, &end_tokens)?);
-    let task = |p: &Problem| Ok(Box::new(TextTask::new(Arc::clone(&pack), p.clone())?) as Box<dyn Task>);
+    let pack = compile_pack(&args.engine, engine, pack, &prefix)?;
+    text_tasks(&pack, problems)
+}
+
+/// A pack for the engine's model, with `prefix` in front of every problem.
+pub(crate) fn compile_pack(
+    args: &EngineArgs,
+    engine: &rksc::Engine,
+    pack: PromptPack,
+    prefix: &str,
+) -> anyhow::Result<Arc<CompiledPack>> {
+    let end_tokens = args.source().end_tokens(engine.model())?;
+    Ok(Arc::new(CompiledPack::new(pack, args.tokenizer()?, prefix, &end_tokens)?))
+}
+
+pub(crate) fn text_tasks(pack: &Arc<CompiledPack>, problems: &[Problem]) -> anyhow::Result<Vec<Box<dyn Task>>> {
+    let task = |p: &Problem| Ok(Box::new(TextTask::new(Arc::clone(pack), p.clone())?) as Box<dyn Task>);
     problems.iter().map(task).collect()
 }
 

@@ -1,0 +1,349 @@
+//! `rksc-run bench ladder`: one engine, the same problems, every policy in turn.
+//!
+//! For each problem (and round) every policy runs once, in an order that rotates from problem to problem, so that a
+//! slow minute of the machine hits all of them alike. One problem is solved by all of them before anything counts.
+//! What ratio and ceiling mean stands in `rksc::report::ladder`, and in this command's `--help`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::{Args as ClapArgs, ValueEnum};
+use rksc::config::ModelSource;
+use rksc::engine::PrefillOptions;
+use rksc::gate::step::DecodeExit;
+use rksc::gate::verify::SkipRule;
+use rksc::problems::{Problem, read_problems};
+use rksc::report::ladder::{Arm, ArmReport, Interval, LadderReport, Ratio};
+use rksc::solver::select::Select;
+use rksc::solver::task::{SyntheticLengths, SyntheticTask, Task};
+use rksc::solver::{Policy, Solver, SolverConfig};
+use rksc::{Engine, Error};
+
+use super::{Table, cpu_model};
+use crate::common::{self, EngineArgs, print_json, progress, read_text};
+use crate::solve::{compile_pack, text_tasks};
+
+/// Problems of a random-weights ladder unless --limit says otherwise.
+const SYNTHETIC_PROBLEMS: usize = 5;
+
+/// The policies against each other, interleaved in one process on the same problems.
+///
+/// Every policy solves every problem on the same engine; the order rotates from problem to problem, and one problem is
+/// solved beforehand without counting.
+///
+/// RATIO: mean latency of a policy over mean latency of rksc, over the same problems, with the 95 % interval of a
+/// bootstrap over problems.
+///
+/// CEILING: what the counted work allows. Every pass of every policy is priced from one list, in which a row count
+/// costs the median of all measured passes of that many rows; the ceiling is the price of the policy's passes over the
+/// price of rksc's. A ratio below its ceiling is what is lost between the passes. A ratio above it comes from passes
+/// that were cheaper than others of as many rows, because attention read shared slots once.
+#[derive(ClapArgs)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Random weights of a named shape (tiny, qwen2.5-0.5b, ...) instead of a model: a prefix of 1024 tokens, 32 more a
+    /// branch, forced lengths, everything verified.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "problems", "prefix", "prompts"])]
+    shape: Option<String>,
+    /// Problem file [default: the bundled problems].
+    #[arg(long, value_name = "FILE")]
+    problems: Option<PathBuf>,
+    /// Only the first N problems [default: all; 5 with --shape].
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// Text in front of every problem: bundled, none or a file [default: bundled for the bundled model, else none].
+    #[arg(long, value_name = "bundled|none|FILE")]
+    prefix: Option<String>,
+    /// Prompt pack [default: prompts.json beside the model].
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// Policies to run [default: all six].
+    #[arg(long, value_delimiter = ',', value_name = "A,B,C")]
+    policies: Vec<Policy>,
+    /// cold: nothing is cached when a problem begins. warm: --prefix is.
+    #[arg(long, default_value = "cold")]
+    cache: Cache,
+    /// Branches per problem.
+    #[arg(short = 'B', long, default_value_t = 8)]
+    branches: usize,
+    /// Tokens a branch may generate [default: 256; 8 with --shape, where it generates exactly that many].
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<usize>,
+    /// One selection rule for all policies: vote, majority or score*sqrt(conf) [default: each policy's own].
+    #[arg(long)]
+    select: Option<Select>,
+    /// Times each problem is solved by each policy.
+    #[arg(long, default_value_t = 1)]
+    rounds: usize,
+    /// No skipping and no decode exits in any policy: equal work.
+    #[arg(long)]
+    verify_all: bool,
+    /// One JSON object on stdout instead of tables.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Cache {
+    Cold,
+    Warm,
+}
+
+/// The problems, and the tokens a warm cache holds when one begins.
+struct Work {
+    tasks: Vec<Box<dyn Task>>,
+    warm: Vec<u32>,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    anyhow::ensure!(args.rounds >= 1, "--rounds: must be at least 1");
+    let mut configs = configs(args)?;
+    let source = match &args.shape {
+        Some(shape) => ModelSource::Random { shape: shape.clone(), seed: 0 },
+        None => args.engine.source(),
+    };
+    let mut engine = common::open(args.engine.config_for(source))?;
+    let work = if args.shape.is_some() { synthetic(args, &engine)? } else { text(args, &engine)? };
+    anyhow::ensure!(!work.tasks.is_empty(), "--limit: leaves no problems");
+
+    let mut arms: Vec<Arm> = configs
+        .drain(..)
+        .map(|config| Arm { config, results: vec![Vec::new(); work.tasks.len()], passes: Vec::new() })
+        .collect();
+    let bar = progress(arms.len() * (1 + work.tasks.len() * args.rounds));
+    for arm in &mut arms {
+        bar.set_message("warm-up");
+        run_one(&mut engine, &work, 0, arm)?;
+        arm.results[0].clear();
+        arm.passes.clear();
+        bar.inc(1);
+    }
+    for round in 0..args.rounds {
+        for problem in 0..work.tasks.len() {
+            for turn in 0..arms.len() {
+                let at = (turn + problem + round) % arms.len();
+                let arm = &mut arms[at];
+                bar.set_message(arm.config.policy.name());
+                run_one(&mut engine, &work, problem, arm)?;
+                bar.inc(1);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    let report = LadderReport::new(&arms);
+    if args.json { print_json(&json(args, &engine, &report)) } else { print(&report) }
+}
+
+fn configs(args: &Args) -> anyhow::Result<Vec<SolverConfig>> {
+    let mut policies = if args.policies.is_empty() { Policy::ALL.to_vec() } else { args.policies.clone() };
+    let mut seen = Vec::new();
+    policies.retain(|p| {
+        !seen.contains(p) && {
+            seen.push(*p);
+            true
+        }
+    });
+    let synthetic = args.shape.is_some();
+    let config = |policy| {
+        let mut c = SolverConfig::preset(policy);
+        c.num_branches = args.branches;
+        c.max_new_tokens = args.max_new_tokens.unwrap_or(if synthetic { 8 } else { 256 });
+        c.forced_length = synthetic;
+        // A warm cache is emptied and filled here, before each run.
+        c.cold_cache = args.cache == Cache::Cold;
+        if synthetic || args.verify_all {
+            c.skip = SkipRule::Never;
+            c.decode_exit = DecodeExit::Off;
+        }
+        if let Some(select) = args.select {
+            c.select = select;
+        }
+        c.validate()?;
+        Ok(c)
+    };
+    policies.into_iter().map(config).collect()
+}
+
+/// Problems made of token ids. With a warm cache there would be nothing left of them to compute.
+fn synthetic(args: &Args, engine: &Engine) -> anyhow::Result<Work> {
+    anyhow::ensure!(args.cache == Cache::Cold, "--cache: warm needs problems with a common prefix; drop --shape");
+    let vocab = engine.model().vocab_size;
+    let task = |i| SyntheticTask::new(i, args.branches, vocab, SyntheticLengths::default());
+    let tasks = (0..args.limit.unwrap_or(SYNTHETIC_PROBLEMS)).map(|i| Box::new(task(i)) as Box<dyn Task>);
+    Ok(Work { tasks: tasks.collect(), warm: Vec::new() })
+}
+
+fn text(args: &Args, engine: &Engine) -> anyhow::Result<Work> {
+    let source = args.engine.source();
+    let mut problems = match &args.problems {
+        Some(path) => read_problems(path)?,
+        None => source.sample_problems()?,
+    };
+    problems.truncate(args.limit.unwrap_or(usize::MAX));
+    let prefix = match args.prefix.as_deref() {
+        None if source == ModelSource::Bundled => source.fewshot_prefix()?,
+        None | Some("none") => String::new(),
+        Some("bundled") => ModelSource::Bundled.fewshot_prefix()?,
+        Some(path) => read_text(Path::new(path))?,
+    };
+    let pack = compile_pack(&args.engine, engine, source.prompt_pack(args.prompts.as_deref())?, &prefix)?;
+    let tasks = text_tasks(&pack, &problems)?;
+    let mut warm = Vec::new();
+    if args.cache == Cache::Warm {
+        // What all problems begin with, and one more whose question is empty.
+        let empty = Problem { id: String::new(), question: String::new(), answer: None, paraphrases: Vec::new() };
+        let bare = text_tasks(&Arc::clone(&pack), &[empty])?;
+        let roots: Vec<&[u32]> = tasks.iter().chain(&bare).map(|t| t.root()).collect();
+        warm = common_prefix(&roots).to_vec();
+        anyhow::ensure!(!warm.is_empty(), "--cache: warm needs a --prefix");
+    }
+    Ok(Work { tasks, warm })
+}
+
+/// The longest run with which all of `lists` begin.
+fn common_prefix<'a>(lists: &[&'a [u32]]) -> &'a [u32] {
+    let Some((first, rest)) = lists.split_first() else { return &[] };
+    let same = |n: &usize| rest.iter().all(|l| l.get(*n) == first.get(*n));
+    &first[..(0..first.len()).take_while(same).count()]
+}
+
+/// One policy, one problem.
+fn run_one(engine: &mut Engine, work: &Work, problem: usize, arm: &mut Arm) -> anyhow::Result<()> {
+    if !work.warm.is_empty() {
+        warm_cache(engine, &work.warm)?;
+    }
+    engine.reset_counters();
+    let mut solver = Solver::new(engine, arm.config.clone())?;
+    solver
+        .solve(&work.tasks[problem..=problem], &mut |_, result| {
+            arm.results[problem].push(result);
+            Ok(())
+        })
+        .map_err(anyhow::Error::from)
+        .with_context(|| format!("policy {}, problem {}", arm.config.policy.name(), work.tasks[problem].id()))?;
+    arm.passes.extend_from_slice(solver.passes());
+    Ok(())
+}
+
+/// Leaves `tokens` in the prefix cache and nothing else: not what another policy left of the same problem.
+fn warm_cache(engine: &mut Engine, tokens: &[u32]) -> Result<(), Error> {
+    engine.clear_prefix_cache()?;
+    let branch = engine.prefill(tokens, PrefillOptions::default())?;
+    while engine.has_work() {
+        engine.step()?;
+    }
+    while engine.next_event().is_some() {}
+    engine.prune(branch)
+}
+
+fn json(args: &Args, engine: &Engine, report: &LadderReport) -> serde_json::Value {
+    let info = engine.info();
+    let head = serde_json::json!({
+        "bench": "ladder", "model": info.name, "dtype": info.dtype, "device": info.device, "cpu": cpu_model(),
+        "config": {
+            "branches": args.branches, "cache": args.cache, "rounds": args.rounds, "verify_all": args.verify_all,
+            "select": args.select, "prefix": args.prefix, "shape": args.shape, "limit": args.limit,
+            "max_batch_tokens": engine.config().max_batch_tokens, "block_size": engine.config().block_size,
+        },
+    });
+    let mut all = head;
+    if let (Some(all), Ok(serde_json::Value::Object(report))) = (all.as_object_mut(), serde_json::to_value(report)) {
+        all.extend(report);
+    }
+    all
+}
+
+fn print(report: &LadderReport) -> anyhow::Result<()> {
+    let known = report.policies.iter().any(|p| p.accuracy.is_some());
+    let mut table = Table::new(&[
+        "policy",
+        "ms/problem",
+        "p10",
+        "p50",
+        "p90",
+        "in passes",
+        "passes",
+        "prefill",
+        "decode",
+        "verify",
+        "skipped",
+        "peak",
+        "shared",
+        "private",
+        "same",
+        if known { "right  (95 %)" } else { "" },
+    ]);
+    let problems = report.problems.max(1) as f64;
+    report.policies.iter().for_each(|p| table.row(arm_cells(p, problems)));
+    table.print()?;
+    println!(
+        "{} problems x {} rounds; tokens per problem; blocks: the most of any problem; same: as no-sharing's",
+        report.problems, report.rounds
+    );
+    if !report.ratios.is_empty() {
+        println!();
+        let mut table = Table::new(&["mean latency", "ratio", "95 %", "ceiling", "of ceiling"]);
+        report.ratios.iter().for_each(|(name, r)| table.row(ratio_cells(name, r)));
+        table.print()?;
+    }
+    if let Some(Interval { value, lo, hi }) = report.accuracy_difference {
+        let points = |x: f64| format!("{:+.1}", x * 100.0);
+        println!("accuracy, rksc minus no-sharing: {} points ({} to {})", points(value), points(lo), points(hi));
+    }
+    Ok(())
+}
+
+fn arm_cells(p: &ArmReport, problems: f64) -> Vec<String> {
+    let (l, t, b) = (p.latency_ms, p.tokens, p.blocks);
+    let ms = |x: f64| format!("{x:.1}");
+    let per_problem = |x: u64| format!("{:.0}", x as f64 / problems);
+    let percent = |x: f64| format!("{:.0} %", x * 100.0);
+    let right = p.accuracy.zip(p.accuracy_interval);
+    vec![
+        p.policy.into(),
+        ms(l.mean),
+        ms(l.p10),
+        ms(l.p50),
+        ms(l.p90),
+        ms(p.pass_ms),
+        format!("{:.1}", p.passes),
+        per_problem(t.prefill),
+        per_problem(t.decode),
+        per_problem(t.verify),
+        percent(p.skip_rate),
+        b.peak.to_string(),
+        b.shared.to_string(),
+        b.private.to_string(),
+        p.agreement.map_or("-".into(), percent),
+        right.map_or(String::new(), |(a, [lo, hi])| {
+            format!("{:.1} % ({:.1} to {:.1})", a * 100.0, lo * 100.0, hi * 100.0)
+        }),
+    ]
+}
+
+fn ratio_cells(name: &str, r: &Ratio) -> Vec<String> {
+    let Interval { value, lo, hi } = r.measured;
+    vec![
+        name.into(),
+        format!("{value:.2}x"),
+        format!("{lo:.2} to {hi:.2}"),
+        format!("{:.2}x", r.ceiling),
+        format!("{:.0} %", r.of_ceiling * 100.0),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::common_prefix;
+
+    #[test]
+    fn the_common_prefix_of_lists() {
+        assert_eq!(common_prefix(&[&[1, 2, 3], &[1, 2, 4, 5], &[1, 2]]), [1, 2]);
+        assert_eq!(common_prefix(&[&[1], &[2]]), [] as [u32; 0]);
+        assert_eq!(common_prefix(&[]), [] as [u32; 0]);
+    }
+}
