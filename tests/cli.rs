@@ -248,7 +248,10 @@ fn score_of_text_and_of_its_tokens_agree() {
     let stdout = ok(dir.path(), &["score", "--in", "in", "--out", "out", "--dtype", "f32", "--top-k", "4"]);
     assert_eq!(stdout, "");
     let records = lines(&dir.path().join("out"));
-    assert_eq!((&records[0]["id"], &records[1]["id"], &records[2]["id"]), (&"text".into(), &7.into(), &"line-3".into()));
+    assert_eq!(
+        (&records[0]["id"], &records[1]["id"], &records[2]["id"]),
+        (&"text".into(), &7.into(), &"line-3".into())
+    );
     for key in ["tokens", "token_logprobs", "last_top"] {
         assert_eq!(records[0][key], records[1][key]);
     }

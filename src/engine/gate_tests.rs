@@ -9,12 +9,8 @@ use crate::model::weights::WeightStore;
 const NUM_BRANCHES: usize = 8;
 
 fn engine(model: ModelConfig, river: Option<&WeightStore>) -> Engine {
-    let config = EngineConfig {
-        model: ModelSource::Bundled,
-        kv_cache_memory: Some(4 << 20),
-        threads: 1,
-        ..Default::default()
-    };
+    let config =
+        EngineConfig { model: ModelSource::Bundled, kv_cache_memory: Some(4 << 20), threads: 1, ..Default::default() };
     Engine::with_weight_sets(config, model, &bundled::weights().unwrap(), river).unwrap()
 }
 

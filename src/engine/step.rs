@@ -59,21 +59,24 @@ impl Engine {
         }
     }
 
-    /// Roots and resumed branches without a table start from the longest cached prefix of their tokens.
+    /// New roots start from the longest cached prefix of their tokens. A preempted branch looks only when it is let in
+    /// again: until then it would hold blocks that others wait for.
     fn attach_cached_prefixes(&mut self) -> Result<()> {
-        for b in self.tree.iter_mut() {
-            let fresh = b.num_computed == 0 && b.fork_point.is_none() && b.swapped.is_none();
-            let Some(salt) = b.salt.filter(|_| fresh && b.is_runnable() && b.table.is_empty()) else { continue };
-            // The last token always runs: its row is what the caller waits for.
-            let blocks = self.cache.lookup(salt, &b.tokens, b.tokens.len() - 1, &mut self.pool)?;
-            if blocks.is_empty() {
-                continue;
-            }
-            b.num_cached_blocks = blocks.len();
-            b.num_computed = blocks.len() * self.layout.block_size;
-            self.totals.tokens_from_cache += b.num_computed as u64;
-            b.table = BlockTable::from_blocks(&self.pool, self.layout.block_size, &blocks)?;
-        }
+        let is_new = |b: &Branch| b.preemptions == 0 && b.is_runnable();
+        let roots: Vec<BranchId> = self.tree.iter().filter(|b| is_new(b)).map(|b| b.id).collect();
+        roots.into_iter().try_for_each(|id| self.attach_cached_prefix(id))
+    }
+
+    fn attach_cached_prefix(&mut self, id: BranchId) -> Result<()> {
+        let b = self.tree.get_mut(id)?;
+        let has_nothing = b.num_computed == 0 && b.table.is_empty() && b.fork_point.is_none() && b.swapped.is_none();
+        let Some(salt) = b.salt.filter(|_| has_nothing) else { return Ok(()) };
+        // The last token always runs: its row is what the caller waits for.
+        let blocks = self.cache.lookup(salt, &b.tokens, b.tokens.len() - 1, &mut self.pool)?;
+        b.num_cached_blocks = blocks.len();
+        b.num_computed = blocks.len() * self.layout.block_size;
+        self.totals.tokens_from_cache += b.num_computed as u64;
+        b.table = BlockTable::from_blocks(&self.pool, self.layout.block_size, &blocks)?;
         Ok(())
     }
 
@@ -230,12 +233,14 @@ impl Engine {
             self.materialise_in_step(id, reserved)?;
         }
         self.swap_in(id, fresh)?;
+        self.attach_cached_prefix(id)?;
         let b = self.tree.get_mut(id)?;
         let old_len = b.table.len();
         let first_row = self.batch.token_ids.len();
         let from = b.num_computed;
-        let to = from + item.num_new_tokens;
-        let appended = b.table.append(&mut self.pool, fresh, item.num_new_tokens)?;
+        let to = b.tokens.len().min(from + item.num_new_tokens);
+        let num_new_tokens = to - from;
+        let appended = b.table.append(&mut self.pool, fresh, num_new_tokens)?;
         b.table.push_slots(appended.kv, &mut self.batch.slots);
         self.batch.copies.extend(appended.copy);
         self.batch.token_ids.extend_from_slice(&b.tokens[from..to]);
@@ -243,24 +248,16 @@ impl Engine {
         let first_block = self.batch.blocks.len();
         self.batch.blocks.extend_from_slice(b.table.indices());
         self.batch.seqs.push(BatchSeq {
-            rows: first_row..first_row + item.num_new_tokens,
+            rows: first_row..first_row + num_new_tokens,
             blocks: first_block..self.batch.blocks.len(),
             kv_len: b.table.len(),
         });
         let (score_queries, first_score) = push_score_queries(b, from, to, first_row, &mut self.queries);
         let query = (to == b.tokens.len()).then(|| {
-            self.queries.push(last_row_query(b, first_row + item.num_new_tokens - 1));
+            self.queries.push(last_row_query(b, first_row + num_new_tokens - 1));
             self.queries.len() - 1
         });
-        reserved.push(Reserved {
-            branch: id,
-            num_new_tokens: item.num_new_tokens,
-            old_len,
-            is_new,
-            query,
-            score_queries,
-            first_score,
-        });
+        reserved.push(Reserved { branch: id, num_new_tokens, old_len, is_new, query, score_queries, first_score });
         Ok(())
     }
 

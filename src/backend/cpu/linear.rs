@@ -71,6 +71,7 @@ pub struct LinearScratch {
     /// Activations of one run of rows, in the form the kernel wants; shared by the threads.
     x: Vec<Line>,
     /// `thread_lines` for each thread.
+    #[cfg(x86_kernels)]
     threads: Vec<Line>,
 }
 
@@ -161,12 +162,12 @@ pub fn linear(
         check(bias.len() == out_features, || format!("bias [{out_features}]"), || format!("{} elements", bias.len()))?;
     }
     for part in w.parts() {
-        let fits = match (x, part?.2) {
+        let fits = matches!(
+            (x, part?.2),
             (Activations::F32(_), _)
-            | (Activations::Bf16(_), Weights::Bf16(_))
-            | (Activations::F16(_), Weights::F16(_)) => true,
-            _ => false,
-        };
+                | (Activations::Bf16(_), Weights::Bf16(_))
+                | (Activations::F16(_), Weights::F16(_))
+        );
         check(fits, || "weights made for the compute type of x".into(), || "another type".into())?;
     }
     level.check_available()?;
@@ -266,31 +267,35 @@ impl Run<'_> {
     fn f32(&self, pool: &mut ThreadPool, level: SimdLevel, x: &[f32], out: &Output<'_>) -> Result<()> {
         match level {
             #[cfg(x86_kernels)]
-            // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
-            SimdLevel::Amx | SimdLevel::Avx512 => {
-                self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| unsafe {
+            SimdLevel::Amx | SimdLevel::Avx512 => self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| {
+                // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
+                unsafe {
                     match w {
                         Weights::F32(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
                         Weights::Bf16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
                         Weights::F16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
                     }
-                })
-            }
-            #[cfg(x86_kernels)]
-            // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
-            SimdLevel::Avx2 => self.divide(pool, avx2::GRAIN, |_, first_out, w, num_outs| unsafe {
-                match w {
-                    Weights::F32(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
-                    Weights::Bf16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
-                    Weights::F16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
                 }
             }),
-            // SAFETY: `divide` gives each thread outputs of its own.
-            _ => self.divide(pool, portable::GRAIN, |_, first_out, w, num_outs| unsafe {
-                match w {
-                    Weights::F32(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), |w| w),
-                    Weights::Bf16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), bf16::to_f32),
-                    Weights::F16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), f16::to_f32),
+            #[cfg(x86_kernels)]
+            SimdLevel::Avx2 => self.divide(pool, avx2::GRAIN, |_, first_out, w, num_outs| {
+                // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
+                unsafe {
+                    match w {
+                        Weights::F32(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
+                        Weights::Bf16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
+                        Weights::F16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
+                    }
+                }
+            }),
+            _ => self.divide(pool, portable::GRAIN, |_, first_out, w, num_outs| {
+                // SAFETY: `divide` gives each thread outputs of its own.
+                unsafe {
+                    match w {
+                        Weights::F32(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), |w| w),
+                        Weights::Bf16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), bf16::to_f32),
+                        Weights::F16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), f16::to_f32),
+                    }
                 }
             }),
         }

@@ -214,8 +214,8 @@ mod tests {
                 assert_eq!(words[i], u32::from(a[i].to_bits()) | u32::from(b[i].to_bits()) << 16);
             }
             v.pack_bf16(v.load(&ramp), v.load(&ramp[V::LANES..]), &mut words);
-            for i in 0..2 * V::LANES {
-                assert_eq!(bytemuck::cast_slice::<u32, bf16>(&words)[i].to_f32(), ramp[i]);
+            for (word, expected) in bytemuck::cast_slice::<u32, bf16>(&words).iter().zip(&ramp).take(2 * V::LANES) {
+                assert_eq!(word.to_f32(), *expected);
             }
             let mut dot = [0f32; 16];
             v.store(v.dot_bf16(v.splat(1.0), v.load_words(&words), v.load_words(&words)), &mut dot);
