@@ -38,6 +38,10 @@ const MAX_STRETCH: usize = 32;
 /// Blocks of outs that share a stretch of x from the L2 before the next stretch begins.
 const SUPER_BLOCKS: usize = 4;
 
+/// The next 32 rows of W are prefetched into the L2 if they take no more than this, else `AHEAD_STEPS` of the same rows.
+const MAX_AHEAD_BYTES: usize = 512 << 10;
+const AHEAD_STEPS: usize = 24;
+
 /// How many groups of 16 rows there are.
 pub(super) fn num_groups(rows: usize) -> usize {
     rows.div_ceil(GROUP)
@@ -189,10 +193,18 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
                     let c = &mut c[c_at..c_at + C_LINES];
                     let b = &job.x[group * group_lines + range.start * columns..];
                     let a = &job.w[out * k + range.start * STEP..];
-                    // Each block of rows prefetches its share of the next 32 rows of W.
-                    let quads = if next_out < job.num_outs { (OUTS / 4).div_ceil(num_row_blocks) } else { 0 };
-                    let quads = quads.min((OUTS / 4).saturating_sub(block * quads));
-                    let ahead = (next_out + block * (OUTS / 4).div_ceil(num_row_blocks) * 4) * k + next_step * STEP;
+                    // Each block of rows prefetches its share of the next 32 rows of W. A single one whose rows are
+                    // long runs ahead in the same rows.
+                    let block_quads = (OUTS / 4).div_ceil(num_row_blocks);
+                    let ahead_in_row = num_row_blocks == 1 && OUTS * k * size_of::<bf16>() > MAX_AHEAD_BYTES;
+                    let (ahead, quads) = if ahead_in_row {
+                        (out * k + AHEAD_STEPS * STEP, num_outs / 4)
+                    } else if next_out < job.num_outs {
+                        let done = block * block_quads;
+                        ((next_out + done * 4) * k + next_step * STEP, block_quads.min((OUTS / 4).saturating_sub(done)))
+                    } else {
+                        (0, 0)
+                    };
                     let mut operands = Operands {
                         a: a.as_ptr(),
                         a_second: a.as_ptr().wrapping_add(second * k),
@@ -202,6 +214,7 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
                         b_stride: columns * size_of::<u32>(),
                         ahead: job.w.as_ptr().wrapping_add(ahead),
                         quads,
+                        ahead_is_down: ahead_in_row || num_stretches > 1,
                     };
                     // SAFETY: tiles are configured. `whole` steps of `num_outs` rows of W lie in `job.w`; the group, and the
                     // next one if `is_pair`, have `steps` packed steps; `tail` has a line for every row; `c` has four tiles.
@@ -275,6 +288,8 @@ struct Operands {
     /// What to prefetch: `4 quads` lines a step.
     ahead: *const bf16,
     quads: usize,
+    /// Whether each step takes one line of many rows, rather than four lines of every fourth row.
+    ahead_is_down: bool,
 }
 
 /// This thread's tile registers, between configuration and release. Nothing else in the process uses them.
@@ -291,6 +306,81 @@ struct Config {
     reserved: [u8; 14],
     row_bytes: [u16; 16],
     rows: [u8; 16],
+}
+
+/// The loop over k. Tiles: `pair` or `single`, the columns of C. Prefetches: `quads` times four lines a step, `down` one
+/// column of lines of 4 rows, or `along` the first of every 4 rows. A prefetch may name any address.
+macro_rules! run_steps {
+    ($o:ident, $steps:ident, pair, $ahead:ident) => {
+        run_steps!(@ahead $o, $steps, $ahead, [
+            "tileloadd tmm6, [{b0} + {sb}*1]",
+            "tileloadd tmm4, [{a0} + {sa}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {sb}*1]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {sa}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7"
+        ])
+    };
+    ($o:ident, $steps:ident, single, $ahead:ident) => {
+        run_steps!(@ahead $o, $steps, $ahead, [
+            "tileloadd tmm6, [{b0} + {sb}*1]",
+            "tileloadd tmm4, [{a0} + {sa}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{a1} + {sa}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6"
+        ])
+    };
+    (@ahead $o:ident, $steps:ident, down, $tiles:tt) => {
+        run_steps!(@asm $o, $steps, $tiles, [
+            "prefetcht1 [{at}]",
+            "prefetcht1 [{at} + {sa}*1]",
+            "lea {at}, [{at} + {sa}*2]",
+            "prefetcht1 [{at}]",
+            "prefetcht1 [{at} + {sa}*1]",
+            "lea {at}, [{at} + {sa}*2]"
+        ], "add {ahead}, 64")
+    };
+    (@ahead $o:ident, $steps:ident, along, $tiles:tt) => {
+        run_steps!(@asm $o, $steps, $tiles, [
+            "prefetcht1 [{at}]",
+            "prefetcht1 [{at} + 64]",
+            "prefetcht1 [{at} + 128]",
+            "prefetcht1 [{at} + 192]",
+            "lea {at}, [{at} + {sa}*4]"
+        ], "add {ahead}, 256")
+    };
+    (@asm $o:ident, $steps:ident, [$($tiles:literal),*], [$($ahead:literal),*], $advance:literal) => {
+        asm!(
+            "2:",
+            $($tiles,)*
+            "mov {at}, {ahead}",
+            "mov {n}, {quads}",
+            "test {n}, {n}",
+            "jz 4f",
+            "3:",
+            $($ahead,)*
+            "dec {n}",
+            "jnz 3b",
+            "4:",
+            $advance,
+            "add {a0}, 64",
+            "add {a1}, 64",
+            // One step of B: 16 strides.
+            "lea {b0}, [{b0} + {sb}*8]",
+            "lea {b0}, [{b0} + {sb}*8]",
+            "lea {b1}, [{b1} + {sb}*8]",
+            "lea {b1}, [{b1} + {sb}*8]",
+            "dec {steps}",
+            "jnz 2b",
+            a0 = inout(reg) $o.a, a1 = inout(reg) $o.a_second, sa = in(reg) $o.a_stride,
+            b0 = inout(reg) $o.b, b1 = inout(reg) $o.b_second, sb = in(reg) $o.b_stride,
+            steps = inout(reg) $steps => _, ahead = inout(reg) $o.ahead, quads = in(reg) $o.quads,
+            at = out(reg) _, n = out(reg) _,
+            options(nostack, readonly),
+        )
+    };
 }
 
 impl Tiles {
@@ -373,81 +463,13 @@ impl Tiles {
         if steps == 0 {
             return;
         }
-        if is_pair {
-            // SAFETY: as the caller promises; a prefetch may name any address. It walks down rows of W, a column of
-            // lines a step, beside sums that take longer than the memory does.
-            unsafe {
-                asm!(
-                    "2:",
-                    "tileloadd tmm6, [{b0} + {sb}*1]",
-                    "tileloadd tmm4, [{a0} + {sa}*1]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b1} + {sb}*1]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {sa}*1]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "mov {at}, {ahead}",
-                    "mov {n}, {quads}",
-                    "test {n}, {n}",
-                    "jz 4f",
-                    "3:",
-                    "prefetcht1 [{at}]",
-                    "prefetcht1 [{at} + {sa}*1]",
-                    "lea {at}, [{at} + {sa}*2]",
-                    "prefetcht1 [{at}]",
-                    "prefetcht1 [{at} + {sa}*1]",
-                    "lea {at}, [{at} + {sa}*2]",
-                    "dec {n}",
-                    "jnz 3b",
-                    "4:",
-                    "add {ahead}, 64",
-                    "add {a0}, 64",
-                    "add {a1}, 64",
-                    "add {b0}, 1024",
-                    "add {b1}, 1024",
-                    "dec {steps}",
-                    "jnz 2b",
-                    a0 = inout(reg) o.a, a1 = inout(reg) o.a_second, sa = in(reg) o.a_stride,
-                    b0 = inout(reg) o.b, b1 = inout(reg) o.b_second, sb = in(reg) size_of::<Line>(),
-                    steps = inout(reg) steps => _, ahead = inout(reg) o.ahead, quads = in(reg) o.quads,
-                    at = out(reg) _, n = out(reg) _,
-                    options(nostack, readonly),
-                );
-            }
-        } else {
-            // SAFETY: as above. The prefetch takes lines as they lie in memory: W streams.
-            unsafe {
-                asm!(
-                    "2:",
-                    "tileloadd tmm6, [{b0} + {sb}*1]",
-                    "tileloadd tmm4, [{a0} + {sa}*1]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{a1} + {sa}*1]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "mov {n}, {quads}",
-                    "test {n}, {n}",
-                    "jz 4f",
-                    "3:",
-                    "prefetcht1 [{ahead}]",
-                    "prefetcht1 [{ahead} + 64]",
-                    "prefetcht1 [{ahead} + 128]",
-                    "prefetcht1 [{ahead} + 192]",
-                    "add {ahead}, 256",
-                    "dec {n}",
-                    "jnz 3b",
-                    "4:",
-                    "add {a0}, 64",
-                    "add {a1}, 64",
-                    "add {b0}, {b_step}",
-                    "dec {steps}",
-                    "jnz 2b",
-                    a0 = inout(reg) o.a, a1 = inout(reg) o.a_second, sa = in(reg) o.a_stride,
-                    b0 = inout(reg) o.b, sb = in(reg) o.b_stride, b_step = in(reg) 16 * o.b_stride,
-                    steps = inout(reg) steps => _, ahead = inout(reg) o.ahead, quads = in(reg) o.quads,
-                    n = out(reg) _,
-                    options(nostack, readonly),
-                );
+        // SAFETY: as the caller promises.
+        unsafe {
+            match (is_pair, o.ahead_is_down) {
+                (true, true) => run_steps!(o, steps, pair, down),
+                (true, false) => run_steps!(o, steps, pair, along),
+                (false, true) => run_steps!(o, steps, single, down),
+                (false, false) => run_steps!(o, steps, single, along),
             }
         }
     }
