@@ -52,7 +52,7 @@ pub fn linear_oracle(
     in_features: usize,
     out_features: usize,
 ) -> (Vec<f64>, Vec<f64>) {
-    let rows = if in_features == 0 { 0 } else { x.len() / in_features };
+    let rows = x.len().checked_div(in_features).unwrap_or(0);
     let (mut y, mut scale) = (Vec::with_capacity(rows * out_features), Vec::with_capacity(rows * out_features));
     for t in 0..rows {
         for n in 0..out_features {

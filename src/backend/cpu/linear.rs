@@ -161,12 +161,12 @@ pub fn linear(
         check(bias.len() == out_features, || format!("bias [{out_features}]"), || format!("{} elements", bias.len()))?;
     }
     for part in w.parts() {
-        let fits = match (x, part?.2) {
+        let fits = matches!(
+            (x, part?.2),
             (Activations::F32(_), _)
-            | (Activations::Bf16(_), Weights::Bf16(_))
-            | (Activations::F16(_), Weights::F16(_)) => true,
-            _ => false,
-        };
+                | (Activations::Bf16(_), Weights::Bf16(_))
+                | (Activations::F16(_), Weights::F16(_))
+        );
         check(fits, || "weights made for the compute type of x".into(), || "another type".into())?;
     }
     level.check_available()?;
@@ -266,31 +266,35 @@ impl Run<'_> {
     fn f32(&self, pool: &mut ThreadPool, level: SimdLevel, x: &[f32], out: &Output<'_>) -> Result<()> {
         match level {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
-            SimdLevel::Amx | SimdLevel::Avx512 => {
-                self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| unsafe {
+            SimdLevel::Amx | SimdLevel::Avx512 => self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| {
+                // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
+                unsafe {
                     match w {
                         Weights::F32(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
                         Weights::Bf16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
                         Weights::F16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
                     }
-                })
-            }
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
-            SimdLevel::Avx2 => self.divide(pool, avx2::GRAIN, |_, first_out, w, num_outs| unsafe {
-                match w {
-                    Weights::F32(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
-                    Weights::Bf16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
-                    Weights::F16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
                 }
             }),
-            // SAFETY: `divide` gives each thread outputs of its own.
-            _ => self.divide(pool, portable::GRAIN, |_, first_out, w, num_outs| unsafe {
-                match w {
-                    Weights::F32(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), |w| w),
-                    Weights::Bf16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), bf16::to_f32),
-                    Weights::F16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), f16::to_f32),
+            #[cfg(target_arch = "x86_64")]
+            SimdLevel::Avx2 => self.divide(pool, avx2::GRAIN, |_, first_out, w, num_outs| {
+                // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
+                unsafe {
+                    match w {
+                        Weights::F32(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
+                        Weights::Bf16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
+                        Weights::F16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
+                    }
+                }
+            }),
+            _ => self.divide(pool, portable::GRAIN, |_, first_out, w, num_outs| {
+                // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
+                unsafe {
+                    match w {
+                        Weights::F32(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), |w| w),
+                        Weights::Bf16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), bf16::to_f32),
+                        Weights::F16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), f16::to_f32),
+                    }
                 }
             }),
         }
