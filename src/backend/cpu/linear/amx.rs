@@ -10,7 +10,8 @@
 //!    outs 16-31 tmm2      tmm3       tmm5
 //! ```
 //!
-//! Many rows: 32 outs of one stretch of k stay in the L1 while all rows pass over them; C waits in memory between
+//! Many rows: 32 outs of one stretch of k are copied next to each other (rows of a mapped file seldom begin on a cache line,
+//! and a tile load that straddles lines takes twice as long), and all rows pass over them; C waits in memory between
 //! stretches, which costs no rounding. Few rows: weights stream once, prefetched one block of 32 outs ahead in the order
 //! in which they lie in memory. A tail of k (`in % 32`) is multiplied from copies filled up with zeros.
 //!
@@ -19,6 +20,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use half::bf16;
 
@@ -38,6 +40,10 @@ const MAX_STRETCH: usize = 32;
 /// Blocks of outs that share a stretch of x from the L2 before the next stretch begins.
 const SUPER_BLOCKS: usize = 4;
 
+/// The next 32 rows of W are prefetched into the L2 if they take no more than this, else `AHEAD_STEPS` of the same rows.
+const MAX_AHEAD_BYTES: usize = 512 << 10;
+const AHEAD_STEPS: usize = 24;
+
 /// How many groups of 16 rows there are.
 pub(super) fn num_groups(rows: usize) -> usize {
     rows.div_ceil(GROUP)
@@ -48,10 +54,15 @@ pub(super) fn group_lines(rows: usize, in_features: usize) -> usize {
     in_features.div_ceil(STEP) * num_columns(rows)
 }
 
-/// Lines each thread needs: C of the blocks in flight, and the tail of k of one block of weights.
+/// Lines each thread needs: the tail of k of one block of weights, its copied stretch, and C of the blocks in flight.
 pub(super) fn thread_lines(rows: usize, in_features: usize) -> usize {
     let blocks = if num_stretches(rows, in_features) == 1 { 1 } else { SUPER_BLOCKS * rows.div_ceil(2 * GROUP) };
-    blocks * C_LINES + OUTS
+    blocks * C_LINES + OUTS + if is_panelled(rows) { MAX_STRETCH * OUTS } else { 0 }
+}
+
+/// Whether there are enough rows to pay for copying each block of W.
+fn is_panelled(rows: usize) -> bool {
+    rows > 2 * GROUP
 }
 
 fn num_columns(rows: usize) -> usize {
@@ -59,7 +70,7 @@ fn num_columns(rows: usize) -> usize {
 }
 
 fn num_stretches(rows: usize, in_features: usize) -> usize {
-    if rows <= 2 * GROUP { 1 } else { in_features.div_ceil(STEP).div_ceil(MAX_STRETCH).max(1) }
+    if !is_panelled(rows) { 1 } else { in_features.div_ceil(STEP).div_ceil(MAX_STRETCH).max(1) }
 }
 
 /// Packs rows `[16 group, 16 group + 16)` of x `[rows, in]`; missing rows and the tail of k become zero.
@@ -147,7 +158,10 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
     let num_stretches = num_stretches(job.rows, k);
     let super_outs = if num_stretches == 1 { OUTS } else { OUTS * SUPER_BLOCKS };
     let group_lines = group_lines(job.rows, k);
-    let (tail, c) = own.split_at_mut(OUTS);
+    let is_panelled = is_panelled(job.rows);
+    let (tail, own) = own.split_at_mut(OUTS);
+    let (panel, c) = own.split_at_mut(if is_panelled { MAX_STRETCH * OUTS } else { 0 });
+    let row_bytes = k * size_of::<bf16>();
     let stretch_start = |stretch: usize| steps * stretch / num_stretches;
     // SAFETY: the caller vouches for AMX.
     let mut tiles = unsafe { Tiles::new() };
@@ -161,14 +175,13 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
                 let num_outs = OUTS.min(end - out);
                 // SAFETY: as above.
                 unsafe { tiles.configure(num_outs, columns) };
-                let has_tail = is_last && whole_steps < steps;
-                if has_tail {
-                    for (n, line) in tail.iter_mut().enumerate().take(num_outs) {
-                        let rest = &job.w[(out + n) * k + whole_steps * STEP..(out + n + 1) * k];
-                        let line: &mut [bf16] = bytemuck::cast_slice_mut(&mut line.0);
-                        line[..rest.len()].copy_from_slice(rest);
-                        line[rest.len()..].fill(bf16::ZERO);
+                let has_tail = is_last && whole_steps < steps && !is_panelled;
+                if is_panelled {
+                    for (step, tiles) in range.clone().zip(panel.chunks_exact_mut(OUTS)) {
+                        copy_step(job, out..out + num_outs, step, tiles);
                     }
+                } else if has_tail {
+                    copy_step(job, out..out + num_outs, whole_steps, tail);
                 }
                 // What is read after this: the next block of this stretch, the first one of the next, or the next blocks.
                 let (next_out, next_step) = if out + OUTS < end {
@@ -180,7 +193,7 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
                 };
                 // A second tile that does not exist is computed as a copy of the first one and not stored.
                 let second = if num_outs > GROUP { GROUP } else { 0 };
-                let whole = range.end.min(whole_steps) - range.start;
+                let in_place = range.end.min(if is_panelled { steps } else { whole_steps }) - range.start;
                 for block in 0..num_row_blocks {
                     let group = 2 * block;
                     let is_pair = group + 1 < num_groups;
@@ -188,20 +201,35 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
                         if num_stretches == 1 { 0 } else { (out - first) / OUTS * num_row_blocks + block } * C_LINES;
                     let c = &mut c[c_at..c_at + C_LINES];
                     let b = &job.x[group * group_lines + range.start * columns..];
-                    let a = &job.w[out * k + range.start * STEP..];
-                    // Each block of rows prefetches its share of the next 32 rows of W.
-                    let quads = if next_out < job.num_outs { (OUTS / 4).div_ceil(num_row_blocks) } else { 0 };
-                    let quads = quads.min((OUTS / 4).saturating_sub(block * quads));
-                    let ahead = (next_out + block * (OUTS / 4).div_ceil(num_row_blocks) * 4) * k + next_step * STEP;
+                    let (a, a_stride, a_step) = if is_panelled {
+                        (panel.as_ptr().cast::<bf16>(), 64, 2048)
+                    } else {
+                        (job.w[out * k + range.start * STEP..].as_ptr(), row_bytes, 64)
+                    };
+                    // Each block of rows prefetches its share of the next 32 rows of W. A single one whose rows are
+                    // long runs ahead in the same rows.
+                    let block_quads = (OUTS / 4).div_ceil(num_row_blocks);
+                    let ahead_in_row = num_row_blocks == 1 && OUTS * row_bytes > MAX_AHEAD_BYTES;
+                    let (ahead, quads) = if ahead_in_row {
+                        (out * k + AHEAD_STEPS * STEP, num_outs / 4)
+                    } else if next_out < job.num_outs {
+                        let done = block * block_quads;
+                        ((next_out + done * 4) * k + next_step * STEP, block_quads.min((OUTS / 4).saturating_sub(done)))
+                    } else {
+                        (0, 0)
+                    };
                     let mut operands = Operands {
-                        a: a.as_ptr(),
-                        a_second: a.as_ptr().wrapping_add(second * k),
-                        a_stride: k * size_of::<bf16>(),
+                        a,
+                        a_second: a.wrapping_byte_add(second * a_stride),
+                        a_stride,
+                        a_step,
+                        row_bytes,
                         b: b.as_ptr(),
                         b_second: b.as_ptr().wrapping_add(group_lines),
                         b_stride: columns * size_of::<u32>(),
                         ahead: job.w.as_ptr().wrapping_add(ahead),
                         quads,
+                        ahead_is_down: ahead_in_row || num_stretches > 1,
                     };
                     // SAFETY: tiles are configured. `whole` steps of `num_outs` rows of W lie in `job.w`; the group, and the
                     // next one if `is_pair`, have `steps` packed steps; `tail` has a line for every row; `c` has four tiles.
@@ -211,7 +239,7 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
                         } else {
                             tiles.load(c)
                         }
-                        tiles.multiply(&mut operands, whole, is_pair);
+                        tiles.multiply(&mut operands, in_place, is_pair);
                         if has_tail {
                             operands.a = tail.as_ptr().cast();
                             operands.a_second = tail.as_ptr().wrapping_add(second).cast();
@@ -240,6 +268,22 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
     }
 }
 
+/// Copies one step of k of the rows `outs` of W, a line each; past the end of k come zeros.
+fn copy_step(job: &Job<'_, Line, bf16>, outs: Range<usize>, step: usize, lines: &mut [Line]) {
+    let k = job.in_features;
+    for (n, line) in outs.zip(lines) {
+        let line: &mut [bf16; STEP] = bytemuck::cast_mut(&mut line.0);
+        let row = &job.w[n * k + step * STEP..(n + 1) * k];
+        match row.first_chunk() {
+            Some(whole) => *line = *whole,
+            None => {
+                line[..row.len()].copy_from_slice(row);
+                line[row.len()..].fill(bf16::ZERO);
+            }
+        }
+    }
+}
+
 /// Writes one tile, transposed, to y\[first_row.., first_out..\].
 ///
 /// # Safety
@@ -255,13 +299,32 @@ unsafe fn store(out: &Output<'_>, tile: &[Line], first_row: usize, num_rows: usi
         // SAFETY: the mask names the elements of `bias`.
         unsafe { _mm512_maskz_loadu_ps(mask(bias.len()), bias.as_ptr()) }
     });
-    for (row, &sums) in rows.iter().enumerate().take(num_rows) {
-        let sums = if let Some(bias) = bias { _mm512_add_ps(sums, bias) } else { sums };
-        // SAFETY: handed on to the caller.
-        let y = unsafe { out.row(first_row + row, first_out..first_out + width) };
-        // SAFETY: the mask names the elements of `y`.
-        unsafe { _mm512_mask_storeu_ps(y.as_mut_ptr(), mask(y.len()), sums) };
+    if num_rows == GROUP {
+        // The usual case: a loop of known length keeps all rows in registers.
+        for (row, &sums) in rows.iter().enumerate() {
+            // SAFETY: as below.
+            unsafe { store_row(out, first_row + row, first_out, width, sums, bias) };
+        }
+    } else {
+        for (row, &sums) in rows.iter().enumerate().take(num_rows) {
+            // SAFETY: handed on to the caller.
+            unsafe { store_row(out, first_row + row, first_out, width, sums, bias) };
+        }
     }
+}
+
+/// y\[row, first_out..first_out + width\] = sums + bias.
+///
+/// # Safety
+/// As [`store`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn store_row(out: &Output<'_>, row: usize, first_out: usize, width: usize, sums: __m512, bias: Option<__m512>) {
+    let sums = if let Some(bias) = bias { _mm512_add_ps(sums, bias) } else { sums };
+    // SAFETY: handed on to the caller.
+    let y = unsafe { out.row(row, first_out..first_out + width) };
+    // SAFETY: the mask names the elements of `y`.
+    unsafe { _mm512_mask_storeu_ps(y.as_mut_ptr(), ((1u32 << y.len()) - 1) as __mmask16, sums) };
 }
 
 /// Where the tiles of one block come from; moved on by every step.
@@ -269,12 +332,17 @@ struct Operands {
     a: *const bf16,
     a_second: *const bf16,
     a_stride: usize,
+    a_step: usize,
     b: *const Line,
     b_second: *const Line,
     b_stride: usize,
     /// What to prefetch: `4 quads` lines a step.
     ahead: *const bf16,
     quads: usize,
+    /// Bytes from one row of W to the next, for the prefetch.
+    row_bytes: usize,
+    /// Whether each step takes one line of many rows, rather than four lines of every fourth row.
+    ahead_is_down: bool,
 }
 
 /// This thread's tile registers, between configuration and release. Nothing else in the process uses them.
@@ -291,6 +359,82 @@ struct Config {
     reserved: [u8; 14],
     row_bytes: [u16; 16],
     rows: [u8; 16],
+}
+
+/// The loop over k. Tiles: `pair` or `single`, the columns of C. Prefetches: `quads` times four lines a step, `down` one
+/// column of lines of 4 rows, or `along` the first of every 4 rows. A prefetch may name any address.
+macro_rules! run_steps {
+    ($o:ident, $steps:ident, pair, $ahead:ident) => {
+        run_steps!(@ahead $o, $steps, $ahead, [
+            "tileloadd tmm6, [{b0} + {sb}*1]",
+            "tileloadd tmm4, [{a0} + {sa}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {sb}*1]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {sa}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7"
+        ])
+    };
+    ($o:ident, $steps:ident, single, $ahead:ident) => {
+        run_steps!(@ahead $o, $steps, $ahead, [
+            "tileloadd tmm6, [{b0} + {sb}*1]",
+            "tileloadd tmm4, [{a0} + {sa}*1]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{a1} + {sa}*1]",
+            "tdpbf16ps tmm2, tmm5, tmm6"
+        ])
+    };
+    (@ahead $o:ident, $steps:ident, down, $tiles:tt) => {
+        run_steps!(@asm $o, $steps, $tiles, [
+            "prefetcht1 [{at}]",
+            "prefetcht1 [{at} + {row}*1]",
+            "lea {at}, [{at} + {row}*2]",
+            "prefetcht1 [{at}]",
+            "prefetcht1 [{at} + {row}*1]",
+            "lea {at}, [{at} + {row}*2]"
+        ], "add {ahead}, 64")
+    };
+    (@ahead $o:ident, $steps:ident, along, $tiles:tt) => {
+        run_steps!(@asm $o, $steps, $tiles, [
+            "prefetcht1 [{at}]",
+            "prefetcht1 [{at} + 64]",
+            "prefetcht1 [{at} + 128]",
+            "prefetcht1 [{at} + 192]",
+            "lea {at}, [{at} + {row}*4]"
+        ], "add {ahead}, 256")
+    };
+    (@asm $o:ident, $steps:ident, [$($tiles:literal),*], [$($ahead:literal),*], $advance:literal) => {
+        asm!(
+            "2:",
+            $($tiles,)*
+            "mov {at}, {ahead}",
+            "mov {n}, {quads}",
+            "test {n}, {n}",
+            "jz 4f",
+            "3:",
+            $($ahead,)*
+            "dec {n}",
+            "jnz 3b",
+            "4:",
+            $advance,
+            "add {a0}, {a_step}",
+            "add {a1}, {a_step}",
+            // One step of B: 16 strides.
+            "lea {b0}, [{b0} + {sb}*8]",
+            "lea {b0}, [{b0} + {sb}*8]",
+            "lea {b1}, [{b1} + {sb}*8]",
+            "lea {b1}, [{b1} + {sb}*8]",
+            "dec {steps}",
+            "jnz 2b",
+            a0 = inout(reg) $o.a, a1 = inout(reg) $o.a_second, sa = in(reg) $o.a_stride,
+            a_step = in(reg) $o.a_step, row = in(reg) $o.row_bytes,
+            b0 = inout(reg) $o.b, b1 = inout(reg) $o.b_second, sb = in(reg) $o.b_stride,
+            steps = inout(reg) $steps => _, ahead = inout(reg) $o.ahead, quads = in(reg) $o.quads,
+            at = out(reg) _, n = out(reg) _,
+            options(nostack, readonly),
+        )
+    };
 }
 
 impl Tiles {
@@ -373,81 +517,13 @@ impl Tiles {
         if steps == 0 {
             return;
         }
-        if is_pair {
-            // SAFETY: as the caller promises; a prefetch may name any address. It walks down rows of W, a column of
-            // lines a step, beside sums that take longer than the memory does.
-            unsafe {
-                asm!(
-                    "2:",
-                    "tileloadd tmm6, [{b0} + {sb}*1]",
-                    "tileloadd tmm4, [{a0} + {sa}*1]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{b1} + {sb}*1]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {sa}*1]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "mov {at}, {ahead}",
-                    "mov {n}, {quads}",
-                    "test {n}, {n}",
-                    "jz 4f",
-                    "3:",
-                    "prefetcht1 [{at}]",
-                    "prefetcht1 [{at} + {sa}*1]",
-                    "lea {at}, [{at} + {sa}*2]",
-                    "prefetcht1 [{at}]",
-                    "prefetcht1 [{at} + {sa}*1]",
-                    "lea {at}, [{at} + {sa}*2]",
-                    "dec {n}",
-                    "jnz 3b",
-                    "4:",
-                    "add {ahead}, 64",
-                    "add {a0}, 64",
-                    "add {a1}, 64",
-                    "add {b0}, 1024",
-                    "add {b1}, 1024",
-                    "dec {steps}",
-                    "jnz 2b",
-                    a0 = inout(reg) o.a, a1 = inout(reg) o.a_second, sa = in(reg) o.a_stride,
-                    b0 = inout(reg) o.b, b1 = inout(reg) o.b_second, sb = in(reg) size_of::<Line>(),
-                    steps = inout(reg) steps => _, ahead = inout(reg) o.ahead, quads = in(reg) o.quads,
-                    at = out(reg) _, n = out(reg) _,
-                    options(nostack, readonly),
-                );
-            }
-        } else {
-            // SAFETY: as above. The prefetch takes lines as they lie in memory: W streams.
-            unsafe {
-                asm!(
-                    "2:",
-                    "tileloadd tmm6, [{b0} + {sb}*1]",
-                    "tileloadd tmm4, [{a0} + {sa}*1]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{a1} + {sa}*1]",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "mov {n}, {quads}",
-                    "test {n}, {n}",
-                    "jz 4f",
-                    "3:",
-                    "prefetcht1 [{ahead}]",
-                    "prefetcht1 [{ahead} + 64]",
-                    "prefetcht1 [{ahead} + 128]",
-                    "prefetcht1 [{ahead} + 192]",
-                    "add {ahead}, 256",
-                    "dec {n}",
-                    "jnz 3b",
-                    "4:",
-                    "add {a0}, 64",
-                    "add {a1}, 64",
-                    "add {b0}, {b_step}",
-                    "dec {steps}",
-                    "jnz 2b",
-                    a0 = inout(reg) o.a, a1 = inout(reg) o.a_second, sa = in(reg) o.a_stride,
-                    b0 = inout(reg) o.b, sb = in(reg) o.b_stride, b_step = in(reg) 16 * o.b_stride,
-                    steps = inout(reg) steps => _, ahead = inout(reg) o.ahead, quads = in(reg) o.quads,
-                    n = out(reg) _,
-                    options(nostack, readonly),
-                );
+        // SAFETY: as the caller promises.
+        unsafe {
+            match (is_pair, o.ahead_is_down) {
+                (true, true) => run_steps!(o, steps, pair, down),
+                (true, false) => run_steps!(o, steps, pair, along),
+                (false, true) => run_steps!(o, steps, single, down),
+                (false, false) => run_steps!(o, steps, single, along),
             }
         }
     }

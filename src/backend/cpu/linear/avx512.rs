@@ -233,15 +233,13 @@ unsafe fn sweep<D: Dot, const R: usize, const N: usize>(
     for out in (first..end).step_by(N) {
         let num_outs = N.min(end - out);
         let w: [*const D::W; N] = starts(job.w, k, out, num_outs);
-        let mut ahead = job.w.as_ptr().wrapping_add((out + N) * k).cast::<i8>();
         let mut acc = [[_mm512_setzero_ps(); N]; R];
         let mut at = 0;
         while at < whole {
             // SAFETY: `at + STEP <= k`, the length of every row; a prefetch may name any address.
             unsafe {
-                for _ in 0..N {
-                    _mm_prefetch::<_MM_HINT_T1>(ahead);
-                    ahead = ahead.wrapping_add(D::STEP * size_of::<D::W>());
+                for w in w {
+                    _mm_prefetch::<_MM_HINT_T1>(w.wrapping_add(N * k + at).cast());
                 }
                 // No `array::from_fn`: it lacks the target features, and its closure would be called, not inlined.
                 let mut x_now = [D::load_x(x[0].add(at)); R];
