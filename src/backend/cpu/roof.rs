@@ -20,6 +20,8 @@ use crate::testing::fill::Fill;
 pub const SWEEP_BYTES: usize = 1 << 30;
 /// Sweeps timed; the best counts, for a roof is what was reached, not what is usual.
 const SWEEPS: usize = 8;
+/// Bytes timed at once: starting threads takes about a hundredth of the time to read them.
+const PIECE_BYTES: usize = 128 << 20;
 /// The qkv projection of Qwen2.5-7B, `[out, in]`: large enough for any level, small enough for a quick answer.
 const PEAK_SHAPE: [usize; 2] = [4608, 3584];
 
@@ -28,7 +30,7 @@ const PEAK_SHAPE: [usize; 2] = [4608, 3584];
 pub struct MemoryRoof {
     /// Reading 1 GiB once, every thread its share.
     pub read: f64,
-    /// Copying 512 MiB to another place, read and write counted.
+    /// Copying 64 MiB at a time, 512 MiB in all, to another place; read and write counted.
     pub copy: f64,
 }
 
@@ -37,17 +39,17 @@ impl MemoryRoof {
     pub fn measure(threads: usize, level: SimdLevel) -> Self {
         let threads = if threads == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { threads };
         let mut data = vec![1.0f32; SWEEP_BYTES / size_of::<f32>()];
-        let share = data.len().div_ceil(threads);
-        let read = best(SWEEPS, || {
+        let read = sweep(&mut data, |piece| {
+            let share = piece.len().div_ceil(threads);
             std::thread::scope(|scope| {
-                for part in data.chunks(share) {
+                for part in piece.chunks(share) {
                     scope.spawn(move || std::hint::black_box(dispatch(level, Sum(part))));
                 }
             });
         });
-        let (src, dst) = data.split_at_mut(SWEEP_BYTES / size_of::<f32>() / 2);
-        let share = src.len().div_ceil(threads);
-        let copy = best(SWEEPS, || {
+        let copy = sweep(&mut data, |piece| {
+            let (src, dst) = piece.split_at_mut(piece.len() / 2);
+            let share = src.len().div_ceil(threads);
             std::thread::scope(|scope| {
                 for (src, dst) in src.chunks(share).zip(dst.chunks_mut(share)) {
                     scope.spawn(move || dst.copy_from_slice(src));
@@ -106,14 +108,19 @@ pub fn random_buf(len: usize, dtype: DType, seed: u64) -> CpuBuf {
     }
 }
 
-/// Seconds of the fastest of `calls` calls.
-fn best(calls: usize, mut f: impl FnMut()) -> f64 {
-    let timed = (0..calls).map(|_| {
-        let started = Instant::now();
-        f();
-        started.elapsed().as_secs_f64()
-    });
-    timed.fold(f64::INFINITY, f64::min)
+/// Seconds to work through `data` piece by piece, where each piece counts with its fastest sweep: a sweep is long enough
+/// to be interrupted, a piece seldom is. All of the data passes between two visits of a piece, so none is in a cache.
+fn sweep(data: &mut [f32], mut f: impl FnMut(&mut [f32])) -> f64 {
+    let piece = PIECE_BYTES / size_of::<f32>();
+    let mut seconds = vec![f64::INFINITY; data.len().div_ceil(piece)];
+    for _ in 0..SWEEPS {
+        for (piece, seconds) in data.chunks_mut(piece).zip(&mut seconds) {
+            let started = Instant::now();
+            f(piece);
+            *seconds = seconds.min(started.elapsed().as_secs_f64());
+        }
+    }
+    seconds.into_iter().sum()
 }
 
 /// The sum of a slice, in as many streams as hide the latency of an addition.

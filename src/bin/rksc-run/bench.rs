@@ -12,7 +12,6 @@ use rksc::backend::cpu::simd::SimdLevel;
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// The policies against each other, interleaved in one process on the same problems.
     Ladder(Box<ladder::Args>),
     /// Decode steps of branches that share a context.
     Decode(passes::Args),
