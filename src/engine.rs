@@ -153,6 +153,7 @@ impl Engine {
             confidence_steps: 0,
             votes: 1.0,
             preemptions: 0,
+            rests: false,
             swapped: None,
             exit_layer: None,
         }))
@@ -174,6 +175,7 @@ impl Engine {
         let parent = self.tree.get_mut(parent_id)?;
         let ordinal = parent.num_children;
         parent.num_children += 1;
+        parent.rests = false;
         let parent = self.tree.get(parent_id)?;
         // Blocks are shared at once unless the parent still has tokens to run or holds none: then when it has run them.
         let waits = parent.fork_point.is_some() || parent.is_runnable();
@@ -209,6 +211,7 @@ impl Engine {
             confidence_steps: 0,
             votes: 1.0,
             preemptions: 0,
+            rests: false,
             swapped: None,
             exit_layer: None,
         };
@@ -222,6 +225,7 @@ impl Engine {
         self.check_fits(len + tokens.len())?;
         let b = self.tree.get_mut(branch)?;
         b.tokens.extend_from_slice(tokens);
+        b.rests = false;
         b.prompt_len = b.tokens.len();
         b.num_generated = 0;
         b.mode = Mode::Idle;
@@ -497,6 +501,7 @@ impl Engine {
     fn reopen_last_row(&mut self, branch: BranchId) -> Result<()> {
         let b = self.tree.get_mut(branch)?;
         let last = b.tokens.len() - 1;
+        b.rests = false;
         match &mut b.fork_point {
             Some(fork) => fork.at = fork.at.min(last),
             None if b.num_computed > last => self.uncompute(branch, last)?,

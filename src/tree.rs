@@ -130,6 +130,9 @@ pub(crate) struct Branch {
     pub(crate) confidence_steps: u64,
     pub(crate) votes: f64,
     pub(crate) preemptions: u32,
+    /// It was whole and idle when it gave up its blocks, and nobody has asked it for anything since. It must not take
+    /// them back before: it would take them from those that are at work, and they would never come to an end.
+    pub(crate) rests: bool,
     /// Swapped-out blocks of a branch that cannot be recomputed exactly.
     pub(crate) swapped: Option<SwappedBlocks>,
     pub(crate) exit_layer: Option<u32>,
@@ -150,7 +153,7 @@ impl Branch {
 
     /// It has tokens to run and nobody told it to rest.
     pub(crate) fn is_runnable(&self) -> bool {
-        self.pending() > 0 && !matches!(self.mode, Mode::Ended(_))
+        self.pending() > 0 && !self.rests && !matches!(self.mode, Mode::Ended(_))
     }
 
     pub(crate) fn is_generating(&self) -> bool {

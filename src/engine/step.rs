@@ -163,6 +163,7 @@ impl Engine {
     pub(super) fn preempt(&mut self, index: usize) -> Result<()> {
         let Some(id) = self.tree.at(index).map(|b| b.id) else { return Ok(()) };
         let b = self.tree.get_mut(id)?;
+        b.rests |= b.mode == Mode::Idle && b.num_computed == b.tokens.len();
         if b.state == BlockState::Exact {
             b.num_computed = 0;
             b.num_cached_blocks = 0;
