@@ -98,7 +98,7 @@ pub(crate) fn traces(engine: &mut Engine, branches: &[BranchId]) -> Vec<Trace> {
     while engine.has_work() {
         engine.step().unwrap();
         steps += 1;
-        assert!(steps < 100_000, "the engine does not come to an end");
+        assert!(steps < 30_000, "the engine does not come to an end");
         while let Some(Event { branch, kind }) = engine.next_event() {
             if matches!(kind, EventKind::Token(_) | EventKind::Ready) {
                 rows.entry(branch).or_default().push(row_bits(engine, branch));
@@ -115,7 +115,7 @@ pub(crate) fn run_all(engine: &mut Engine) -> usize {
     while engine.has_work() {
         engine.step().unwrap();
         steps += 1;
-        assert!(steps < 100_000, "the engine does not come to an end");
+        assert!(steps < 30_000, "the engine does not come to an end");
     }
     while engine.next_event().is_some() {}
     steps
