@@ -130,7 +130,7 @@ pub(crate) struct Branch {
     pub(crate) confidence_steps: u64,
     pub(crate) votes: f64,
     pub(crate) preemptions: u32,
-    /// It was whole and idle when it gave up its blocks: it is computed again when somebody asks it for something. It must not take
+    /// It was whole and idle when it gave up its blocks, and nobody has asked it for anything since. It must not take
     /// them back before: it would take them from those that are at work, and they would never come to an end.
     pub(crate) rests: bool,
     /// Swapped-out blocks of a branch that cannot be recomputed exactly.

@@ -199,7 +199,10 @@ fn generate_continues_as_the_goldens_do_streamed_or_not() {
         assert_eq!(text.trim_end_matches('\n'), expected);
         assert_eq!(ok(dir.path(), &[&args[..], &["--stream"]].concat()), text);
         std::fs::write(dir.path().join("p"), &prompt).unwrap();
-        assert_eq!(ok(dir.path(), &["generate", "--dtype", "f32", "--max-new-tokens", "64", "--prompt-file", "p"]), text);
+        assert_eq!(
+            ok(dir.path(), &["generate", "--dtype", "f32", "--max-new-tokens", "64", "--prompt-file", "p"]),
+            text
+        );
         let json = json(dir.path(), &[&args[..], &["--json"]].concat());
         let choice = &json["choices"][0];
         assert_eq!(choice["text"].as_str(), Some(expected));
