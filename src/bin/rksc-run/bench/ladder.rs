@@ -40,7 +40,6 @@ const SYNTHETIC_PROBLEMS: usize = 5;
 /// price of rksc's. A ratio below its ceiling is what is lost between the passes. A ratio above it comes from passes
 /// that were cheaper than others of as many rows, because attention read shared slots once.
 #[derive(ClapArgs)]
-#[command(verbatim_doc_comment)]
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
