@@ -62,7 +62,7 @@ impl Engine {
     /// New roots start from the longest cached prefix of their tokens. A preempted branch looks only when it is let in
     /// again: until then it would hold blocks that others wait for.
     fn attach_cached_prefixes(&mut self) -> Result<()> {
-        let is_new = |b: &Branch| b.preemptions == 0 && b.is_runnable();
+        let is_new = |b: &Branch| b.preemptions == 0 && b.num_computed == 0 && b.is_runnable();
         let roots: Vec<BranchId> = self.tree.iter().filter(|b| is_new(b)).map(|b| b.id).collect();
         roots.into_iter().try_for_each(|id| self.attach_cached_prefix(id))
     }
