@@ -199,7 +199,10 @@ fn generate_continues_as_the_goldens_do_streamed_or_not() {
         assert_eq!(text.trim_end_matches('\n'), expected);
         assert_eq!(ok(dir.path(), &[&args[..], &["--stream"]].concat()), text);
         std::fs::write(dir.path().join("p"), &prompt).unwrap();
-        assert_eq!(ok(dir.path(), &["generate", "--dtype", "f32", "--max-new-tokens", "64", "--prompt-file", "p"]), text);
+        assert_eq!(
+            ok(dir.path(), &["generate", "--dtype", "f32", "--max-new-tokens", "64", "--prompt-file", "p"]),
+            text
+        );
         let json = json(dir.path(), &[&args[..], &["--json"]].concat());
         let choice = &json["choices"][0];
         assert_eq!(choice["text"].as_str(), Some(expected));
@@ -250,7 +253,10 @@ fn score_of_text_and_of_its_tokens_agree() {
     let stdout = ok(dir.path(), &["score", "--in", "in", "--out", "out", "--dtype", "f32", "--top-k", "4"]);
     assert_eq!(stdout, "");
     let records = lines(&dir.path().join("out"));
-    assert_eq!((&records[0]["id"], &records[1]["id"], &records[2]["id"]), (&"text".into(), &7.into(), &"line-3".into()));
+    assert_eq!(
+        (&records[0]["id"], &records[1]["id"], &records[2]["id"]),
+        (&"text".into(), &7.into(), &"line-3".into())
+    );
     for key in ["tokens", "token_logprobs", "last_top"] {
         assert_eq!(records[0][key], records[1][key]);
     }

@@ -81,7 +81,10 @@ fn f32_logits_and_greedy_tokens_match_transformers_at_every_simd_level() {
             assert_eq!(tokens[..sure], g.greedy[..sure], "{simd}, {}", g.name);
             compared += sure;
         }
-        println!("{simd}: worst logit difference {worst:.2e}; {compared} of {} greedy tokens compared, all equal", 12 * 64);
+        println!(
+            "{simd}: worst logit difference {worst:.2e}; {compared} of {} greedy tokens compared, all equal",
+            12 * 64
+        );
         assert!(compared >= 12 * 48, "the goldens say too little: {compared} tokens before the first close call");
     }
 }

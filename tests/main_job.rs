@@ -260,7 +260,8 @@ fn every_policy_computes_exactly_the_tokens_it_must() {
             let roots = if config.sharing == Sharing::None { 8 } else { 1 };
             let prefill = roots * task.root().len() + suffixes;
             // The end token comes from the last token's row; a branch that was cut off never ran its last token.
-            let run = |b: &rksc::report::BranchResult| b.tokens.len() - usize::from(b.ended != Some(EndReason::EndToken));
+            let run =
+                |b: &rksc::report::BranchResult| b.tokens.len() - usize::from(b.ended != Some(EndReason::EndToken));
             let decode: usize = result.branches.iter().map(run).sum();
             let verify = expected_verify(&config, task.as_ref(), result);
             let t = result.tokens;

@@ -36,11 +36,7 @@ fn submit(engine: &mut Engine, rng: &mut Rng, common: &[u32]) -> Request {
     let own_len = 1 + rng.below(60);
     let own = rng.tokens(own_len);
     let prompt = if rng.below(3) == 0 { own } else { [&common[..shared], &own].concat() };
-    let options = PrefillOptions {
-        use_prefix_cache: rng.below(4) != 0,
-        salt: rng.below(2) as u64,
-        path: rng.next(),
-    };
+    let options = PrefillOptions { use_prefix_cache: rng.below(4) != 0, salt: rng.below(2) as u64, path: rng.next() };
     let root = engine.prefill(&prompt, options).unwrap();
     let mut branches = vec![root];
     for _ in 0..rng.below(4) {
