@@ -105,17 +105,16 @@ fn chunks_do_not_change_a_row() {
             let mut engine = lab.engine(|c| c.max_batch_tokens = size);
             let branch = lab.root(&mut engine, &lab.prompt);
             lab.check(&format!("chunks of {size}"), &one(traces(&mut engine, &[branch])), &whole);
-
-            let mut engine = lab.plain();
-            let mut pieces = lab.prompt.chunks(size);
-            let branch = engine.prefill(pieces.next().unwrap(), uncached()).unwrap();
-            for piece in pieces {
-                run_all(&mut engine);
-                engine.append(branch, piece).unwrap();
-            }
-            listen(&mut engine, branch);
-            lab.check(&format!("appended by {size}"), &one(traces(&mut engine, &[branch])), &whole);
         }
+        let mut engine = lab.plain();
+        let mut pieces = lab.prompt.chunks(11);
+        let branch = engine.prefill(pieces.next().unwrap(), uncached()).unwrap();
+        for piece in pieces {
+            run_all(&mut engine);
+            engine.append(branch, piece).unwrap();
+        }
+        listen(&mut engine, branch);
+        lab.check("appended by 11", &one(traces(&mut engine, &[branch])), &whole);
     });
 }
 
@@ -123,7 +122,7 @@ fn chunks_do_not_change_a_row() {
 fn company_does_not_change_a_row() {
     in_every_lab(|lab| {
         let alone = lab.alone(&lab.prompt);
-        for place in [0, 9, 16] {
+        for place in [0, 9] {
             let mut engine = lab.engine(|c| c.max_batch_tokens = 700);
             let mut subject = None;
             for (i, other) in lab.others.iter().enumerate() {
@@ -267,12 +266,10 @@ fn preemption_and_threads_do_not_change_a_row() {
                 lab.check(&format!("branch {i}, {preempted} preemptions, {threads} threads"), got, expected);
             }
         }
-        for threads in [2, 3] {
-            let mut roomy = lab.engine(|c| c.threads = threads);
-            let branches = crowd(&mut roomy, &prompts, &params);
-            for (i, (got, expected)) in traces(&mut roomy, &branches).iter().zip(&expected).enumerate() {
-                lab.check(&format!("branch {i}, {threads} threads"), got, expected);
-            }
+        let mut roomy = lab.engine(|c| c.threads = 3);
+        let branches = crowd(&mut roomy, &prompts, &params);
+        for (i, (got, expected)) in traces(&mut roomy, &branches).iter().zip(&expected).enumerate() {
+            lab.check(&format!("branch {i}, 3 threads"), got, expected);
         }
     });
 }
