@@ -74,7 +74,8 @@ pub enum EventKind {
     /// It stopped generating. [`EndReason::NonFinite`] and [`EndReason::Dropped`] also end branches that were not
     /// generating.
     Ended(EndReason),
-    /// It gave its blocks to an older branch and will be recomputed (or swapped back in).
+    /// It gave its blocks to an older branch. It is recomputed, or swapped back in, when it can stay; a branch that was
+    /// at rest only when somebody asks it for something.
     Preempted,
 }
 

@@ -48,7 +48,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Help and version are no errors; anything else is the user's.
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
     common::init_log(cli.verbose);
     let result = match cli.command {
         Command::Solve(args) => solve::run(&args),

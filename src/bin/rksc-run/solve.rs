@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use clap::{Args as ClapArgs, ValueEnum};
+use rksc::ModelSource;
 use rksc::gate::step::DecodeExit;
 use rksc::gate::verify::SkipRule;
+use rksc::model::family::ModelConfig;
 use rksc::problems::{Problem, read_problems};
 use rksc::prompts::PromptPack;
 use rksc::report::{ProblemResult, SolveReport};
@@ -165,6 +167,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let config = args.policy.config(&args.sampling);
     config.validate()?;
     let source = args.engine.source();
+    if let ModelSource::Dir(dir) = &source {
+        ModelConfig::from_dir(dir)?; // a missing folder is the first thing to say
+    }
     let mut problems = match &args.problems {
         Some(path) => read_problems(path)?,
         None => source.sample_problems()?,
