@@ -18,11 +18,11 @@ use rksc::backend::cpu::roof::{MemoryRoof, linear_rate, random_buf, random_matri
 use rksc::backend::cpu::simd::SimdLevel;
 use rksc::backend::cpu::{Cpu, CpuBuf, MAX_GROUP_ROWS};
 use rksc::backend::{
-    AddRmsNorm, Backend, BlockCopy, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStats,
-    RowStatsOp, SiluMul,
+    AddRmsNorm, Backend, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStats, RowStatsOp,
+    SiluMul,
 };
 use rksc::batch::{AttentionPlan, SequenceView};
-use rksc::kv::KvLayout;
+use rksc::kv::{BlockCopy, KvLayout};
 use rksc::report::LatencyMs;
 use rksc::testing::oracle;
 use rksc::{DType, Result};

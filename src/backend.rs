@@ -23,7 +23,7 @@ use std::ops::Range;
 use crate::batch::AttentionPlan;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::kv::KvLayout;
+use crate::kv::{BlockCopy, KvLayout};
 use crate::model::weights::Tensor;
 
 pub mod cpu;
@@ -184,17 +184,6 @@ pub struct RopeAppend<'a, B: Backend + ?Sized> {
     pub num_q_heads: usize,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
-}
-
-/// One copy-on-write: the first `num_slots` slots of `src` go to `dst`, for every kv head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockCopy {
-    /// Block to read.
-    pub src: u32,
-    /// Block to write.
-    pub dst: u32,
-    /// Slots `[0, num_slots)` to copy.
-    pub num_slots: u32,
 }
 
 /// Copies block heads within one layer. Destinations are distinct, and no destination is a source.

@@ -7,7 +7,7 @@ mod attention_plan;
 
 pub use attention_plan::{AttentionPlan, PlanSegment, RowGroup, SequenceView};
 
-use crate::backend::BlockCopy;
+use crate::kv::BlockCopy;
 
 /// Slots per attention tile. The grid is anchored at slot 0 of a sequence and never moves.
 pub const TILE_SLOTS: usize = 64;

@@ -163,9 +163,14 @@ impl Engine {
     /// Makes `out.len()` children that continue from the branch as it is now. They share its KV; what it has not
     /// computed yet is computed once, by the branch itself. On error none is made.
     pub fn fork(&mut self, branch: BranchId, out: &mut [BranchId]) -> Result<()> {
-        self.tree.get(branch)?;
-        for slot in out {
-            *slot = self.fork_one(branch)?;
+        for i in 0..out.len() {
+            match self.fork_one(branch) {
+                Ok(id) => out[i] = id,
+                Err(error) => {
+                    out[..i].iter().try_for_each(|&id| self.prune(id))?;
+                    return Err(error);
+                }
+            }
         }
         Ok(())
     }
@@ -374,9 +379,11 @@ impl Engine {
 
     /// Asks for the log-probabilities of the tokens from `from` on; the token at `from` needs the row before it.
     fn score_pending(&mut self, branch: BranchId, from: usize) -> Result<()> {
-        let computed = self.tree.get(branch)?.num_computed;
-        if from > 0 && computed >= from {
-            self.uncompute(branch, from - 1)?;
+        let b = self.tree.get_mut(branch)?;
+        match (&mut b.fork_point, from.checked_sub(1)) {
+            (Some(fork), Some(row)) => fork.at = fork.at.min(row),
+            (None, Some(row)) if b.num_computed > row => self.uncompute(branch, row)?,
+            _ => {}
         }
         let b = self.tree.get_mut(branch)?;
         b.score_from = Some(from);

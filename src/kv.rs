@@ -47,6 +47,17 @@ impl KvLayout {
     }
 }
 
+/// One copy-on-write: the first `num_slots` slots of `src` go to `dst`, for every kv head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockCopy {
+    /// Block to read.
+    pub src: u32,
+    /// Block to write.
+    pub dst: u32,
+    /// Slots `[0, num_slots)` to copy.
+    pub num_slots: u32,
+}
+
 /// Seeded numbers for the random walks of this module's tests.
 #[cfg(test)]
 mod test_rng {

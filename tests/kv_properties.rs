@@ -5,7 +5,7 @@
 //! A failing sequence prints its seed; `sequence(seed)` in a test of its own replays it.
 
 use rksc::Error;
-use rksc::backend::BlockCopy;
+use rksc::kv::BlockCopy;
 use rksc::kv::block_pool::{BlockId, BlockPool, BlockState};
 use rksc::kv::block_table::BlockTable;
 use rksc::kv::prefix_cache::{PathLock, PrefixCache, hash_block};

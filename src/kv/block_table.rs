@@ -16,8 +16,8 @@
 use std::ops::Range;
 
 use super::block_pool::{BlockId, BlockPool, BlockState};
-use crate::backend::BlockCopy;
 use crate::error::{Error, Result};
+use crate::kv::BlockCopy;
 
 /// What a step has to do for one append.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -149,6 +149,12 @@ impl Arm {
     }
 
     /// The first round of each problem. The others repeat its counts, since decoding repeats.
+    /// Mean device time of a problem's prefill.
+    fn prefill_ms(&self) -> f64 {
+        let runs: Vec<f64> = self.results.iter().flatten().map(|r| r.phase_ms.prefill).collect();
+        runs.iter().sum::<f64>() / runs.len().max(1) as f64
+    }
+
     fn first_round(&self) -> impl Iterator<Item = &ProblemResult> {
         self.results.iter().filter_map(|rounds| rounds.first())
     }
@@ -226,6 +232,31 @@ pub struct LadderReport {
     pub ratios: Vec<(String, Ratio)>,
     /// Accuracy of `rksc` minus that of `no-sharing`, paired by problem.
     pub accuracy_difference: Option<Interval>,
+    /// Prefill of a problem under `no-sharing` against `exact`.
+    pub sharing: Option<SharingGain>,
+}
+
+/// What sharing a prefix saves in prefill, in milliseconds a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct SharingGain {
+    /// Every branch prefills its whole prompt.
+    pub full_ms: f64,
+    /// The prefix once, and each branch's suffix.
+    pub shared_ms: f64,
+    /// The difference; sharing pays when it is above zero.
+    pub net_ms: f64,
+}
+
+impl SharingGain {
+    /// The gain of `shared_ms` over `full_ms`.
+    pub fn new(full_ms: f64, shared_ms: f64) -> Self {
+        Self { full_ms, shared_ms, net_ms: full_ms - shared_ms }
+    }
+
+    /// Whether to share.
+    pub fn pays(&self) -> bool {
+        self.net_ms > 0.0
+    }
 }
 
 fn by_name<S: Serializer>(ratios: &[(String, Ratio)], s: S) -> Result<S::Ok, S::Error> {
@@ -243,6 +274,10 @@ impl LadderReport {
             others.filter_map(|a| Some((ratio_name(a), ratio(a, best, &prices)?))).collect()
         });
         let correctness = |arm: Option<&Arm>| arm.and_then(Arm::correctness);
+        let sharing = match (base, find(Policy::Exact)) {
+            (Some(base), Some(exact)) => Some(SharingGain::new(base.prefill_ms(), exact.prefill_ms())),
+            _ => None,
+        };
         Self {
             problems: arms.first().map_or(0, |a| a.results.len()),
             rounds: arms.first().and_then(|a| a.results.first()).map_or(0, Vec::len),
@@ -252,6 +287,7 @@ impl LadderReport {
                 (Some(best), Some(base)) => difference_of_means(&best, &base),
                 _ => None,
             },
+            sharing,
         }
     }
 }
@@ -363,6 +399,14 @@ mod tests {
         assert_eq!(list.seconds(600), 8.0, "beyond the end in proportion");
         assert_eq!(list.total(&passes[..2]), 6.5);
         assert_eq!(PriceList::default().seconds(3), 0.0);
+    }
+
+    /// Acceptance vector RK12: the probe's times of full prefill, prefix and suffixes.
+    #[test]
+    fn rk12_sharing_pays_by_the_difference() {
+        let gain = SharingGain::new(583.3, 88.8 + 40.0);
+        assert!((gain.net_ms - 454.5).abs() < 1e-9 && gain.pays());
+        assert!(!SharingGain::new(10.0, 10.0).pays());
     }
 
     #[test]

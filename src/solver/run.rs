@@ -160,7 +160,7 @@ impl Run {
 
     pub(super) fn on_ended(&mut self, engine: &Engine, branch: BranchId, reason: EndReason) -> Result<()> {
         if let Some(c) = self.branches.iter_mut().find(|c| c.id == branch) {
-            c.ended = Some(reason);
+            c.ended.get_or_insert(reason); // a stop string's reason stands
             return Ok(());
         }
         self.on_verdict(engine, branch)

@@ -1,12 +1,12 @@
 use half::{bf16, f16};
 use rksc::DType;
-use rksc::backend::BlockCopy;
 use rksc::backend::cpu::elem::Elem;
 use rksc::backend::cpu::elementwise::{SiluMulArgs, Table, embed, gather_rows, silu_mul};
 use rksc::backend::cpu::norm::{AddRmsNormArgs, add_rms_norm};
 use rksc::backend::cpu::pool::ThreadPool;
 use rksc::backend::cpu::rope::{RopeAppendArgs, RopeScratch, kv_copy_blocks, rope_append};
 use rksc::backend::cpu::simd::SimdLevel;
+use rksc::kv::BlockCopy;
 use rksc::kv::KvLayout;
 use rksc::testing::fill::Fill;
 use rksc::testing::oracle;

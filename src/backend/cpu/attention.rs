@@ -3,7 +3,7 @@
 //! formula: o = softmax(sm_scale q K^T) V, lse = ln sum exp(sm_scale q K^T), per row and query head
 //! work split: units of (row group, kv head, run of queries); a unit owns its outputs and walks its segments in tile
 //! order, so threads never divide a sum
-//! numerics: see [`tile`]; a row's bits depend on its own tokens alone
+//! numerics: see `tile.rs`; a row's bits depend on its own tokens alone
 //! traffic: each planned tile of K and V once per unit that needs it
 //! oracle: `testing::oracle::attention`; tests: `tests/kernels/attention.rs`
 #![allow(unsafe_code)]

@@ -16,8 +16,8 @@ use super::norm::{inv_rms, sum_squares};
 use super::pool::{SharedMut, ThreadPool};
 use super::simd::SimdLevel;
 use super::vector::{Kernel, Vector, dispatch};
-use crate::backend::BlockCopy;
 use crate::error::{Error, Result};
+use crate::kv::BlockCopy;
 use crate::kv::KvLayout;
 
 /// The arguments of `rope_append`; `T` is the compute type.

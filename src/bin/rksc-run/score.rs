@@ -18,10 +18,10 @@ use crate::common::{EngineArgs, progress};
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
-    /// JSON lines: {"id"?, "text"} or {"id"?, "tokens": [ids]}.
+    /// JSON lines: {"id"?, "text"} or {"id"?, "tokens"} with a list of token ids.
     #[arg(long = "in", value_name = "FILE")]
     input: PathBuf,
-    /// JSON lines: {"id", "tokens", "token_logprobs": [null, ...], "last_top": [[id, logprob], ...]}, natural logs.
+    /// JSON lines: "id", "tokens", "token_logprobs" (null first) and "last_top" (pairs of id and logprob), natural logs.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Most likely next tokens to report.

@@ -293,6 +293,15 @@ fn print(report: &LadderReport) -> anyhow::Result<()> {
         let points = |x: f64| format!("{:+.1}", x * 100.0);
         println!("accuracy, rksc minus no-sharing: {} points ({} to {})", points(value), points(lo), points(hi));
     }
+    if let Some(gain) = report.sharing {
+        println!(
+            "prefill of a problem: {:.1} ms unshared, {:.1} ms shared; sharing {} by {:.1} ms",
+            gain.full_ms,
+            gain.shared_ms,
+            if gain.pays() { "pays" } else { "loses" },
+            gain.net_ms.abs()
+        );
+    }
     Ok(())
 }
 
