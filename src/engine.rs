@@ -129,35 +129,7 @@ impl Engine {
         let table = BlockTable::new(self.layout.block_size);
         let salt = options.use_prefix_cache.then_some(options.salt);
         let path = sampler::child_path(0, options.path);
-        Ok(self.tree.insert(|id| Branch {
-            id,
-            depth: 0,
-            num_children: 0,
-            path,
-            arrival: (arrival, arrival),
-            tokens: tokens.to_vec(),
-            prompt_len: tokens.len(),
-            num_generated: 0,
-            num_computed: 0,
-            table,
-            fork_point: None,
-            state: BlockState::Exact,
-            salt,
-            num_cached_blocks: 0,
-            mode: Mode::Idle,
-            watch: Vec::new(),
-            top_k: 0,
-            score_from: None,
-            scores: Vec::new(),
-            last: None,
-            confidence_sum: 0.0,
-            confidence_steps: 0,
-            votes: 1.0,
-            preemptions: 0,
-            rests: false,
-            swapped: None,
-            exit_layer: None,
-        }))
+        Ok(self.tree.insert(|id| Branch { salt, ..Branch::new(id, tokens.to_vec(), table, path, (arrival, arrival)) }))
     }
 
     /// Makes `out.len()` children that continue from the branch as it is now. They share its KV; what it has not
@@ -192,34 +164,17 @@ impl Engine {
         } else {
             (BlockTable::new(block_size), 0)
         };
+        let path = sampler::child_path(parent.path, ordinal);
+        let arrival = (parent.arrival.0, arrival);
         let child = Branch {
-            id: parent_id,
             depth: parent.depth + 1,
-            num_children: 0,
-            path: sampler::child_path(parent.path, ordinal),
-            arrival: (parent.arrival.0, arrival),
-            tokens: parent.tokens.clone(),
-            prompt_len: parent.tokens.len(),
-            num_generated: 0,
             num_computed,
-            table,
             fork_point,
             state: parent.state,
             salt: parent.salt,
             num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
-            mode: Mode::Idle,
-            watch: Vec::new(),
-            top_k: 0,
-            score_from: None,
-            scores: Vec::new(),
             last: if shares_now { parent.last.clone() } else { None },
-            confidence_sum: 0.0,
-            confidence_steps: 0,
-            votes: 1.0,
-            preemptions: 0,
-            rests: false,
-            swapped: None,
-            exit_layer: None,
+            ..Branch::new(parent_id, parent.tokens.clone(), table, path, arrival)
         };
         Ok(self.tree.insert(|id| Branch { id, ..child }))
     }
@@ -569,21 +524,27 @@ impl Engine {
 
     /// Forks the table of a waiting child from its parent as far as that has come.
     fn materialise(&mut self, child: BranchId) -> Result<()> {
+        self.share_from_parent(child, 0)?;
+        self.tree.get_mut(child)?.fork_point = None;
+        Ok(())
+    }
+
+    /// Gives a waiting child the rows up to its fork that its parent has, or will have after running `num_planned` more
+    /// in this very step. A swapped-out parent has none to share.
+    fn share_from_parent(&mut self, child: BranchId, num_planned: usize) -> Result<()> {
         let Some(fork) = self.tree.get(child)?.fork_point else { return Ok(()) };
         let parent = self.tree.get(fork.parent)?;
-        let (table, num_computed) = if parent.swapped.is_some() {
-            (BlockTable::new(self.layout.block_size), 0)
-        } else {
-            let at = fork.at.min(parent.num_computed);
-            (parent.table.fork(&mut self.pool, at)?, at)
-        };
+        if parent.swapped.is_some() {
+            return Ok(());
+        }
+        let at = fork.at.min(parent.num_computed + num_planned);
+        let table = parent.table.fork(&mut self.pool, at)?;
         let (state, cached) = (parent.state, parent.num_cached_blocks);
         let c = self.tree.get_mut(child)?;
         c.table = table;
-        c.num_computed = num_computed;
-        c.num_cached_blocks = cached.min(num_computed / self.layout.block_size);
+        c.num_computed = at;
+        c.num_cached_blocks = cached.min(at / self.layout.block_size);
         c.state = state;
-        c.fork_point = None;
         Ok(())
     }
 }

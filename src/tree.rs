@@ -146,6 +146,39 @@ pub(crate) struct SwappedBlocks {
 }
 
 impl Branch {
+    /// A branch of `tokens` with nothing computed.
+    pub(crate) fn new(id: BranchId, tokens: Vec<u32>, table: BlockTable, path: u64, arrival: (u64, u64)) -> Self {
+        Self {
+            id,
+            depth: 0,
+            num_children: 0,
+            path,
+            arrival,
+            prompt_len: tokens.len(),
+            tokens,
+            num_generated: 0,
+            num_computed: 0,
+            table,
+            fork_point: None,
+            state: BlockState::Exact,
+            salt: None,
+            num_cached_blocks: 0,
+            mode: Mode::Idle,
+            watch: Vec::new(),
+            top_k: 0,
+            score_from: None,
+            scores: Vec::new(),
+            last: None,
+            confidence_sum: 0.0,
+            confidence_steps: 0,
+            votes: 1.0,
+            preemptions: 0,
+            rests: false,
+            swapped: None,
+            exit_layer: None,
+        }
+    }
+
     /// Tokens it has to run itself: those its parent is about to run for it do not count.
     pub(crate) fn pending(&self) -> usize {
         self.tokens.len() - self.fork_point.map_or(self.num_computed, |f| f.at)

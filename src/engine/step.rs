@@ -229,9 +229,11 @@ impl Engine {
         let Some(id) = self.tree.at(item.branch).map(|b| b.id) else {
             return Err(Error::Internal("the plan names a branch that is gone".into()));
         };
-        let is_new = self.tree.get(id)?.fork_point.is_some();
-        if is_new {
-            self.materialise_in_step(id, reserved)?;
+        let fork_point = self.tree.get(id)?.fork_point;
+        let is_new = fork_point.is_some();
+        if let Some(fork) = fork_point {
+            let planned = reserved.iter().find(|r| r.branch == fork.parent).map_or(0, |r| r.num_new_tokens);
+            self.share_from_parent(id, planned)?;
         }
         self.swap_in(id, fresh)?;
         self.attach_cached_prefix(id)?;
@@ -262,26 +264,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Forks a waiting child's table from its parent's, counting what the parent computes in this very pass.
-    fn materialise_in_step(&mut self, child: BranchId, reserved: &[Reserved]) -> Result<()> {
-        let Some(fork) = self.tree.get(child)?.fork_point else { return Ok(()) };
-        let planned = reserved.iter().find(|r| r.branch == fork.parent).map_or(0, |r| r.num_new_tokens);
-        let parent = self.tree.get(fork.parent)?;
-        let at = fork.at.min(parent.num_computed + planned);
-        let state = parent.state;
-        let table = if parent.swapped.is_some() { None } else { Some(parent.table.fork(&mut self.pool, at)?) };
-        let c = self.tree.get_mut(child)?;
-        match table {
-            Some(table) => {
-                c.table = table;
-                c.num_computed = at;
-                c.state = state;
-            }
-            None => c.fork_point = None,
-        }
-        Ok(())
-    }
-
     /// Brings a swapped-out branch's blocks back.
     fn swap_in(&mut self, id: BranchId, fresh: &mut Vec<BlockId>) -> Result<()> {
         let b = self.tree.get_mut(id)?;
@@ -305,6 +287,7 @@ impl Engine {
             if r.is_new && b.fork_point.is_some() {
                 b.table.clear(&mut self.pool)?;
                 b.num_computed = 0;
+                b.num_cached_blocks = 0;
             }
         }
         Ok(())

@@ -33,11 +33,9 @@ pub(super) struct Run {
     /// Branches that exist for verification alone: (branch, index of the candidate it judges).
     verifiers: Vec<(BranchId, Option<usize>)>,
     started: Instant,
-    decode_ended: Option<Instant>,
     tokens: TokenCounts,
     ms: PhaseMs,
     verify: VerifyOutcome,
-    steps: usize,
     blocks_shared: usize,
 }
 
@@ -64,11 +62,9 @@ impl Run {
             branches: Vec::new(),
             verifiers: Vec::new(),
             started: Instant::now(),
-            decode_ended: None,
             tokens: TokenCounts::default(),
             ms: PhaseMs::default(),
             verify: VerifyOutcome::default(),
-            steps: 0,
             blocks_shared: 0,
         };
         match run.expand(engine, config, task) {
@@ -223,7 +219,6 @@ impl Run {
     }
 
     fn early_exit(&mut self, engine: &mut Engine, config: &SolverConfig) -> Result<()> {
-        self.steps += 1;
         let open: Vec<usize> = (0..self.branches.len()).filter(|&i| self.branches[i].ended.is_none()).collect();
         let Some(step) = self.branches.iter().map(|c| c.steps).max().and_then(|s| s.checked_sub(1)) else {
             return Ok(());
@@ -252,7 +247,6 @@ impl Run {
 
     /// Every branch has ended: skip verification, or put the verifiers into the engine.
     fn end_decode(&mut self, engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> Result<()> {
-        self.decode_ended = Some(Instant::now());
         self.blocks_shared = engine.num_shared_blocks();
         for c in &mut self.branches {
             let stats = engine.stats(c.id)?;
