@@ -18,8 +18,8 @@ use rksc::backend::cpu::roof::{MemoryRoof, linear_rate, random_buf, random_matri
 use rksc::backend::cpu::simd::SimdLevel;
 use rksc::backend::cpu::{Cpu, CpuBuf, MAX_GROUP_ROWS};
 use rksc::backend::{
-    AddRmsNorm, Backend, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStats, RowStatsOp,
-    SiluMul,
+    AddRmsNorm, Backend, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend, RowIds,
+    RowStats, RowStatsOp, SiluMul,
 };
 use rksc::batch::{AttentionPlan, SequenceView};
 use rksc::kv::{BlockCopy, KvLayout};
@@ -178,17 +178,19 @@ fn embed(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
         return Ok(());
     }
     let table = random_matrix(VOCAB, HIDDEN, COMPUTE, 1)?;
-    let ids: Vec<u32> = (0..rows * 64).map(|i| (i * 7919 % VOCAB) as u32).collect();
+    let inputs: Vec<PassInputs> = (0..64)
+        .map(|call| (call * rows..(call + 1) * rows).map(|i| (i * 7919 % VOCAB) as u32).collect())
+        .map(|token_ids| PassInputs { token_ids, ..Default::default() })
+        .collect();
     let mut x = h.cpu.alloc(DType::F32, rows * HIDDEN)?;
-    h.cpu.embed(Embed { table: &table, ids: &ids[..rows], x: &mut x, hidden: HIDDEN })?;
+    h.cpu.embed(Embed { table: &table, inputs: &inputs[0], x: &mut x, hidden: HIDDEN })?;
     let mut want = vec![0.0; HIDDEN];
-    table.widen_row(ids[rows - 1] as usize, &mut want)?;
+    table.widen_row(inputs[0].token_ids[rows - 1] as usize, &mut want)?;
     let want: Vec<f64> = want.into_iter().map(f64::from).collect();
     ensure!(wide(&x, (rows - 1) * HIDDEN..rows * HIDDEN) == want, "embed: a row differs from the table");
     let bytes = rows * HIDDEN * (2 + 4);
     h.time("embed", format!("{rows} x {HIDDEN}"), (bytes, 0), |cpu, call| {
-        let ids = &ids[call % 64 * rows..][..rows];
-        cpu.embed(Embed { table: &table, ids, x: &mut x, hidden: HIDDEN })
+        cpu.embed(Embed { table: &table, inputs: &inputs[call % 64], x: &mut x, hidden: HIDDEN })
     })?;
     Ok(())
 }
@@ -275,17 +277,18 @@ fn rope_append(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
     let mut k = h.cpu.alloc(COMPUTE, layout.num_blocks * layout.block_elems())?;
     let mut v = h.cpu.alloc(COMPUTE, layout.num_blocks * layout.block_elems())?;
     let ids: Vec<u32> = (0..rows as u32).collect();
+    let inputs = PassInputs { positions: ids.clone(), slots: ids, ..Default::default() };
     let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 1e6f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+    let inv_freq_buf = h.cpu.upload(&inv_freq)?;
     let mut run = |cpu: &mut Cpu, q: &mut CpuBuf| {
         cpu.rope_append(RopeAppend {
             rows: 0..rows,
+            inputs: &inputs,
             qkv: &qkv,
             q,
             k_cache: &mut k,
             v_cache: &mut v,
-            positions: &ids,
-            slots: &ids,
-            inv_freq: &inv_freq,
+            inv_freq: &inv_freq_buf,
             rope_scale: 1.0,
             q_norm: None,
             k_norm: None,
@@ -316,8 +319,9 @@ fn kv_copy_blocks(h: &mut Harness) -> anyhow::Result<()> {
     let len = layout.num_blocks * layout.block_elems();
     let (mut k, mut v) = (random_buf(len, COMPUTE, 1), random_buf(len, COMPUTE, 2));
     let copies: Vec<BlockCopy> = (0..8).map(|i| BlockCopy { src: i, dst: i + 8, num_slots: 15 }).collect();
+    let inputs = PassInputs { copies, ..Default::default() };
     let mut run = |cpu: &mut Cpu, k: &mut CpuBuf| {
-        cpu.kv_copy_blocks(KvCopyBlocks { copies: &copies, k_cache: k, v_cache: &mut v, layout: &layout })
+        cpu.kv_copy_blocks(KvCopyBlocks { inputs: &inputs, k_cache: k, v_cache: &mut v, layout: &layout })
     };
     run(&mut h.cpu, &mut k)?;
     let head = 15 * layout.head_dim;
@@ -332,7 +336,7 @@ fn kv_copy_blocks(h: &mut Harness) -> anyhow::Result<()> {
 struct Attention {
     heads: Heads,
     layout: KvLayout,
-    plan: AttentionPlan,
+    inputs: PassInputs,
     caches: Vec<(CpuBuf, CpuBuf)>,
     rows: usize,
 }
@@ -351,7 +355,10 @@ impl Attention {
         Self {
             heads,
             layout,
-            plan: AttentionPlan::new(seqs, layout.block_size, MAX_GROUP_ROWS),
+            inputs: PassInputs {
+                plan: AttentionPlan::new(seqs, layout.block_size, MAX_GROUP_ROWS),
+                ..Default::default()
+            },
             caches: std::iter::once(first).chain(caches).collect(),
             rows: seqs.iter().map(|s| s.rows.len()).sum(),
         }
@@ -366,10 +373,10 @@ impl Attention {
         let sm_scale = 1.0 / (dim as f32).sqrt();
         let mut run = |cpu: &mut Cpu, call: usize, o: &mut CpuBuf| {
             let (k_cache, v_cache) = &self.caches[call % self.caches.len()];
-            let (plan, layout) = (&self.plan, &self.layout);
+            let (inputs, layout) = (&self.inputs, &self.layout);
             let lse = &mut lse;
             cpu.paged_attention(PagedAttention {
-                plan,
+                inputs,
                 q: &q,
                 k_cache,
                 v_cache,
@@ -398,8 +405,8 @@ impl Attention {
         }
         // Every planned tile of K and V once; q and o once. Two products of 2 operations per query element and slot.
         let slot_bytes = 2 * self.layout.num_kv_heads * dim * 2;
-        let bytes = self.plan.slots_read() * slot_bytes + 2 * self.rows * hq * dim * 2;
-        let attended: usize = self.plan.kv_lens.iter().map(|&n| n as usize).sum();
+        let bytes = self.inputs.plan.slots_read() * slot_bytes + 2 * self.rows * hq * dim * 2;
+        let attended: usize = self.inputs.plan.kv_lens.iter().map(|&n| n as usize).sum();
         h.time("paged_attention", shape, (bytes, 4 * attended * hq * dim), |cpu, call| run(cpu, call, &mut o))?;
         Ok(())
     }
@@ -460,8 +467,9 @@ fn gather_rows(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
     let src = f32s(rows * HIDDEN, 1);
     let mut dst = h.cpu.alloc(DType::F32, rows * HIDDEN)?;
     let order: Vec<u32> = (0..rows as u32).rev().collect();
-    let run =
-        |cpu: &mut Cpu, dst: &mut CpuBuf| cpu.gather_rows(GatherRows { rows: &order, src: &src, dst, width: HIDDEN });
+    let run = |cpu: &mut Cpu, dst: &mut CpuBuf| {
+        cpu.gather_rows(GatherRows { rows: RowIds::Given(&order), src: &src, dst, width: HIDDEN })
+    };
     run(&mut h.cpu, &mut dst)?;
     let last = (rows - 1) * HIDDEN..rows * HIDDEN;
     ensure!(wide(&dst, last) == wide(&src, 0..HIDDEN), "gather_rows: a row differs");
@@ -478,7 +486,8 @@ fn row_stats(h: &mut Harness) -> anyhow::Result<()> {
     let logits = f32s(rows * VOCAB, 1);
     let mut stats = vec![RowStats::default(); rows];
     let run = |cpu: &mut Cpu, stats: &mut Vec<RowStats>| {
-        cpu.row_stats(RowStatsOp { logits: &logits, num_rows: rows, vocab: VOCAB, stats })
+        cpu.row_stats(RowStatsOp { logits: &logits, num_rows: rows, vocab: VOCAB })?;
+        cpu.read_stats(stats)
     };
     run(&mut h.cpu, &mut stats)?;
     if let CpuBuf::F32(logits) = &logits {

@@ -13,6 +13,12 @@
 //! | `gather_rows` | stable selection of rows between segments | \[T, hidden\] -> \[T', hidden\] |
 //! | `logits` | final norm + unembedding of chosen rows | \[R, hidden\] -> \[R, vocab\] |
 //! | `row_stats` | one sweep over logits: max, lse, entropy, top-1 p, margin | \[R, vocab\] -> \[R\] |
+//! | `sample` | penalties, temperature, top-k, min-p, top-p, one seeded draw | \[R, vocab\] -> \[R\] |
+//!
+//! *A pass in order:* [`stage`](Backend::stage) lays out what the host decided (tokens, positions, slots, plan), the ops run,
+//! [`read_stats`](Backend::read_stats) waits once for what the next decision needs. Between
+//! [`begin_pass`](Backend::begin_pass) and [`end_pass`](Backend::end_pass) a device may record the ops and replay a
+//! recording of the same shape instead of launching them one by one.
 //!
 //! *Rounding points, the same in every backend and modelled by the oracle:* the residual stream, norm inputs, scores,
 //! softmax sums, logits and the outputs of `linear` are f32; rounded once to the compute type are norm outputs, q, k,
@@ -25,6 +31,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::kv::{BlockCopy, KvLayout};
 use crate::model::weights::Tensor;
+use crate::sampler::{DrawKey, SamplingParams};
 
 pub mod cpu;
 
@@ -48,6 +55,33 @@ pub struct RowStats {
     pub finite: u32,
 }
 
+/// What [`Backend::sample`] chose for one row.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct Sampled {
+    /// The token.
+    pub token: u32,
+    /// Its logit, before penalties.
+    pub logit: f32,
+}
+
+/// What the host decided for a pass, in row order. Staged once a pass, and again when a gate has cut rows.
+#[derive(Clone, Debug, Default)]
+pub struct PassInputs {
+    /// `[T]` what `embed` reads.
+    pub token_ids: Vec<u32>,
+    /// `[T]` what RoPE uses; never derived from the slot.
+    pub positions: Vec<u32>,
+    /// `[T]`: `block_id * block_size + offset`, where K and V go.
+    pub slots: Vec<u32>,
+    /// Copy-on-write heads.
+    pub copies: Vec<BlockCopy>,
+    /// Who attends to what.
+    pub plan: AttentionPlan,
+    /// Rows whose logits are wanted.
+    pub query_rows: Vec<u32>,
+}
+
 /// Work done since the counters were last reset; what tests and reports assert instead of seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Counters {
@@ -69,19 +103,38 @@ pub trait Backend: Send + 'static {
     type Buf: Send;
     /// A weight matrix, resident: one or several row-stacked parts used as one `[out, in]` matrix.
     type Matrix: Send;
+    /// A pass's inputs where the ops can read them.
+    type Inputs: Send;
 
+    /// Rows of one query tile, for a model with `gqa_group` query heads per kv head: what plans are made with.
+    fn max_group_rows(&self, gqa_group: usize) -> usize;
+    /// The device in words.
+    fn describe(&self) -> String;
+    /// Bytes a KV cache may take beside `resident_bytes` of weights and activations, if the device says what it has.
+    fn kv_budget(&self, resident_bytes: u64) -> Option<u64>;
     /// Zeroed memory for `len` elements. Large allocations are touched lazily where the device allows it.
     fn alloc(&self, dtype: DType, len: usize) -> Result<Self::Buf>;
     /// Makes row-stacked parts `[out_i, in]` resident. Parts stay where they are mapped whenever the compute type allows it.
     fn matrix(&self, parts: &[Tensor], compute: DType) -> Result<Self::Matrix>;
     /// Vectors laid end to end and widened to f32 (norm weights, biases).
     fn vector(&self, parts: &[Tensor]) -> Result<Self::Buf>;
+    /// Host values as f32.
+    fn upload(&self, values: &[f32]) -> Result<Self::Buf>;
     /// Copies `dst.len()` elements from `src[start..]` to the host, widened to f32. Counts one read-back.
     fn read_f32(&mut self, src: &Self::Buf, start: usize, dst: &mut [f32]) -> Result<()>;
     /// The bytes of `src[start..start + len]`, for swapping blocks out.
     fn read_bytes(&mut self, src: &Self::Buf, start: usize, len: usize, dst: &mut Vec<u8>) -> Result<()>;
     /// The inverse of [`read_bytes`](Self::read_bytes); returns how many bytes were taken from `src`.
     fn write_bytes(&mut self, dst: &mut Self::Buf, start: usize, len: usize, src: &[u8]) -> Result<usize>;
+    /// Lays out a pass's inputs.
+    fn stage(&mut self, inputs: PassInputs) -> Result<Self::Inputs>;
+    /// The ops until [`end_pass`](Self::end_pass) are one pass over `inputs`. `repeatable` says that another pass with as
+    /// many rows and queries launches the same ops in the same order on the same buffers, so that a recording of it serves.
+    fn begin_pass(&mut self, inputs: &Self::Inputs, repeatable: bool) -> Result<()>;
+    /// Every op since [`begin_pass`](Self::begin_pass) has been given to the device.
+    fn end_pass(&mut self) -> Result<()>;
+    /// Statistics of the first rows of the last [`row_stats`](Self::row_stats). Counts one read-back.
+    fn read_stats(&mut self, stats: &mut [RowStats]) -> Result<()>;
     /// Bytes kept on the device for weights beyond what is mapped in place (converted or repacked copies).
     fn matrix_extra_bytes(&self, m: &Self::Matrix) -> u64;
     /// Work counted since the last [`reset_counters`](Self::reset_counters).
@@ -107,14 +160,16 @@ pub trait Backend: Send + 'static {
     fn gather_rows(&mut self, p: GatherRows<'_, Self>) -> Result<()>;
     /// See [`RowStatsOp`].
     fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()>;
+    /// See [`Sample`]. Counts one read-back.
+    fn sample(&mut self, p: Sample<'_, Self>) -> Result<()>;
 }
 
 /// `x[t] = table[ids[t]]`, widened to f32.
 pub struct Embed<'a, B: Backend + ?Sized> {
     /// Embedding table `[vocab, hidden]`.
     pub table: &'a B::Matrix,
-    /// Token ids `[T]`.
-    pub ids: &'a [u32],
+    /// Their `token_ids` `[T]` are looked up.
+    pub inputs: &'a B::Inputs,
     /// Residual stream `[T, hidden]` f32, written.
     pub x: &'a mut B::Buf,
     /// Row width.
@@ -158,22 +213,20 @@ pub struct Linear<'a, B: Backend + ?Sized> {
 /// Splits fused qkv rows, applies the optional per-head q/k RMSNorm and RoPE, and rounds once to the compute type:
 /// q goes to `q`, k and v to their slots. The rotation pairs element i with i + head_dim/2 (half-split, as transformers).
 pub struct RopeAppend<'a, B: Backend + ?Sized> {
-    /// Rows of `qkv`, `q`, `positions` and `slots` to work on.
+    /// Rows of `qkv`, `q`, and of the inputs' `positions` and `slots`, to work on.
     pub rows: Range<usize>,
+    /// Positions and slots of all rows.
+    pub inputs: &'a B::Inputs,
     /// `[T, (Hq + 2 Hkv) * D]` f32: q heads, then k heads, then v heads.
     pub qkv: &'a B::Buf,
     /// `[T, Hq, D]` compute type, written.
     pub q: &'a mut B::Buf,
-    /// K of one layer, laid out as [`KvLayout`] says, written at `slots`.
+    /// K of one layer, laid out as [`KvLayout`] says, written at the rows' slots.
     pub k_cache: &'a mut B::Buf,
-    /// V of one layer, written at `slots`.
+    /// V of one layer, written at the rows' slots.
     pub v_cache: &'a mut B::Buf,
-    /// `[T]`: what RoPE uses. Never derived from the slot.
-    pub positions: &'a [u32],
-    /// `[T]`: `block_id * block_size + offset`.
-    pub slots: &'a [u32],
-    /// Rotation frequencies `[D / 2]`, radians per position.
-    pub inv_freq: &'a [f32],
+    /// Rotation frequencies `[D / 2]` f32, radians per position.
+    pub inv_freq: &'a B::Buf,
     /// Multiplies cos and sin (1 except for YaRN-like scaling).
     pub rope_scale: f32,
     /// Per-head q norm weight `[D]` f32 and eps, for families that have it.
@@ -188,8 +241,8 @@ pub struct RopeAppend<'a, B: Backend + ?Sized> {
 
 /// Copies block heads within one layer. Destinations are distinct, and no destination is a source.
 pub struct KvCopyBlocks<'a, B: Backend + ?Sized> {
-    /// What to copy.
-    pub copies: &'a [BlockCopy],
+    /// Their `copies` are done.
+    pub inputs: &'a B::Inputs,
     /// K of one layer.
     pub k_cache: &'a mut B::Buf,
     /// V of one layer.
@@ -201,8 +254,8 @@ pub struct KvCopyBlocks<'a, B: Backend + ?Sized> {
 /// Attention of every row over the slots its plan names, with online softmax over 64-slot tiles anchored at the row's
 /// slot 0 and folded left to right. Slots at or past a row's `kv_len` do not influence it.
 pub struct PagedAttention<'a, B: Backend + ?Sized> {
-    /// Who reads which tiles for whom; covers every row once.
-    pub plan: &'a AttentionPlan,
+    /// Their `plan` says who reads which tiles for whom; it covers every row once.
+    pub inputs: &'a B::Inputs,
     /// `[T, Hq, D]` compute type.
     pub q: &'a B::Buf,
     /// K of one layer.
@@ -236,16 +289,24 @@ pub struct SiluMul<'a, B: Backend + ?Sized> {
 /// `dst[i] = src[rows[i]]` for f32 rows.
 pub struct GatherRows<'a, B: Backend + ?Sized> {
     /// Source row of each destination row.
-    pub rows: &'a [u32],
+    pub rows: RowIds<'a, B>,
     /// `[T, width]` f32.
     pub src: &'a B::Buf,
-    /// `[rows.len(), width]` f32, written.
+    /// `[rows, width]` f32, written.
     pub dst: &'a mut B::Buf,
     /// Row width.
     pub width: usize,
 }
 
-/// One sweep over each logits row. Results land on the host; the caller counts the step's one read-back.
+/// Row numbers for [`GatherRows`].
+pub enum RowIds<'a, B: Backend + ?Sized> {
+    /// At hand.
+    Given(&'a [u32]),
+    /// A range of the inputs' `query_rows`, which may change from one replay of a recording to the next.
+    Queried(&'a B::Inputs, Range<usize>),
+}
+
+/// One sweep over each logits row. Results stay on the device until [`Backend::read_stats`].
 pub struct RowStatsOp<'a, B: Backend + ?Sized> {
     /// `[num_rows, vocab]` f32.
     pub logits: &'a B::Buf,
@@ -253,6 +314,31 @@ pub struct RowStatsOp<'a, B: Backend + ?Sized> {
     pub num_rows: usize,
     /// Row width.
     pub vocab: usize,
-    /// `[num_rows]`, written.
-    pub stats: &'a mut [RowStats],
+}
+
+/// One draw per row of `logits`, from row 0.
+pub struct Sample<'a, B: Backend + ?Sized> {
+    /// `[num_rows, vocab]` f32; scratch afterwards where a row has penalties or banned tokens.
+    pub logits: &'a mut B::Buf,
+    /// Row width.
+    pub vocab: usize,
+    /// How each row is drawn.
+    pub rows: &'a [SampleRow<'a>],
+    /// `[rows.len()]` on the host, written.
+    pub sampled: &'a mut [Sampled],
+}
+
+/// How one row is drawn.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleRow<'a> {
+    /// Temperature, truncations, penalties, seed.
+    pub params: &'a SamplingParams,
+    /// Tokens that may not be taken.
+    pub banned: &'a [u32],
+    /// The branch's tokens before generation.
+    pub prompt: &'a [u32],
+    /// Those since.
+    pub generated: &'a [u32],
+    /// Branch path and position.
+    pub key: DrawKey,
 }

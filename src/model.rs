@@ -3,33 +3,32 @@
 //! A pass runs *segments* of layers between probed layers. At a cut the gates decide; rows that go on are packed by a
 //! stable permutation, backbone rows first and rows of the second weight set behind them, and attention still runs
 //! over all of them. With no gate at work there is one segment and nothing is permuted.
-//!
-//! The file ends where the queries are answered: final norm, unembedding and row statistics of the chosen rows.
 
+mod answer;
 pub mod family;
 pub(crate) mod fields;
 mod live;
+mod load;
 pub mod weights;
 
 use std::ops::Range;
 
 use crate::backend::{
-    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStats,
-    RowStatsOp, SiluMul,
+    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowIds,
+    RowStats, Sampled, SiluMul,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gate::{Effect, GateSpec};
 use crate::kv::KvLayout;
-use crate::sampler::{self, DrawKey, SamplingParams};
+use crate::sampler::{DrawKey, SamplingParams};
 use crate::tree::RowAnswer;
 use family::ModelConfig;
 use live::LiveRows;
-use weights::{Tensor, WeightStore};
-
-/// Logits kept at a time: rows are answered in chunks of at most this many bytes.
-const LOGITS_CHUNK_BYTES: usize = 16 << 20;
+use load::Loader;
+pub(crate) use load::workspace_bytes;
+use weights::WeightStore;
 
 /// What to read from one row once its logits exist.
 #[derive(Clone, Debug, Default)]
@@ -45,7 +44,7 @@ pub(crate) struct RowQuery {
 }
 
 /// How to choose a token from a row.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Draw {
     pub(crate) params: SamplingParams,
     /// Tokens that may not be taken yet.
@@ -88,6 +87,8 @@ pub(crate) trait Runner: Send {
     fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<usize>;
     fn counters(&self) -> Counters;
     fn reset_counters(&mut self);
+    /// The device in words.
+    fn describe(&self) -> String;
     /// Bytes of weights copied beyond what is mapped in place.
     fn weight_copy_bytes(&self) -> u64;
 }
@@ -125,7 +126,8 @@ pub(crate) struct Model<B: Backend> {
     final_norm: B::Buf,
     /// `None` when tied to `embed`.
     lm_head: Option<B::Matrix>,
-    inv_freq: Vec<f32>,
+    /// `[head_dim / 2]`.
+    inv_freq: B::Buf,
     /// K and V of each layer.
     kv: Vec<(B::Buf, B::Buf)>,
     ws: Workspace<B>,
@@ -149,8 +151,11 @@ struct Workspace<B: Backend> {
     out_h: B::Buf,   // [chunk, hidden] compute type
     logits: B::Buf,  // [chunk, vocab] f32
     chunk: usize,
+    watched: B::Buf, // [watched_len] f32: single logits on their way to the host
+    watched_len: usize,
     stats: Vec<RowStats>,
-    row: Vec<f32>, // [vocab]: one row on the host, when sampling needs it
+    sampled: Vec<Sampled>,
+    row: Vec<f32>, // [vocab]: one row on the host, when its most likely tokens are wanted
 }
 
 /// What [`Model::new`] needs beyond the weights.
@@ -159,8 +164,6 @@ pub(crate) struct ModelOptions {
     pub(crate) layout: KvLayout,
     /// Rows of the largest pass.
     pub(crate) max_rows: usize,
-    /// Rows of one query tile, as the backend likes them.
-    pub(crate) max_group_rows: usize,
 }
 
 impl<B: Backend> Model<B> {
@@ -179,11 +182,11 @@ impl<B: Backend> Model<B> {
             .collect::<Result<Vec<_>>>()?;
         let ws = Workspace::new(&backend, &config, &options)?;
         Ok(Self {
-            inv_freq: config.inv_freq(),
+            inv_freq: backend.upload(&config.inv_freq())?,
             compute: options.compute,
             layout: options.layout,
             max_rows: options.max_rows,
-            max_group_rows: options.max_group_rows,
+            max_group_rows: backend.max_group_rows(config.num_q_heads / config.num_kv_heads),
             river: Vec::new(),
             backend,
             config,
@@ -204,10 +207,22 @@ impl<B: Backend> Model<B> {
     }
 
     fn forward(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[GateSpec]) -> Result<PassOutput> {
-        let mut pass = Pass::new(batch, queries.len(), self.layout.block_size, self.max_group_rows);
-        let slots_read = pass.live.plan.slots_read();
+        let live = LiveRows::new(batch);
+        let (inputs, query_ids) = live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
+        let slots_read = inputs.plan.slots_read();
+        let mut pass = Pass {
+            live,
+            inputs: self.backend.stage(inputs)?,
+            query_ids,
+            delta_pending: false,
+            answers: vec![None; queries.len()],
+            fates: vec![Fate::Done; batch.seqs.len()],
+            exits: Vec::new(),
+        };
+        let repeatable = gates.is_empty() && batch.copies.is_empty() && queries.len() <= self.ws.chunk;
+        self.backend.begin_pass(&pass.inputs, repeatable)?;
         let hidden = self.config.hidden;
-        self.backend.embed(Embed { table: &self.embed, ids: &batch.token_ids, x: &mut self.ws.x, hidden })?;
+        self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden })?;
         for layer_idx in 0..self.config.num_layers {
             self.decoder_layer(layer_idx, batch, &mut pass)?;
             let after = layer_idx as u32 + 1;
@@ -259,12 +274,11 @@ impl<B: Backend> Model<B> {
             })?;
             backend.rope_append(RopeAppend {
                 rows,
+                inputs: &pass.inputs,
                 qkv: &ws.qkv,
                 q: &mut ws.q,
                 k_cache,
                 v_cache,
-                positions: &pass.live.positions,
-                slots: &pass.live.slots,
                 inv_freq: &self.inv_freq,
                 rope_scale: 1.0,
                 q_norm: w.q_norm.as_ref().map(|w| (w, eps)),
@@ -274,10 +288,10 @@ impl<B: Backend> Model<B> {
             })?;
         }
         if !batch.copies.is_empty() {
-            backend.kv_copy_blocks(KvCopyBlocks { copies: &batch.copies, k_cache, v_cache, layout })?;
+            backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
         }
         backend.paged_attention(PagedAttention {
-            plan: &pass.live.plan,
+            inputs: &pass.inputs,
             q: &ws.q,
             k_cache,
             v_cache,
@@ -371,9 +385,11 @@ impl<B: Backend> Model<B> {
             }
         }
         let kept = pass.live.apply(gate.effect, &fired);
-        pass.live.rebuild(batch, self.layout.block_size, self.max_group_rows);
+        let (inputs, query_ids) = pass.live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
+        pass.inputs = self.backend.stage(inputs)?;
+        pass.query_ids = query_ids;
         self.backend.gather_rows(GatherRows {
-            rows: &kept,
+            rows: RowIds::Given(&kept),
             src: &self.ws.x,
             dst: &mut self.ws.x_alt,
             width: self.config.hidden,
@@ -400,115 +416,12 @@ impl<B: Backend> Model<B> {
             .unzip();
         let mut dst = self.backend.alloc(DType::F32, rows.len() * self.config.hidden)?;
         self.backend.gather_rows(GatherRows {
-            rows: &rows,
+            rows: RowIds::Given(&rows),
             src: &self.ws.x,
             dst: &mut dst,
             width: self.config.hidden,
         })?;
         pass.exits.push((ids, dst));
-        Ok(())
-    }
-
-    /// Answers every query whose row survived, chunk by chunk.
-    fn answer(&mut self, queries: &[RowQuery], pass: &mut Pass<B>) -> Result<()> {
-        let (ids, rows): (Vec<usize>, Vec<u32>) =
-            queries.iter().enumerate().filter_map(|(i, q)| Some((i, pass.live.live_row(q.row)? as u32))).unzip();
-        let mut from = 0;
-        while from < ids.len() {
-            let to = (from + self.ws.chunk).min(ids.len());
-            self.backend.gather_rows(GatherRows {
-                rows: &rows[from..to],
-                src: &self.ws.x,
-                dst: &mut self.ws.out_x,
-                width: self.config.hidden,
-            })?;
-            self.unembed(queries, &ids[from..to], &mut pass.answers)?;
-            from = to;
-        }
-        for (ids, x) in std::mem::take(&mut pass.exits) {
-            for (i, chunk) in ids.chunks(self.ws.chunk).enumerate() {
-                let rows: Vec<u32> = (0..chunk.len()).map(|r| (i * self.ws.chunk + r) as u32).collect();
-                self.backend.gather_rows(GatherRows {
-                    rows: &rows,
-                    src: &x,
-                    dst: &mut self.ws.out_x,
-                    width: self.config.hidden,
-                })?;
-                self.unembed(queries, chunk, &mut pass.answers)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Final norm, logits and statistics of the rows in `out_x`; answers query `ids[i]` from row i.
-    fn unembed(&mut self, queries: &[RowQuery], ids: &[usize], answers: &mut [Option<RowAnswer>]) -> Result<()> {
-        let Self { backend, config, ws, .. } = self;
-        let rows = 0..ids.len();
-        backend.add_rms_norm(AddRmsNorm {
-            rows: rows.clone(),
-            x: &mut ws.out_x,
-            delta: None,
-            weight: Some(&self.final_norm),
-            y: &mut ws.out_h,
-            step_similarity: None,
-            hidden: config.hidden,
-            eps: config.rms_norm_eps,
-        })?;
-        let w = self.lm_head.as_ref().unwrap_or(&self.embed);
-        backend.linear(Linear { rows, x: &ws.out_h, w, bias: None, y: &mut ws.logits })?;
-        let vocab = config.vocab_size;
-        ws.stats.resize(ids.len(), RowStats::default());
-        backend.row_stats(RowStatsOp { logits: &ws.logits, num_rows: ids.len(), vocab, stats: &mut ws.stats })?;
-        for (i, &id) in ids.iter().enumerate() {
-            let mut answer = RowAnswer { stats: ws.stats[i], ..Default::default() };
-            if answer.stats.finite == 1 {
-                Self::read_row(backend, ws, i, vocab, &queries[id], &mut answer)?;
-            }
-            answers[id] = Some(answer);
-        }
-        Ok(())
-    }
-
-    /// Everything beyond the statistics: the draw, the watched tokens, the top k.
-    fn read_row(
-        backend: &mut B,
-        ws: &mut Workspace<B>,
-        row: usize,
-        vocab: usize,
-        query: &RowQuery,
-        answer: &mut RowAnswer,
-    ) -> Result<()> {
-        let stats = answer.stats;
-        let logit = |backend: &mut B, token: u32| -> Result<f32> {
-            let mut x = [0.0];
-            backend.read_f32(&ws.logits, row * vocab + token as usize, &mut x)?;
-            Ok(x[0])
-        };
-        for &token in &query.watch {
-            let x = if (token as usize) < vocab { logit(backend, token)? } else { f32::NEG_INFINITY };
-            answer.watched.push(x - stats.lse);
-        }
-        if let Some(draw) = &query.draw {
-            let token = if draw.params.is_argmax() && !draw.banned.contains(&stats.argmax) {
-                stats.argmax
-            } else {
-                ws.row.resize(vocab, 0.0);
-                backend.read_f32(&ws.logits, row * vocab, &mut ws.row)?;
-                for &banned in &draw.banned {
-                    if let Some(x) = ws.row.get_mut(banned as usize) {
-                        *x = f32::NEG_INFINITY;
-                    }
-                }
-                sampler::sample(&mut ws.row, &draw.params, &draw.prompt, &draw.generated, draw.key)
-            };
-            answer.token = Some(token);
-            answer.token_logprob = logit(backend, token)? - stats.lse;
-        }
-        if query.top_k > 0 {
-            ws.row.resize(vocab, 0.0);
-            backend.read_f32(&ws.logits, row * vocab, &mut ws.row)?;
-            answer.top = sampler::top_k(&ws.row, query.top_k).into_iter().map(|(t, x)| (t, x - stats.lse)).collect();
-        }
         Ok(())
     }
 }
@@ -548,6 +461,10 @@ impl<B: Backend> Runner for Model<B> {
         self.backend.reset_counters();
     }
 
+    fn describe(&self) -> String {
+        self.backend.describe()
+    }
+
     fn weight_copy_bytes(&self) -> u64 {
         let extra = |m: &B::Matrix| self.backend.matrix_extra_bytes(m);
         let layers = self.layers.iter().chain(&self.river);
@@ -560,104 +477,16 @@ impl<B: Backend> Runner for Model<B> {
 /// What changes in the course of one pass.
 struct Pass<B: Backend> {
     live: LiveRows,
+    /// What the live rows need.
+    inputs: B::Inputs,
+    /// Which query each of the inputs' `query_rows` answers.
+    query_ids: Vec<usize>,
     /// `delta` holds a block's output that `x` has not received yet.
     delta_pending: bool,
     answers: Vec<Option<RowAnswer>>,
     fates: Vec<Fate>,
     /// Residual rows of sequences that stopped: (query ids, rows).
     exits: Vec<(Vec<usize>, B::Buf)>,
-}
-
-impl<B: Backend> Pass<B> {
-    fn new(batch: &Batch, num_queries: usize, block_size: usize, max_group_rows: usize) -> Self {
-        Self {
-            live: LiveRows::new(batch, block_size, max_group_rows),
-            delta_pending: false,
-            answers: vec![None; num_queries],
-            fates: vec![Fate::Done; batch.seqs.len()],
-            exits: Vec::new(),
-        }
-    }
-}
-
-impl<B: Backend> Workspace<B> {
-    fn new(backend: &B, config: &ModelConfig, options: &ModelOptions) -> Result<Self> {
-        let rows = options.max_rows;
-        let chunk = (LOGITS_CHUNK_BYTES / 4 / config.vocab_size).clamp(8, 64);
-        let f32s = |width: usize| backend.alloc(DType::F32, rows * width);
-        let rounded = |width: usize| backend.alloc(options.compute, rows * width);
-        let q_width = config.num_q_heads * config.head_dim;
-        Ok(Self {
-            x: f32s(config.hidden)?,
-            x_alt: f32s(config.hidden)?,
-            h: rounded(config.hidden)?,
-            qkv: f32s(q_width + 2 * config.num_kv_heads * config.head_dim)?,
-            q: rounded(q_width)?,
-            o: rounded(q_width)?,
-            lse: f32s(config.num_q_heads)?,
-            delta: f32s(config.hidden)?,
-            gate_up: f32s(2 * config.intermediate)?,
-            act: rounded(config.intermediate)?,
-            out_x: backend.alloc(DType::F32, chunk * config.hidden)?,
-            out_h: backend.alloc(options.compute, chunk * config.hidden)?,
-            logits: backend.alloc(DType::F32, chunk * config.vocab_size)?,
-            chunk,
-            stats: Vec::new(),
-            row: Vec::new(),
-        })
-    }
-}
-
-/// Takes named tensors from a store and makes them resident.
-struct Loader<'a, B: Backend> {
-    backend: &'a B,
-    store: &'a WeightStore,
-    compute: DType,
-    config: &'a ModelConfig,
-}
-
-impl<B: Backend> Loader<'_, B> {
-    fn matrix(&self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix> {
-        let parts: Vec<Tensor> =
-            parts.iter().map(|(name, rows)| self.store.get(name, &[*rows, cols])).collect::<Result<_>>()?;
-        self.backend.matrix(&parts, self.compute)
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<B::Buf> {
-        self.backend.vector(&[self.store.get(name, &[len])?])
-    }
-
-    fn layer(&self, idx: usize) -> Result<Layer<B>> {
-        let c = self.config;
-        let name = |suffix: &str| format!("model.layers.{idx}.{suffix}");
-        let (q_width, kv_width) = (c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let qkv = [("self_attn.q_proj", q_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)];
-        let weights: Vec<(String, usize)> = qkv.iter().map(|(n, w)| (name(&format!("{n}.weight")), *w)).collect();
-        let borrowed: Vec<(&str, usize)> = weights.iter().map(|(n, w)| (n.as_str(), *w)).collect();
-        let qkv_bias = if c.qkv_bias {
-            let parts: Vec<Tensor> =
-                qkv.iter().map(|(n, w)| self.store.get(&name(&format!("{n}.bias")), &[*w])).collect::<Result<_>>()?;
-            Some(self.backend.vector(&parts)?)
-        } else {
-            None
-        };
-        let head_norm = |suffix: &str| c.family.qk_norm.then(|| self.vector(&name(suffix), c.head_dim)).transpose();
-        Ok(Layer {
-            attn_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,
-            qkv: self.matrix(&borrowed, c.hidden)?,
-            qkv_bias,
-            q_norm: head_norm("self_attn.q_norm.weight")?,
-            k_norm: head_norm("self_attn.k_norm.weight")?,
-            o: self.matrix(&[(&name("self_attn.o_proj.weight"), c.hidden)], q_width)?,
-            o_bias: c.o_bias.then(|| self.vector(&name("self_attn.o_proj.bias"), c.hidden)).transpose()?,
-            mlp_norm: self.vector(&name("post_attention_layernorm.weight"), c.hidden)?,
-            gate_up: self.matrix(
-                &[(&name("mlp.gate_proj.weight"), c.intermediate), (&name("mlp.up_proj.weight"), c.intermediate)],
-                c.hidden,
-            )?,
-            down: self.matrix(&[(&name("mlp.down_proj.weight"), c.hidden)], c.intermediate)?,
-        })
-    }
 }
 
 type Groups = Vec<(Range<usize>, WeightSet)>;

@@ -66,7 +66,7 @@ impl SamplingParams {
 }
 
 /// Where a draw stands: nothing else may influence it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DrawKey {
     /// Hash of the path from the root of the branch tree.
     pub path: u64,

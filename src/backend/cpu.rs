@@ -30,12 +30,14 @@ use row_stats::RowStatsScratch;
 use simd::SimdLevel;
 
 use super::{
-    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStatsOp,
-    SiluMul,
+    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
+    RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
 };
+use crate::config::available_memory;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::weights::Tensor;
+use crate::sampler;
 
 /// Host memory of one element type.
 #[derive(Debug)]
@@ -112,6 +114,10 @@ pub struct Cpu {
     attention: AttentionScratch,
     rope: RopeScratch,
     row_stats: RowStatsScratch,
+    /// What the last `row_stats` found.
+    stats: Vec<RowStats>,
+    /// One row of logits that `sample` may spoil.
+    logits_row: Vec<f32>,
     counters: Counters,
 }
 
@@ -127,6 +133,8 @@ impl Cpu {
             attention: AttentionScratch::default(),
             rope: RopeScratch::default(),
             row_stats: RowStatsScratch::default(),
+            stats: Vec::new(),
+            logits_row: Vec::new(),
             counters: Counters::default(),
         })
     }
@@ -146,6 +154,20 @@ impl Cpu {
 impl Backend for Cpu {
     type Buf = CpuBuf;
     type Matrix = CpuMatrix;
+    type Inputs = PassInputs;
+
+    fn max_group_rows(&self, _gqa_group: usize) -> usize {
+        MAX_GROUP_ROWS
+    }
+
+    fn describe(&self) -> String {
+        Self::describe(self)
+    }
+
+    /// A quarter of the free memory: weights are mapped, and this machine is not ours alone.
+    fn kv_budget(&self, _resident_bytes: u64) -> Option<u64> {
+        available_memory().map(|free| free / 4)
+    }
 
     fn alloc(&self, dtype: DType, len: usize) -> Result<CpuBuf> {
         Ok(match dtype {
@@ -169,6 +191,10 @@ impl Backend for Cpu {
             row.widen_row(0, &mut out[start..])?;
         }
         Ok(CpuBuf::F32(out))
+    }
+
+    fn upload(&self, values: &[f32]) -> Result<CpuBuf> {
+        Ok(CpuBuf::F32(values.to_vec()))
     }
 
     fn read_f32(&mut self, src: &CpuBuf, start: usize, dst: &mut [f32]) -> Result<()> {
@@ -201,6 +227,27 @@ impl Backend for Cpu {
         Ok(num_bytes)
     }
 
+    fn stage(&mut self, inputs: PassInputs) -> Result<PassInputs> {
+        Ok(inputs)
+    }
+
+    fn begin_pass(&mut self, _inputs: &PassInputs, _repeatable: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn end_pass(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn read_stats(&mut self, stats: &mut [RowStats]) -> Result<()> {
+        self.counters.read_backs += 1;
+        match self.stats.get(..stats.len()) {
+            Some(found) => stats.copy_from_slice(found),
+            None => return Err(out_of_range("read_stats", 0, stats.len())),
+        }
+        Ok(())
+    }
+
     fn matrix_extra_bytes(&self, m: &CpuMatrix) -> u64 {
         m.extra_bytes()
     }
@@ -225,7 +272,7 @@ impl Backend for Cpu {
             Weights::Bf16(t) => Table::Bf16(t),
             Weights::F16(t) => Table::F16(t),
         };
-        elementwise::embed(self.level, &mut self.pool, table, p.ids, p.x.f32_mut("embed")?, p.hidden)
+        elementwise::embed(self.level, &mut self.pool, table, &p.inputs.token_ids, p.x.f32_mut("embed")?, p.hidden)
     }
 
     fn add_rms_norm(&mut self, p: AddRmsNorm<'_, Self>) -> Result<()> {
@@ -267,7 +314,7 @@ impl Backend for Cpu {
             n.map(|(w, eps)| Ok((w.f32(op)?.to_vec(), eps))).transpose()
         };
         let (q_norm, k_norm) = (norm(p.q_norm)?, norm(p.k_norm)?);
-        let qkv = p.qkv.f32(op)?;
+        let (qkv, inv_freq) = (p.qkv.f32(op)?, p.inv_freq.f32(op)?);
         with_type!("rope_append", [q = p.q, k_cache = p.k_cache, v_cache = p.v_cache], {
             let args = RopeAppendArgs {
                 rows: p.rows,
@@ -275,9 +322,9 @@ impl Backend for Cpu {
                 q,
                 k_cache,
                 v_cache,
-                positions: p.positions,
-                slots: p.slots,
-                inv_freq: p.inv_freq,
+                positions: &p.inputs.positions,
+                slots: &p.inputs.slots,
+                inv_freq,
                 rope_scale: p.rope_scale,
                 q_norm: q_norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)),
                 k_norm: k_norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)),
@@ -289,22 +336,22 @@ impl Backend for Cpu {
     }
 
     fn kv_copy_blocks(&mut self, p: KvCopyBlocks<'_, Self>) -> Result<()> {
-        let slots: usize = p.copies.iter().map(|c| c.num_slots as usize).sum();
+        let slots: usize = p.inputs.copies.iter().map(|c| c.num_slots as usize).sum();
         let bytes = 2 * slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
         self.launched().kv_write_bytes += bytes as u64;
         with_type!("kv_copy_blocks", [k_cache = p.k_cache, v_cache = p.v_cache], {
-            rope::kv_copy_blocks(p.copies, k_cache, v_cache, p.layout)
+            rope::kv_copy_blocks(&p.inputs.copies, k_cache, v_cache, p.layout)
         })
     }
 
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {
-        let slots = p.plan.slots_read();
+        let slots = p.inputs.plan.slots_read();
         let bytes = 2 * slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
         self.launched().kv_read_bytes += bytes as u64;
         let lse = p.lse.f32_mut("paged_attention")?;
         with_type!("paged_attention", [q = p.q, k_cache = p.k_cache, v_cache = p.v_cache, o = p.o], {
             let args = PagedAttentionArgs {
-                plan: p.plan,
+                plan: &p.inputs.plan,
                 q,
                 k_cache,
                 v_cache,
@@ -330,14 +377,41 @@ impl Backend for Cpu {
     fn gather_rows(&mut self, p: GatherRows<'_, Self>) -> Result<()> {
         self.launched();
         let (src, dst) = (p.src.f32("gather_rows")?, p.dst.f32_mut("gather_rows")?);
-        elementwise::gather_rows(&mut self.pool, p.rows, src, dst, p.width)
+        let rows = match p.rows {
+            RowIds::Given(rows) => rows,
+            RowIds::Queried(inputs, range) => inputs.query_rows.get(range.clone()).ok_or_else(|| {
+                let got = format!("{} queried rows", inputs.query_rows.len());
+                Error::Shape { op: "gather_rows", expected: format!("rows {range:?}"), got }
+            })?,
+        };
+        elementwise::gather_rows(&mut self.pool, rows, src, dst, p.width)
     }
 
     fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()> {
-        self.launched().read_backs += 1;
+        self.launched();
         let logits = p.logits.f32("row_stats")?;
-        let stats = &mut p.stats[..p.num_rows];
-        row_stats::row_stats(self.level, &mut self.pool, &mut self.row_stats, logits, p.vocab, stats)
+        self.stats.resize(p.num_rows, RowStats::default());
+        row_stats::row_stats(self.level, &mut self.pool, &mut self.row_stats, logits, p.vocab, &mut self.stats)
+    }
+
+    fn sample(&mut self, p: Sample<'_, Self>) -> Result<()> {
+        self.launched().read_backs += 1;
+        let logits = p.logits.f32("sample")?;
+        for (i, (row, sampled)) in p.rows.iter().zip(p.sampled).enumerate() {
+            let Some(logits) = logits.get(i * p.vocab..(i + 1) * p.vocab) else {
+                return Err(out_of_range("sample", i * p.vocab, p.vocab));
+            };
+            self.logits_row.clear();
+            self.logits_row.extend_from_slice(logits);
+            for &banned in row.banned {
+                if let Some(x) = self.logits_row.get_mut(banned as usize) {
+                    *x = f32::NEG_INFINITY;
+                }
+            }
+            let token = sampler::sample(&mut self.logits_row, row.params, row.prompt, row.generated, row.key);
+            *sampled = Sampled { token, logit: logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY) };
+        }
+        Ok(())
     }
 }
 

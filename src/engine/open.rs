@@ -4,16 +4,17 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::{CancelFlag, Engine, EngineStats, ModelInfo};
-use crate::backend::cpu::{Cpu, MAX_GROUP_ROWS};
+use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
 use crate::batch::Batch;
-use crate::config::{EngineConfig, ModelSource, available_memory};
+use crate::config::{EngineConfig, ModelSource};
 use crate::error::{Error, Result};
 use crate::kv::KvLayout;
 use crate::kv::block_pool::BlockPool;
 use crate::kv::prefix_cache::PrefixCache;
 use crate::model::family::ModelConfig;
 use crate::model::weights::WeightStore;
-use crate::model::{Model, ModelOptions, Runner};
+use crate::model::{Model, ModelOptions, Runner, workspace_bytes};
 use crate::tree::BranchTree;
 
 /// Without `kv_cache_memory`, the cache holds at most this many full contexts.
@@ -45,19 +46,8 @@ impl Engine {
         if config.check_tensors {
             store.check_finite()?;
         }
-        let layout = kv_layout(&config, &model)?;
-        let backend = Cpu::new(config.threads, config.simd.parse()?)?;
-        let device = backend.describe();
-        let options = ModelOptions {
-            compute: config.dtype,
-            layout,
-            max_rows: config.max_batch_tokens,
-            max_group_rows: MAX_GROUP_ROWS,
-        };
-        let mut runner = Model::new(backend, model.clone(), store, options)?;
-        if let Some(river) = river {
-            runner.set_river(river)?;
-        }
+        let cpu = Cpu::new(config.threads, config.simd.parse()?)?;
+        let (runner, layout) = runner(cpu, &config, &model, store, river)?;
         let block_bytes = layout.block_bytes(model.num_layers);
         let info = ModelInfo {
             name: match &config.model {
@@ -70,7 +60,7 @@ impl Engine {
             weight_bytes: store.num_bytes(),
             weight_copy_bytes: runner.weight_copy_bytes(),
             dtype: config.dtype.to_string(),
-            device,
+            device: runner.describe(),
             kv_cache_bytes: layout.num_blocks as u64 * block_bytes,
             kv_bytes_per_token: block_bytes / layout.block_size as u64,
             load_seconds: started.elapsed().as_secs_f64(),
@@ -78,7 +68,7 @@ impl Engine {
         Ok(Self {
             pool: BlockPool::new(layout.num_blocks),
             cache: PrefixCache::new(layout.block_size),
-            runner: Box::new(runner),
+            runner,
             tree: BranchTree::default(),
             gates: Vec::new(),
             events: VecDeque::new(),
@@ -94,6 +84,25 @@ impl Engine {
             info,
         })
     }
+}
+
+/// Puts a model and its KV cache on a device.
+fn runner<B: Backend>(
+    backend: B,
+    config: &EngineConfig,
+    model: &ModelConfig,
+    store: &WeightStore,
+    river: Option<&WeightStore>,
+) -> Result<(Box<dyn Runner>, KvLayout)> {
+    let weights = store.num_bytes() + river.map_or(0, WeightStore::num_bytes);
+    let resident = weights + workspace_bytes(model, config.dtype, config.max_batch_tokens);
+    let layout = kv_layout(config, model, backend.kv_budget(resident))?;
+    let options = ModelOptions { compute: config.dtype, layout, max_rows: config.max_batch_tokens };
+    let mut runner = Model::new(backend, model.clone(), store, options)?;
+    if let Some(river) = river {
+        runner.set_river(river)?;
+    }
+    Ok((Box::new(runner), layout))
 }
 
 /// The model's shape and its weights, from wherever the configuration says.
@@ -114,8 +123,9 @@ pub(crate) fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> 
     }
 }
 
-/// How many blocks the memory holds. Too little for one block is refused with what is missing.
-pub(crate) fn kv_layout(config: &EngineConfig, model: &ModelConfig) -> Result<KvLayout> {
+/// How many blocks the memory holds: what the configuration says, or else what the device can spare. Too little for one
+/// block is refused with what is missing.
+pub(crate) fn kv_layout(config: &EngineConfig, model: &ModelConfig, budget: Option<u64>) -> Result<KvLayout> {
     let one = KvLayout {
         num_blocks: 1,
         num_kv_heads: model.num_kv_heads,
@@ -125,10 +135,9 @@ pub(crate) fn kv_layout(config: &EngineConfig, model: &ModelConfig) -> Result<Kv
     };
     let block_bytes = one.block_bytes(model.num_layers);
     let contexts = (model.max_position_embeddings as u64).div_ceil(config.block_size as u64) * block_bytes;
-    let bytes = config.kv_cache_memory.unwrap_or_else(|| {
-        let quarter = available_memory().map_or(u64::MAX, |b| b / 4);
-        quarter.min(DEFAULT_CONTEXTS.saturating_mul(contexts))
-    });
+    let bytes = config
+        .kv_cache_memory
+        .unwrap_or_else(|| budget.unwrap_or(u64::MAX).min(DEFAULT_CONTEXTS.saturating_mul(contexts)));
     let num_blocks = bytes / block_bytes;
     // One token needs its block and the copy of a shared tail.
     if num_blocks < 2 {

@@ -6,18 +6,14 @@
 
 use std::ops::Range;
 
-use super::{Groups, WeightSet};
-use crate::batch::{AttentionPlan, Batch, SequenceView};
+use super::{Groups, RowQuery, WeightSet};
+use crate::backend::PassInputs;
+use crate::batch::{AttentionPlan, Batch, BatchSeq, SequenceView};
 use crate::gate::Effect;
 
 /// See the module text.
 pub(super) struct LiveRows {
     seqs: Vec<LiveSeq>,
-    /// `[rows]`: what RoPE uses.
-    pub(super) positions: Vec<u32>,
-    /// `[rows]`: where K and V go.
-    pub(super) slots: Vec<u32>,
-    pub(super) plan: AttentionPlan,
 }
 
 #[derive(Clone)]
@@ -32,19 +28,51 @@ struct LiveSeq {
 }
 
 impl LiveRows {
-    pub(super) fn new(batch: &Batch, block_size: usize, max_group_rows: usize) -> Self {
-        let seqs = batch
-            .seqs
-            .iter()
-            .enumerate()
-            .map(|(i, s)| LiveSeq { seq: i, rows: s.rows.clone(), batch_rows: s.rows.clone(), river: false })
-            .collect();
-        Self {
-            seqs,
-            positions: batch.positions.clone(),
-            slots: batch.slots.clone(),
-            plan: batch.attention_plan(block_size, max_group_rows),
+    pub(super) fn new(batch: &Batch) -> Self {
+        let live = |(i, s): (usize, &BatchSeq)| LiveSeq {
+            seq: i,
+            rows: s.rows.clone(),
+            batch_rows: s.rows.clone(),
+            river: false,
+        };
+        Self { seqs: batch.seqs.iter().enumerate().map(live).collect() }
+    }
+
+    /// What the pass needs of the live rows, in their order, and which queries its `query_rows` belong to.
+    pub(super) fn inputs(
+        &self,
+        batch: &Batch,
+        queries: &[RowQuery],
+        block_size: usize,
+        max_group_rows: usize,
+    ) -> (PassInputs, Vec<usize>) {
+        let (num_rows, num_queries) = (self.num_rows(), queries.len());
+        let mut inputs = PassInputs {
+            token_ids: Vec::with_capacity(num_rows),
+            positions: Vec::with_capacity(num_rows),
+            slots: Vec::with_capacity(num_rows),
+            copies: batch.copies.clone(),
+            query_rows: Vec::with_capacity(num_queries),
+            ..Default::default()
+        };
+        let mut views = Vec::with_capacity(self.seqs.len());
+        for seq in &self.seqs {
+            inputs.token_ids.extend_from_slice(&batch.token_ids[seq.batch_rows.clone()]);
+            inputs.positions.extend_from_slice(&batch.positions[seq.batch_rows.clone()]);
+            inputs.slots.extend_from_slice(&batch.slots[seq.batch_rows.clone()]);
+            let whole = &batch.seqs[seq.seq];
+            let blocks = &batch.blocks[whole.blocks.clone()];
+            views.push(SequenceView { rows: seq.rows.clone(), blocks, kv_len: whole.kv_len });
         }
+        inputs.plan = AttentionPlan::new(&views, block_size, max_group_rows);
+        let mut query_ids = Vec::with_capacity(num_queries);
+        for (i, query) in queries.iter().enumerate() {
+            if let Some(row) = self.live_row(query.row) {
+                query_ids.push(i);
+                inputs.query_rows.push(row as u32);
+            }
+        }
+        (inputs, query_ids)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -82,13 +110,13 @@ impl LiveRows {
     }
 
     /// Where a batch row is now; `None` when its sequence has left.
-    pub(super) fn live_row(&self, batch_row: usize) -> Option<usize> {
+    fn live_row(&self, batch_row: usize) -> Option<usize> {
         let seq = self.seqs.iter().find(|s| s.batch_rows.contains(&batch_row))?;
         Some(seq.rows.start + batch_row - seq.batch_rows.start)
     }
 
     /// Takes the sequences in `fired` (ascending) out, or moves them to the river. Returns the old live row of each new
-    /// live row; [`rebuild`](Self::rebuild) must follow.
+    /// live row; [`inputs`](Self::inputs) must be staged again.
     pub(super) fn apply(&mut self, effect: Effect, fired: &[usize]) -> Vec<u32> {
         let old = std::mem::take(&mut self.seqs);
         let mut backbone = Vec::new();
@@ -111,20 +139,5 @@ impl LiveRows {
             seq.rows = start..order.len();
         }
         order
-    }
-
-    /// Positions, slots and the attention plan of what is left.
-    pub(super) fn rebuild(&mut self, batch: &Batch, block_size: usize, max_group_rows: usize) {
-        self.positions.clear();
-        self.slots.clear();
-        let mut views = Vec::with_capacity(self.seqs.len());
-        for seq in &self.seqs {
-            self.positions.extend_from_slice(&batch.positions[seq.batch_rows.clone()]);
-            self.slots.extend_from_slice(&batch.slots[seq.batch_rows.clone()]);
-            let whole = &batch.seqs[seq.seq];
-            let blocks = &batch.blocks[whole.blocks.clone()];
-            views.push(SequenceView { rows: seq.rows.clone(), blocks, kv_len: whole.kv_len });
-        }
-        self.plan = AttentionPlan::new(&views, block_size, max_group_rows);
     }
 }

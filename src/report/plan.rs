@@ -2,10 +2,11 @@
 
 use serde::Serialize;
 
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, available_memory};
 use crate::engine::kv_layout;
 use crate::error::Result;
 use crate::model::family::ModelConfig;
+use crate::model::workspace_bytes;
 
 /// Bytes by purpose.
 #[derive(Clone, Debug, Serialize)]
@@ -32,18 +33,13 @@ impl MemoryPlan {
     /// Plans for branches of `own` tokens each that share `prefix` tokens.
     pub fn new(config: &EngineConfig, model: &ModelConfig, prefix: usize, own: usize) -> Result<Self> {
         config.validate()?;
-        let layout = kv_layout(config, model)?;
+        let layout = kv_layout(config, model, available_memory().map(|free| free / 4))?;
         let block_bytes = layout.block_bytes(model.num_layers);
         let own_blocks = own.div_ceil(layout.block_size) + 1;
         let left = layout.num_blocks.saturating_sub(prefix.div_ceil(layout.block_size));
-        let q_width = model.num_q_heads * model.head_dim;
-        let qkv_width = q_width + 2 * model.num_kv_heads * model.head_dim;
-        let elem = config.dtype.size_bytes();
-        let row = 4 * (3 * model.hidden + qkv_width + model.num_q_heads + 2 * model.intermediate)
-            + elem * (model.hidden + 2 * q_width + model.intermediate);
         Ok(Self {
-            weight_bytes: model.num_params() as u64 * elem as u64,
-            workspace_bytes: (config.max_batch_tokens * row) as u64,
+            weight_bytes: model.num_params() as u64 * config.dtype.size_bytes() as u64,
+            workspace_bytes: workspace_bytes(model, config.dtype, config.max_batch_tokens),
             kv_cache_bytes: layout.num_blocks as u64 * block_bytes,
             kv_blocks: layout.num_blocks,
             block_size: layout.block_size,

@@ -1,0 +1,155 @@
+//! Where the queries are answered: final norm, unembedding, row statistics and draws of the chosen rows, one read-back
+//! a chunk when nothing but the most likely token is asked for.
+
+use super::{Draw, Model, Pass, RowQuery};
+use crate::backend::{
+    AddRmsNorm, Backend, GatherRows, Linear, RowIds, RowStats, RowStatsOp, Sample, SampleRow, Sampled,
+};
+use crate::error::Result;
+use crate::sampler;
+use crate::tree::RowAnswer;
+
+impl<B: Backend> Model<B> {
+    /// Answers every query whose row survived, chunk by chunk.
+    pub(super) fn answer(&mut self, queries: &[RowQuery], pass: &mut Pass<B>) -> Result<()> {
+        let ids = std::mem::take(&mut pass.query_ids);
+        let mut from = 0;
+        while from < ids.len() {
+            let to = (from + self.ws.chunk).min(ids.len());
+            self.backend.gather_rows(GatherRows {
+                rows: RowIds::Queried(&pass.inputs, from..to),
+                src: &self.ws.x,
+                dst: &mut self.ws.out_x,
+                width: self.config.hidden,
+            })?;
+            self.unembed(to - from)?;
+            if to == ids.len() {
+                self.backend.end_pass()?;
+            }
+            self.interpret(queries, &ids[from..to], &mut pass.answers)?;
+            from = to;
+        }
+        if ids.is_empty() {
+            self.backend.end_pass()?;
+        }
+        for (ids, x) in std::mem::take(&mut pass.exits) {
+            for (i, chunk) in ids.chunks(self.ws.chunk).enumerate() {
+                let rows: Vec<u32> = (0..chunk.len()).map(|r| (i * self.ws.chunk + r) as u32).collect();
+                self.backend.gather_rows(GatherRows {
+                    rows: RowIds::Given(&rows),
+                    src: &x,
+                    dst: &mut self.ws.out_x,
+                    width: self.config.hidden,
+                })?;
+                self.unembed(chunk.len())?;
+                self.interpret(queries, chunk, &mut pass.answers)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Final norm, logits and statistics of the first rows of `out_x`.
+    fn unembed(&mut self, num_rows: usize) -> Result<()> {
+        let Self { backend, config, ws, .. } = self;
+        let rows = 0..num_rows;
+        backend.add_rms_norm(AddRmsNorm {
+            rows: rows.clone(),
+            x: &mut ws.out_x,
+            delta: None,
+            weight: Some(&self.final_norm),
+            y: &mut ws.out_h,
+            step_similarity: None,
+            hidden: config.hidden,
+            eps: config.rms_norm_eps,
+        })?;
+        let w = self.lm_head.as_ref().unwrap_or(&self.embed);
+        backend.linear(Linear { rows, x: &ws.out_h, w, bias: None, y: &mut ws.logits })?;
+        backend.row_stats(RowStatsOp { logits: &ws.logits, num_rows, vocab: config.vocab_size })
+    }
+
+    /// Reads what the logits say: query `ids[i]` is answered from row i.
+    fn interpret(&mut self, queries: &[RowQuery], ids: &[usize], answers: &mut [Option<RowAnswer>]) -> Result<()> {
+        self.ws.stats.resize(ids.len(), RowStats::default());
+        self.backend.read_stats(&mut self.ws.stats)?;
+        let mut watched = self.read_watched(queries, ids)?.into_iter();
+        for (row, &id) in ids.iter().enumerate() {
+            let (query, stats) = (&queries[id], self.ws.stats[row]);
+            let mut answer = RowAnswer { stats, ..Default::default() };
+            let logits = watched.by_ref().take(query.watch.len());
+            if stats.finite == 1 {
+                answer.watched = logits.map(|x| x - stats.lse).collect();
+                answer.top = self.read_top(row, query.top_k)?.into_iter().map(|(t, x)| (t, x - stats.lse)).collect();
+            } else {
+                logits.for_each(drop);
+            }
+            answers[id] = Some(answer);
+        }
+        self.draw(queries, ids)?;
+        for (row, &id) in ids.iter().enumerate() {
+            let (stats, sampled) = (self.ws.stats[row], self.ws.sampled[row]);
+            if let (Some(answer), Some(_), 1) = (&mut answers[id], &queries[id].draw, stats.finite) {
+                answer.token = Some(sampled.token);
+                answer.token_logprob = sampled.logit - stats.lse;
+            }
+        }
+        Ok(())
+    }
+
+    /// Logits of every watched token, row by row; minus infinity for ids past the vocabulary.
+    fn read_watched(&mut self, queries: &[RowQuery], ids: &[usize]) -> Result<Vec<f32>> {
+        let vocab = self.config.vocab_size;
+        let watch = |&(row, &id): &(usize, &usize)| queries[id].watch.iter().map(move |&t| (row, t as usize));
+        let tokens = || ids.iter().enumerate().flat_map(|x| watch(&x));
+        let at: Vec<u32> = tokens().map(|(row, t)| (row * vocab + t.min(vocab - 1)) as u32).collect();
+        let mut logits = vec![0.0; at.len()];
+        let width = self.ws.watched_len;
+        for (at, logits) in at.chunks(width).zip(logits.chunks_mut(width)) {
+            self.backend.gather_rows(GatherRows {
+                rows: RowIds::Given(at),
+                src: &self.ws.logits,
+                dst: &mut self.ws.watched,
+                width: 1,
+            })?;
+            self.backend.read_f32(&self.ws.watched, 0, logits)?;
+        }
+        for ((_, token), x) in tokens().zip(&mut logits) {
+            if token >= vocab {
+                *x = f32::NEG_INFINITY;
+            }
+        }
+        Ok(logits)
+    }
+
+    fn read_top(&mut self, row: usize, k: usize) -> Result<Vec<(u32, f32)>> {
+        if k == 0 {
+            return Ok(Vec::new());
+        }
+        let vocab = self.config.vocab_size;
+        self.ws.row.resize(vocab, 0.0);
+        self.backend.read_f32(&self.ws.logits, row * vocab, &mut self.ws.row)?;
+        Ok(sampler::top_k(&self.ws.row, k))
+    }
+
+    /// Chooses the token of every row, into `sampled`. Rows that take the most likely one need no draw; when all do,
+    /// nothing is launched.
+    fn draw(&mut self, queries: &[RowQuery], ids: &[usize]) -> Result<()> {
+        let Self { backend, config, ws, .. } = self;
+        ws.sampled.clear();
+        ws.sampled.extend(ws.stats.iter().map(|s| Sampled { token: s.argmax, logit: s.max }));
+        let needs_draw = |(&id, s): (&usize, &RowStats)| {
+            let draw = queries[id].draw.as_ref();
+            draw.is_some_and(|d| !d.params.is_argmax() || d.banned.contains(&s.argmax))
+        };
+        if !ids.iter().zip(&ws.stats).any(needs_draw) {
+            return Ok(());
+        }
+        let greedy = Draw::default();
+        let row = |&id: &usize| {
+            let d = queries[id].draw.as_ref().unwrap_or(&greedy);
+            SampleRow { params: &d.params, banned: &d.banned, prompt: &d.prompt, generated: &d.generated, key: d.key }
+        };
+        let rows: Vec<SampleRow<'_>> = ids.iter().map(row).collect();
+        let (logits, sampled) = (&mut ws.logits, &mut ws.sampled);
+        backend.sample(Sample { logits, vocab: config.vocab_size, rows: &rows, sampled })
+    }
+}

@@ -1,0 +1,105 @@
+//! From named tensors to resident layers, and the buffers of a pass.
+
+use super::{Layer, ModelOptions, Workspace};
+use crate::backend::Backend;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::model::family::ModelConfig;
+use crate::model::weights::{Tensor, WeightStore};
+
+/// Logits kept at a time: rows are answered in chunks of at most this many bytes.
+const LOGITS_CHUNK_BYTES: usize = 16 << 20;
+/// Watched logits read at a time: 64 branches with 16 spellings each.
+const WATCHED_LEN: usize = 1024;
+
+/// Bytes of the activations of a pass of `max_rows` rows.
+pub(crate) fn workspace_bytes(config: &ModelConfig, compute: DType, max_rows: usize) -> u64 {
+    let q_width = config.num_q_heads * config.head_dim;
+    let qkv_width = q_width + 2 * config.num_kv_heads * config.head_dim;
+    let f32s = 3 * config.hidden + qkv_width + config.num_q_heads + 2 * config.intermediate;
+    let rounded = config.hidden + 2 * q_width + config.intermediate;
+    (max_rows * (4 * f32s + compute.size_bytes() * rounded)) as u64
+}
+
+impl<B: Backend> Workspace<B> {
+    pub(super) fn new(backend: &B, config: &ModelConfig, options: &ModelOptions) -> Result<Self> {
+        let rows = options.max_rows;
+        let chunk = (LOGITS_CHUNK_BYTES / 4 / config.vocab_size).clamp(8, 64);
+        let f32s = |width: usize| backend.alloc(DType::F32, rows * width);
+        let rounded = |width: usize| backend.alloc(options.compute, rows * width);
+        let q_width = config.num_q_heads * config.head_dim;
+        Ok(Self {
+            x: f32s(config.hidden)?,
+            x_alt: f32s(config.hidden)?,
+            h: rounded(config.hidden)?,
+            qkv: f32s(q_width + 2 * config.num_kv_heads * config.head_dim)?,
+            q: rounded(q_width)?,
+            o: rounded(q_width)?,
+            lse: f32s(config.num_q_heads)?,
+            delta: f32s(config.hidden)?,
+            gate_up: f32s(2 * config.intermediate)?,
+            act: rounded(config.intermediate)?,
+            out_x: backend.alloc(DType::F32, chunk * config.hidden)?,
+            out_h: backend.alloc(options.compute, chunk * config.hidden)?,
+            logits: backend.alloc(DType::F32, chunk * config.vocab_size)?,
+            chunk,
+            watched: backend.alloc(DType::F32, WATCHED_LEN)?,
+            watched_len: WATCHED_LEN,
+            stats: Vec::new(),
+            sampled: Vec::new(),
+            row: Vec::new(),
+        })
+    }
+}
+
+/// Takes named tensors from a store and makes them resident.
+pub(super) struct Loader<'a, B: Backend> {
+    pub(super) backend: &'a B,
+    pub(super) store: &'a WeightStore,
+    pub(super) compute: DType,
+    pub(super) config: &'a ModelConfig,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    pub(super) fn matrix(&self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix> {
+        let parts: Vec<Tensor> =
+            parts.iter().map(|(name, rows)| self.store.get(name, &[*rows, cols])).collect::<Result<_>>()?;
+        self.backend.matrix(&parts, self.compute)
+    }
+
+    pub(super) fn vector(&self, name: &str, len: usize) -> Result<B::Buf> {
+        self.backend.vector(&[self.store.get(name, &[len])?])
+    }
+
+    pub(super) fn layer(&self, idx: usize) -> Result<Layer<B>> {
+        let c = self.config;
+        let name = |suffix: &str| format!("model.layers.{idx}.{suffix}");
+        let (q_width, kv_width) = (c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let qkv = [("self_attn.q_proj", q_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)];
+        let weights: Vec<(String, usize)> = qkv.iter().map(|(n, w)| (name(&format!("{n}.weight")), *w)).collect();
+        let borrowed: Vec<(&str, usize)> = weights.iter().map(|(n, w)| (n.as_str(), *w)).collect();
+        let qkv_bias = if c.qkv_bias {
+            let parts: Vec<Tensor> =
+                qkv.iter().map(|(n, w)| self.store.get(&name(&format!("{n}.bias")), &[*w])).collect::<Result<_>>()?;
+            Some(self.backend.vector(&parts)?)
+        } else {
+            None
+        };
+        let head_norm = |suffix: &str| c.family.qk_norm.then(|| self.vector(&name(suffix), c.head_dim)).transpose();
+        Ok(Layer {
+            attn_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,
+            qkv: self.matrix(&borrowed, c.hidden)?,
+            qkv_bias,
+            q_norm: head_norm("self_attn.q_norm.weight")?,
+            k_norm: head_norm("self_attn.k_norm.weight")?,
+            o: self.matrix(&[(&name("self_attn.o_proj.weight"), c.hidden)], q_width)?,
+            o_bias: c.o_bias.then(|| self.vector(&name("self_attn.o_proj.bias"), c.hidden)).transpose()?,
+            mlp_norm: self.vector(&name("post_attention_layernorm.weight"), c.hidden)?,
+            gate_up: self.matrix(
+                &[(&name("mlp.gate_proj.weight"), c.intermediate), (&name("mlp.up_proj.weight"), c.intermediate)],
+                c.hidden,
+            )?,
+            down: self.matrix(&[(&name("mlp.down_proj.weight"), c.hidden)], c.intermediate)?,
+        })
+    }
+}
