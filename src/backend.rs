@@ -115,11 +115,11 @@ pub trait Backend: Send + 'static {
     /// Zeroed memory for `len` elements. Large allocations are touched lazily where the device allows it.
     fn alloc(&self, dtype: DType, len: usize) -> Result<Self::Buf>;
     /// Makes row-stacked parts `[out_i, in]` resident. Parts stay where they are mapped whenever the compute type allows it.
-    fn matrix(&self, parts: &[Tensor], compute: DType) -> Result<Self::Matrix>;
+    fn matrix(&mut self, parts: &[Tensor], compute: DType) -> Result<Self::Matrix>;
     /// Vectors laid end to end and widened to f32 (norm weights, biases).
-    fn vector(&self, parts: &[Tensor]) -> Result<Self::Buf>;
+    fn vector(&mut self, parts: &[Tensor]) -> Result<Self::Buf>;
     /// Host values as f32.
-    fn upload(&self, values: &[f32]) -> Result<Self::Buf>;
+    fn upload(&mut self, values: &[f32]) -> Result<Self::Buf>;
     /// Copies `dst.len()` elements from `src[start..]` to the host, widened to f32. Counts one read-back.
     fn read_f32(&mut self, src: &Self::Buf, start: usize, dst: &mut [f32]) -> Result<()>;
     /// The bytes of `src[start..start + len]`, for swapping blocks out.

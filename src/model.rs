@@ -167,8 +167,8 @@ pub(crate) struct ModelOptions {
 }
 
 impl<B: Backend> Model<B> {
-    pub(crate) fn new(backend: B, config: ModelConfig, store: &WeightStore, options: ModelOptions) -> Result<Self> {
-        let load = Loader { backend: &backend, store, compute: options.compute, config: &config };
+    pub(crate) fn new(mut backend: B, config: ModelConfig, store: &WeightStore, options: ModelOptions) -> Result<Self> {
+        let mut load = Loader { backend: &mut backend, store, compute: options.compute, config: &config };
         let embed = load.matrix(&[("model.embed_tokens.weight", config.vocab_size)], config.hidden)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
@@ -201,7 +201,7 @@ impl<B: Backend> Model<B> {
 
     /// Makes the layers of `store` the second weight set (norms and biases come from it too).
     pub(crate) fn set_river(&mut self, store: &WeightStore) -> Result<()> {
-        let load = Loader { backend: &self.backend, store, compute: self.compute, config: &self.config };
+        let mut load = Loader { backend: &mut self.backend, store, compute: self.compute, config: &self.config };
         self.river = (0..self.config.num_layers).map(|i| load.layer(i)).collect::<Result<Vec<_>>>()?;
         Ok(())
     }

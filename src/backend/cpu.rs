@@ -177,11 +177,11 @@ impl Backend for Cpu {
         })
     }
 
-    fn matrix(&self, parts: &[Tensor], compute: DType) -> Result<CpuMatrix> {
+    fn matrix(&mut self, parts: &[Tensor], compute: DType) -> Result<CpuMatrix> {
         CpuMatrix::new(parts, compute)
     }
 
-    fn vector(&self, parts: &[Tensor]) -> Result<CpuBuf> {
+    fn vector(&mut self, parts: &[Tensor]) -> Result<CpuBuf> {
         let mut out = Vec::new();
         for part in parts {
             let n = part.num_elems();
@@ -193,7 +193,7 @@ impl Backend for Cpu {
         Ok(CpuBuf::F32(out))
     }
 
-    fn upload(&self, values: &[f32]) -> Result<CpuBuf> {
+    fn upload(&mut self, values: &[f32]) -> Result<CpuBuf> {
         Ok(CpuBuf::F32(values.to_vec()))
     }
 

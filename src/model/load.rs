@@ -23,8 +23,9 @@ pub(crate) fn workspace_bytes(config: &ModelConfig, compute: DType, max_rows: us
 
 impl<B: Backend> Workspace<B> {
     pub(super) fn new(backend: &B, config: &ModelConfig, options: &ModelOptions) -> Result<Self> {
-        let rows = options.max_rows;
-        let chunk = (LOGITS_CHUNK_BYTES / 4 / config.vocab_size).clamp(8, 64);
+        // Some backends round the rows of a pass up, at most to the next 32; and the rows they answer, to the next 8.
+        let rows = options.max_rows.next_multiple_of(32);
+        let chunk = (LOGITS_CHUNK_BYTES / 4 / config.vocab_size).clamp(8, 64) / 8 * 8;
         let f32s = |width: usize| backend.alloc(DType::F32, rows * width);
         let rounded = |width: usize| backend.alloc(options.compute, rows * width);
         let q_width = config.num_q_heads * config.head_dim;
@@ -54,24 +55,24 @@ impl<B: Backend> Workspace<B> {
 
 /// Takes named tensors from a store and makes them resident.
 pub(super) struct Loader<'a, B: Backend> {
-    pub(super) backend: &'a B,
+    pub(super) backend: &'a mut B,
     pub(super) store: &'a WeightStore,
     pub(super) compute: DType,
     pub(super) config: &'a ModelConfig,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    pub(super) fn matrix(&self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix> {
+    pub(super) fn matrix(&mut self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix> {
         let parts: Vec<Tensor> =
             parts.iter().map(|(name, rows)| self.store.get(name, &[*rows, cols])).collect::<Result<_>>()?;
         self.backend.matrix(&parts, self.compute)
     }
 
-    pub(super) fn vector(&self, name: &str, len: usize) -> Result<B::Buf> {
+    pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<B::Buf> {
         self.backend.vector(&[self.store.get(name, &[len])?])
     }
 
-    pub(super) fn layer(&self, idx: usize) -> Result<Layer<B>> {
+    pub(super) fn layer(&mut self, idx: usize) -> Result<Layer<B>> {
         let c = self.config;
         let name = |suffix: &str| format!("model.layers.{idx}.{suffix}");
         let (q_width, kv_width) = (c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim);
@@ -85,15 +86,19 @@ impl<B: Backend> Loader<'_, B> {
         } else {
             None
         };
-        let head_norm = |suffix: &str| c.family.qk_norm.then(|| self.vector(&name(suffix), c.head_dim)).transpose();
+        let mut optional =
+            |wanted: bool, suffix: &str, len: usize| wanted.then(|| self.vector(&name(suffix), len)).transpose();
+        let q_norm = optional(c.family.qk_norm, "self_attn.q_norm.weight", c.head_dim)?;
+        let k_norm = optional(c.family.qk_norm, "self_attn.k_norm.weight", c.head_dim)?;
+        let o_bias = optional(c.o_bias, "self_attn.o_proj.bias", c.hidden)?;
         Ok(Layer {
             attn_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,
             qkv: self.matrix(&borrowed, c.hidden)?,
             qkv_bias,
-            q_norm: head_norm("self_attn.q_norm.weight")?,
-            k_norm: head_norm("self_attn.k_norm.weight")?,
+            q_norm,
+            k_norm,
             o: self.matrix(&[(&name("self_attn.o_proj.weight"), c.hidden)], q_width)?,
-            o_bias: c.o_bias.then(|| self.vector(&name("self_attn.o_proj.bias"), c.hidden)).transpose()?,
+            o_bias,
             mlp_norm: self.vector(&name("post_attention_layernorm.weight"), c.hidden)?,
             gate_up: self.matrix(
                 &[(&name("mlp.gate_proj.weight"), c.intermediate), (&name("mlp.up_proj.weight"), c.intermediate)],

@@ -47,6 +47,21 @@ pub enum TensorData {
     Static(&'static [u8]),
 }
 
+/// Elements rounded to `dtype`, as 32-bit words; two 16-bit ones a word, the first in the low half.
+fn pack(dtype: DType, mut values: impl ExactSizeIterator<Item = f32>) -> Arc<[u32]> {
+    let bits = |x: f32| match dtype {
+        DType::F32 => x.to_bits(),
+        DType::Bf16 => u32::from(bf16::from_f32(x).to_bits()),
+        DType::F16 => u32::from(f16::from_f32(x).to_bits()),
+    };
+    if dtype == DType::F32 {
+        return values.map(bits).collect();
+    }
+    let num_words = values.len().div_ceil(2);
+    let mut next = || values.next().map_or(0, bits);
+    (0..num_words).map(|_| next() | next() << 16).collect()
+}
+
 impl Tensor {
     /// The elements, as bytes.
     pub fn bytes(&self) -> &[u8] {
@@ -61,6 +76,20 @@ impl Tensor {
     /// Product of the shape.
     pub fn num_elems(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The tensor as `to`, rounded to nearest even; where it lies when it is of that type already.
+    pub fn cast(&self, to: DType) -> Self {
+        if to == self.dtype {
+            return self.clone();
+        }
+        let bytes = self.bytes();
+        let words: Arc<[u32]> = match self.dtype {
+            DType::F32 => pack(to, bytes.as_chunks().0.iter().map(|&e| f32::from_le_bytes(e))),
+            DType::Bf16 => pack(to, bytes.as_chunks().0.iter().map(|&e| bf16::from_le_bytes(e).to_f32())),
+            DType::F16 => pack(to, bytes.as_chunks().0.iter().map(|&e| f16::from_le_bytes(e).to_f32())),
+        };
+        Self { name: self.name.clone(), dtype: to, shape: self.shape.clone(), data: TensorData::Owned(words) }
     }
 
     /// Index of the first element that is NaN or infinite.

@@ -1,12 +1,10 @@
 //! Weight matrices as `linear` and `embed` read them: row-stacked parts, each used where it lies.
 
-use std::sync::Arc;
-
 use half::{bf16, f16};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::model::weights::{Tensor, TensorData};
+use crate::model::weights::Tensor;
 
 /// One `[out, in]` matrix made of one or several row-stacked parts. A part whose element type the compute type cannot
 /// use is converted once, here; all others stay where they are mapped.
@@ -51,7 +49,7 @@ impl CpuMatrix {
             let tensor = if compute == DType::F32 || compute == tensor.dtype {
                 tensor.clone()
             } else {
-                let converted = convert(tensor, compute)?;
+                let converted = tensor.cast(compute);
                 matrix.extra_bytes += (converted.num_elems() * compute.size_bytes()) as u64;
                 converted
             };
@@ -134,27 +132,4 @@ fn weights(tensor: &Tensor) -> Result<Weights<'_>> {
         }
     };
     if got == len { Ok(typed) } else { Err(misfit(format!("{got} in {}", tensor.name))) }
-}
-
-/// A copy of `tensor` as `to`, rounded to nearest even.
-fn convert(tensor: &Tensor, to: DType) -> Result<Tensor> {
-    let elems = weights(tensor)?;
-    let at = |i: usize| match elems {
-        Weights::F32(w) => w[i],
-        Weights::Bf16(w) => w[i].to_f32(),
-        Weights::F16(w) => w[i].to_f32(),
-    };
-    let bits = |i: usize| match to {
-        DType::Bf16 => u32::from(bf16::from_f32(at(i)).to_bits()),
-        DType::F16 => u32::from(f16::from_f32(at(i)).to_bits()),
-        DType::F32 => at(i).to_bits(),
-    };
-    let len = tensor.num_elems();
-    let data: Arc<[u32]> = if to == DType::F32 {
-        (0..len).map(bits).collect()
-    } else {
-        // Two elements a word, the first one in the low half.
-        (0..len.div_ceil(2)).map(|i| bits(2 * i) | if 2 * i + 1 < len { bits(2 * i + 1) << 16 } else { 0 }).collect()
-    };
-    Ok(Tensor { name: tensor.name.clone(), dtype: to, shape: tensor.shape.clone(), data: TensorData::Owned(data) })
 }

@@ -1,0 +1,197 @@
+//! The CUDA backend: one set of ops over two devices, a GPU and its emulation on the host.
+//!
+//! An op fills its params from typed buffers and hands them to the device; nothing here touches memory. A pass's inputs
+//! go up in one copy (`cuda/inputs.rs`); scratch belongs to the backend and grows to the largest pass. A decode step is
+//! recorded as a graph the second time its shape comes by, and replayed from then on (`cuda/graphs.rs`).
+//!
+//! Up to 16 rows `linear` is a handwritten kernel that streams the weights; above that a GPU uses cuBLASLt, and the
+//! emulation the same kernel, 16 rows at a time.
+
+mod attention_items;
+#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, unreachable_pub, unsafe_code)]
+#[doc(hidden)]
+pub mod bindings;
+pub mod device;
+mod graphs;
+mod inputs;
+pub mod kernels;
+mod ops;
+
+use bytemuck::Zeroable;
+
+use self::attention_items::ItemOptions;
+use self::bindings::rksc_statistics;
+use self::device::{Device, DeviceBuf};
+use self::graphs::{Graphs, Mode};
+use self::inputs::InputStore;
+use super::Counters;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::model::weights::Tensor;
+
+/// Device memory of one element type.
+pub struct CudaBuf {
+    memory: DeviceBuf<u8>,
+    dtype: DType,
+    len: usize,
+}
+
+/// `[out, in]` on the device, in the compute type.
+pub struct CudaMatrix {
+    memory: DeviceBuf<u8>,
+    dtype: DType,
+    out_features: usize,
+    in_features: usize,
+}
+
+/// See the module text.
+pub struct Cuda {
+    device: Device,
+    inputs: InputStore,
+    graphs: Graphs,
+    /// The shape that rows and queries of the pass under way are rounded up to; `None` when it is not repeatable.
+    padding: Option<Padding>,
+    scratch: Scratch,
+    counters: Counters,
+}
+
+/// How the counts of a repeatable pass are rounded up.
+#[derive(Clone, Copy)]
+struct Padding {
+    num_rows: usize,
+    rows: usize,
+    num_queries: usize,
+    queries: usize,
+}
+
+/// Memory of single ops, as large as the largest call so far. The parts marked so are zeroed once, and left zeroed.
+#[derive(Default)]
+struct Scratch {
+    /// `linear`; zeroed.
+    linear: Option<DeviceBuf<u8>>,
+    /// `row_stats`; zeroed.
+    row_stats: Option<DeviceBuf<u8>>,
+    /// Results of `row_stats`.
+    stats: Option<DeviceBuf<u8>>,
+    /// Unmerged outputs of `paged_attention`.
+    partial_o: Option<DeviceBuf<u8>>,
+    /// Their maxima and sums.
+    partial_ml: Option<DeviceBuf<u8>>,
+    /// Its counters; zeroed.
+    arrivals: Option<DeviceBuf<u8>>,
+    /// `[T]` cosines of `add_rms_norm`.
+    similarity: Option<DeviceBuf<u8>>,
+    /// Row numbers of `gather_rows`.
+    row_ids: Option<DeviceBuf<u8>>,
+    /// Rows of `sample`, its tokens, its results.
+    sample_rows: Option<DeviceBuf<u8>>,
+    history: Option<DeviceBuf<u8>>,
+    sampled: Option<DeviceBuf<u8>>,
+}
+
+impl Cuda {
+    /// The backend on a device.
+    pub fn new(device: Device) -> Self {
+        Self {
+            device,
+            inputs: InputStore::default(),
+            graphs: Graphs::default(),
+            padding: None,
+            scratch: Scratch::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// What the device is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn launched(&mut self) -> &mut Counters {
+        self.counters.launches += 1;
+        &mut self.counters
+    }
+
+    /// How many rows an op of `num_rows` rows is launched for.
+    fn padded(&self, num_rows: usize) -> usize {
+        match self.padding {
+            Some(p) if num_rows == p.num_rows => p.rows,
+            Some(p) if num_rows == p.num_queries => p.queries,
+            _ => num_rows,
+        }
+    }
+
+    /// Gives the op to the device, unless a recording holds it already.
+    fn launch<P: Copy + 'static>(&mut self, launcher: kernels::Launcher<P>, params: &P) -> Result<()> {
+        match self.graphs.mode() {
+            Mode::Skip => Ok(()),
+            Mode::Launch | Mode::Record => self.device.launch(launcher, params),
+        }
+    }
+}
+
+/// The address of `bytes` bytes of scratch, which is made larger when it is too small: then recordings are forgotten.
+fn grow(device: &Device, graphs: &mut Graphs, slot: &mut Option<DeviceBuf<u8>>, bytes: usize) -> Result<*mut u8> {
+    if slot.as_ref().is_none_or(|b| b.len() < bytes) {
+        if graphs.mode() != Mode::Launch {
+            return Err(Error::Internal("scratch grows while a graph is recorded".into()));
+        }
+        *slot = Some(device.zeroed(bytes.next_power_of_two())?);
+        graphs.forget();
+    }
+    Ok(slot.as_mut().map_or(std::ptr::null_mut(), DeviceBuf::ptr_mut))
+}
+
+impl CudaBuf {
+    fn new(device: &Device, dtype: DType, len: usize) -> Result<Self> {
+        Ok(Self { memory: device.zeroed(len * dtype.size_bytes())?, dtype, len })
+    }
+
+    /// The address of elements `[start, start + len)`, which must be there and of type `dtype`.
+    fn at(&self, op: &'static str, dtype: DType, start: usize, len: usize) -> Result<*const u8> {
+        self.check(op, dtype, start, len)?;
+        Ok(self.memory.ptr().wrapping_add(start * dtype.size_bytes()))
+    }
+
+    /// The same, to be written through.
+    fn at_mut(&mut self, op: &'static str, dtype: DType, start: usize, len: usize) -> Result<*mut u8> {
+        self.check(op, dtype, start, len)?;
+        Ok(self.memory.ptr_mut().wrapping_add(start * dtype.size_bytes()))
+    }
+
+    fn check(&self, op: &'static str, dtype: DType, start: usize, len: usize) -> Result<()> {
+        if self.dtype == dtype && start + len <= self.len {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op,
+            expected: format!("{dtype} elements [{start}, {})", start + len),
+            got: format!("{} of {}", self.len, self.dtype),
+        })
+    }
+}
+
+impl CudaMatrix {
+    fn new(device: &mut Device, parts: &[Tensor], dtype: DType) -> Result<Self> {
+        let width = |t: &Tensor| t.shape.last().copied().unwrap_or(0);
+        let in_features = parts.first().map_or(0, width);
+        let height = |t: &Tensor| t.num_elems().checked_div(width(t)).unwrap_or(0);
+        let out_features = parts.iter().map(height).sum();
+        if let Some(odd) = parts.iter().find(|t| width(t) != in_features) {
+            let got = format!("{} of width {}", odd.name, width(odd));
+            return Err(Error::Shape { op: "matrix", expected: format!("parts of width {in_features}"), got });
+        }
+        let mut memory = device.alloc(out_features * in_features * dtype.size_bytes())?;
+        let mut start = 0;
+        for part in parts {
+            let part = part.cast(dtype);
+            device.upload(&mut memory, start, part.bytes())?;
+            start += part.bytes().len();
+        }
+        Ok(Self { memory, dtype, out_features, in_features })
+    }
+
+    fn num_bytes(&self) -> u64 {
+        self.memory.len() as u64
+    }
+}

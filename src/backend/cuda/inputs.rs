@@ -1,0 +1,185 @@
+//! A pass's inputs in device memory: one buffer of 32-bit words, filled by one copy.
+//!
+//! ```text
+//! | token_ids | positions | slots | query_rows | row_order | kv_lens | num_items | items | groups | copies | blocks |
+//! ```
+//!
+//! Sections are as long as their bucket, so that a recorded graph finds each where it was. Block ids come last: they
+//! are reached through indices, and there may be any number.
+
+use super::attention_items::{AttentionItems, ItemOptions};
+use super::bindings::{RKSC_NO_SLOT, rksc_attention_group, rksc_attention_item, rksc_block_copy};
+use super::device::{Device, DeviceBuf};
+use super::graphs::{Shape, bucket};
+use crate::backend::PassInputs;
+use crate::error::Result;
+
+/// Where a pass's inputs lie, and what the host needs to know of them. Valid until the next pass is staged.
+pub struct CudaInputs {
+    /// Counts as they are.
+    pub(super) num_rows: usize,
+    pub(super) num_queries: usize,
+    pub(super) num_copies: usize,
+    pub(super) num_groups: usize,
+    /// Counts rounded up.
+    pub(super) shape: Shape,
+    /// KV slots attention reads, shared runs once.
+    pub(super) slots_read: usize,
+    /// Slots copied on write.
+    pub(super) slots_copied: usize,
+    sections: Sections,
+    /// Device address of the first word.
+    base: usize,
+}
+
+/// First word of each section.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sections {
+    positions: usize,
+    slots: usize,
+    query_rows: usize,
+    row_order: usize,
+    kv_lens: usize,
+    num_items: usize,
+    items: usize,
+    groups: usize,
+    copies: usize,
+    blocks: usize,
+}
+
+impl Sections {
+    fn new(shape: Shape, num_copies: usize) -> Self {
+        let words = |bytes: usize| bytes / 4;
+        let positions = shape.rows;
+        let slots = positions + shape.rows;
+        let query_rows = slots + shape.rows;
+        let row_order = query_rows + shape.queries;
+        let kv_lens = row_order + shape.rows;
+        let num_items = kv_lens + shape.rows;
+        let items = num_items + 1;
+        let groups = items + shape.items * words(size_of::<rksc_attention_item>());
+        // A group has a row at least.
+        let copies = groups + shape.rows * words(size_of::<rksc_attention_group>());
+        let blocks = copies + num_copies * words(size_of::<rksc_block_copy>());
+        Self { positions, slots, query_rows, row_order, kv_lens, num_items, items, groups, copies, blocks }
+    }
+}
+
+impl CudaInputs {
+    fn at<T>(&self, word: usize) -> *const T {
+        (self.base + word * size_of::<u32>()) as *const T
+    }
+
+    pub(super) fn token_ids(&self) -> *const u32 {
+        self.at(0)
+    }
+
+    pub(super) fn positions(&self) -> *const u32 {
+        self.at(self.sections.positions)
+    }
+
+    pub(super) fn slots(&self) -> *const u32 {
+        self.at(self.sections.slots)
+    }
+
+    pub(super) fn query_rows(&self) -> *const u32 {
+        self.at(self.sections.query_rows)
+    }
+
+    pub(super) fn row_order(&self) -> *const u32 {
+        self.at(self.sections.row_order)
+    }
+
+    pub(super) fn kv_lens(&self) -> *const u32 {
+        self.at(self.sections.kv_lens)
+    }
+
+    pub(super) fn num_items(&self) -> *const u32 {
+        self.at(self.sections.num_items)
+    }
+
+    pub(super) fn items(&self) -> *const rksc_attention_item {
+        self.at(self.sections.items)
+    }
+
+    pub(super) fn groups(&self) -> *const rksc_attention_group {
+        self.at(self.sections.groups)
+    }
+
+    pub(super) fn copies(&self) -> *const rksc_block_copy {
+        self.at(self.sections.copies)
+    }
+
+    pub(super) fn blocks(&self) -> *const u32 {
+        self.at(self.sections.blocks)
+    }
+}
+
+/// The device buffer of the inputs and the host words on their way to it.
+#[derive(Default)]
+pub(super) struct InputStore {
+    buffer: Option<DeviceBuf<u32>>,
+    words: Vec<u32>,
+}
+
+impl InputStore {
+    /// Lays out and uploads `inputs`. The flag says whether the buffer moved.
+    pub(super) fn stage(
+        &mut self,
+        device: &mut Device,
+        inputs: &PassInputs,
+        options: &ItemOptions,
+    ) -> Result<(CudaInputs, bool)> {
+        let plan = AttentionItems::new(&inputs.plan, options);
+        let num_rows = inputs.token_ids.len();
+        let shape = Shape {
+            rows: bucket(num_rows),
+            queries: bucket(inputs.query_rows.len()),
+            items: plan.items.len().next_power_of_two(),
+            partials: plan.num_partials.next_power_of_two(),
+        };
+        let sections = Sections::new(shape, inputs.copies.len());
+        self.words.clear();
+        let mut put = |start: usize, words: &[u32], filler: u32| {
+            self.words.resize(start, filler);
+            self.words.extend_from_slice(words);
+        };
+        put(0, &inputs.token_ids, 0);
+        put(sections.positions, &inputs.positions, 0);
+        put(sections.slots, &inputs.slots, 0);
+        put(sections.query_rows, &inputs.query_rows, RKSC_NO_SLOT);
+        put(sections.row_order, &inputs.plan.row_order, 0);
+        put(sections.kv_lens, &inputs.plan.kv_lens, 0);
+        put(sections.num_items, &[plan.items.len() as u32], 0);
+        put(sections.items, bytemuck::cast_slice(&plan.items), 0);
+        put(sections.groups, bytemuck::cast_slice(&plan.groups), 0);
+        put(sections.copies, &copies(inputs), 0);
+        put(sections.blocks, &inputs.plan.blocks, 0);
+        let fits = self.buffer.as_ref().is_some_and(|b| b.len() >= self.words.len());
+        if !fits {
+            self.buffer = Some(device.alloc(2 * self.words.len().next_power_of_two())?);
+        }
+        let mut base = 0;
+        if let Some(buffer) = &mut self.buffer {
+            device.upload(buffer, 0, &self.words)?;
+            base = buffer.ptr() as usize;
+        }
+        let staged = CudaInputs {
+            num_rows,
+            num_queries: inputs.query_rows.len(),
+            num_copies: inputs.copies.len(),
+            num_groups: plan.groups.len(),
+            shape,
+            slots_read: inputs.plan.slots_read(),
+            slots_copied: inputs.copies.iter().map(|c| c.num_slots as usize).sum(),
+            sections,
+            base,
+        };
+        Ok((staged, !fits))
+    }
+}
+
+/// The words of `rksc_block_copy`.
+fn copies(inputs: &PassInputs) -> Vec<u32> {
+    inputs.copies.iter().flat_map(|c| [c.src, c.dst, c.num_slots]).collect()
+}

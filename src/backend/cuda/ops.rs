@@ -1,0 +1,459 @@
+//! The ops: check lengths, fill params, launch, count.
+
+use std::ops::Range;
+
+use super::attention_items::ItemOptions;
+use super::bindings::*;
+use super::inputs::CudaInputs;
+use super::{Cuda, CudaBuf, CudaMatrix, Padding, grow};
+use crate::backend::{
+    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
+    RowIds, RowStats, RowStatsOp, Sample, SampleRow, Sampled, SiluMul,
+};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kv::KvLayout;
+use crate::model::weights::Tensor;
+
+/// Share of the free memory that a KV cache takes: the rest is for scratch, graphs and the driver.
+const KV_SHARE: (u64, u64) = (9, 10);
+/// Rows of one launch of the skinny kernel.
+const SKINNY_ROWS: usize = RKSC_SKINNY_MAX_ROWS as usize;
+
+fn code(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => rksc_dtype_RKSC_F32,
+        DType::Bf16 => rksc_dtype_RKSC_BF16,
+        DType::F16 => rksc_dtype_RKSC_F16,
+    }
+}
+
+impl Backend for Cuda {
+    type Buf = CudaBuf;
+    type Matrix = CudaMatrix;
+    type Inputs = CudaInputs;
+
+    fn describe(&self) -> String {
+        let info = self.device.info();
+        let (major, minor) = info.compute_capability;
+        format!("{}, {}, compute capability {major}.{minor}, {} SMs", info.device, info.name, info.num_sms)
+    }
+
+    /// Query rows of an attention work item are rows times group.
+    fn max_group_rows(&self, gqa_group: usize) -> usize {
+        (RKSC_ATTENTION_MAX_ROWS as usize / gqa_group.max(1)).max(1)
+    }
+
+    fn kv_budget(&self, resident_bytes: u64) -> Option<u64> {
+        let free = self.device.free_bytes().ok()?.saturating_sub(resident_bytes);
+        Some(free / KV_SHARE.1 * KV_SHARE.0)
+    }
+
+    fn alloc(&self, dtype: DType, len: usize) -> Result<CudaBuf> {
+        CudaBuf::new(&self.device, dtype, len)
+    }
+
+    fn matrix(&mut self, parts: &[Tensor], compute: DType) -> Result<CudaMatrix> {
+        CudaMatrix::new(&mut self.device, parts, compute)
+    }
+
+    fn vector(&mut self, parts: &[Tensor]) -> Result<CudaBuf> {
+        let mut buf = self.alloc(DType::F32, parts.iter().map(Tensor::num_elems).sum())?;
+        let mut start = 0;
+        for part in parts {
+            let part = part.cast(DType::F32);
+            self.device.upload(&mut buf.memory, start, part.bytes())?;
+            start += part.bytes().len();
+        }
+        Ok(buf)
+    }
+
+    fn upload(&mut self, values: &[f32]) -> Result<CudaBuf> {
+        let mut buf = self.alloc(DType::F32, values.len())?;
+        self.device.upload(&mut buf.memory, 0, bytemuck::cast_slice(values))?;
+        Ok(buf)
+    }
+
+    fn read_f32(&mut self, src: &CudaBuf, start: usize, dst: &mut [f32]) -> Result<()> {
+        src.at("read_f32", DType::F32, start, dst.len())?;
+        self.counters.read_backs += 1;
+        self.device.download(&src.memory, 4 * start, bytemuck::cast_slice_mut(dst))
+    }
+
+    fn read_bytes(&mut self, src: &CudaBuf, start: usize, len: usize, dst: &mut Vec<u8>) -> Result<()> {
+        src.at("read_bytes", src.dtype, start, len)?;
+        let (size, old) = (src.dtype.size_bytes(), dst.len());
+        dst.resize(old + len * size, 0);
+        self.device.download(&src.memory, start * size, &mut dst[old..])
+    }
+
+    fn write_bytes(&mut self, dst: &mut CudaBuf, start: usize, len: usize, src: &[u8]) -> Result<usize> {
+        dst.at("write_bytes", dst.dtype, start, len)?;
+        let size = dst.dtype.size_bytes();
+        let Some(src) = src.get(..len * size) else {
+            let got = format!("{} bytes", src.len());
+            return Err(Error::Shape { op: "write_bytes", expected: format!("{} bytes", len * size), got });
+        };
+        self.device.upload(&mut dst.memory, start * size, src)?;
+        Ok(src.len())
+    }
+
+    fn stage(&mut self, inputs: PassInputs) -> Result<CudaInputs> {
+        let info = self.device.info();
+        let options = ItemOptions { num_sms: info.num_sms as usize, ..self.items };
+        let (staged, moved) = self.inputs.stage(&mut self.device, &inputs, &options)?;
+        if moved {
+            self.graphs.forget();
+        }
+        Ok(staged)
+    }
+
+    fn begin_pass(&mut self, inputs: &CudaInputs, repeatable: bool) -> Result<()> {
+        let is_decode = repeatable && inputs.num_rows == inputs.num_queries;
+        self.padding = is_decode.then_some(Padding {
+            num_rows: inputs.num_rows,
+            rows: inputs.shape.rows,
+            num_queries: inputs.num_queries,
+            queries: inputs.shape.queries,
+        });
+        match is_decode {
+            true => self.graphs.begin(&mut self.device, inputs.shape),
+            false => self.graphs.abandon(&mut self.device),
+        }
+    }
+
+    fn end_pass(&mut self) -> Result<()> {
+        self.padding = None;
+        self.graphs.end(&mut self.device)
+    }
+
+    fn read_stats(&mut self, stats: &mut [RowStats]) -> Result<()> {
+        self.counters.read_backs += 1;
+        let Some(found) = &self.scratch.stats else {
+            return Err(Error::Internal("read_stats before row_stats".into()));
+        };
+        self.device.download(found, 0, bytemuck::cast_slice_mut(stats))
+    }
+
+    /// Nothing is mapped in place: every weight is a copy.
+    fn matrix_extra_bytes(&self, m: &CudaMatrix) -> u64 {
+        m.num_bytes()
+    }
+
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn reset_counters(&mut self) {
+        self.counters = Counters::default();
+    }
+
+    fn embed(&mut self, p: Embed<'_, Self>) -> Result<()> {
+        let rows = self.padded(p.inputs.num_rows);
+        self.launched();
+        self.launch(
+            self.device.kernels().embed,
+            &rksc_embed_params {
+                table: p.table.memory.ptr().cast(),
+                ids: p.inputs.token_ids(),
+                x: p.x.at_mut("embed", DType::F32, 0, rows * p.hidden)?.cast(),
+                num_rows: rows as u32,
+                hidden: p.hidden as u32,
+                vocab: p.table.out_features as u32,
+                dtype: code(p.table.dtype),
+            },
+        )
+    }
+
+    fn add_rms_norm(&mut self, p: AddRmsNorm<'_, Self>) -> Result<()> {
+        let op = "add_rms_norm";
+        let rows = self.padded(p.rows.len());
+        let (start, len) = (p.rows.start * p.hidden, rows * p.hidden);
+        self.launched();
+        let similarity = match p.step_similarity {
+            Some(_) => grow(&self.device, &mut self.graphs, &mut self.scratch.similarity, 4 * rows)?,
+            None => std::ptr::null_mut(),
+        };
+        let null = std::ptr::null;
+        let dtype = p.y.dtype;
+        let params = rksc_add_rms_norm_params {
+            x: p.x.at_mut(op, DType::F32, start, len)?.cast(),
+            delta: p.delta.map_or(Ok(null()), |d| d.at(op, DType::F32, start, len))?.cast(),
+            weight: p.weight.map_or(Ok(null()), |w| w.at(op, DType::F32, 0, p.hidden))?.cast(),
+            y: p.y.at_mut(op, dtype, start, len)?.cast(),
+            reference: null(),
+            similarity: similarity.cast(),
+            num_rows: rows as u32,
+            hidden: p.hidden as u32,
+            dtype: code(dtype),
+            eps: p.eps,
+        };
+        self.launch(self.device.kernels().add_rms_norm, &params)?;
+        if let (Some(host), Some(found)) = (p.step_similarity, &self.scratch.similarity) {
+            self.counters.read_backs += 1;
+            let rows = p.rows.len().min(host.len());
+            self.device.download(found, 0, bytemuck::cast_slice_mut(&mut host[..rows]))?;
+        }
+        Ok(())
+    }
+
+    fn linear(&mut self, p: Linear<'_, Self>) -> Result<()> {
+        self.launched().weight_bytes += p.w.num_bytes();
+        let rows = self.padded(p.rows.len());
+        let rows = p.rows.start..p.rows.start + rows;
+        if rows.len() > SKINNY_ROWS && !self.device.is_emulated() {
+            return self.linear_large(rows, p);
+        }
+        let mut from = rows.start;
+        while from < rows.end {
+            let to = rows.end.min(from + SKINNY_ROWS);
+            self.linear_skinny(from..to, p.x, p.w, p.bias, p.y)?;
+            from = to;
+        }
+        Ok(())
+    }
+
+    fn rope_append(&mut self, p: RopeAppend<'_, Self>) -> Result<()> {
+        let op = "rope_append";
+        let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
+        let bytes = 2 * p.rows.len() * num_kv_heads * head_dim * dtype.size_bytes();
+        self.launched().kv_write_bytes += bytes as u64;
+        let rows = self.padded(p.rows.len());
+        let width = (p.num_q_heads + 2 * num_kv_heads) * head_dim;
+        let q_width = p.num_q_heads * head_dim;
+        let cache_len = p.layout.num_blocks * p.layout.block_elems();
+        let norm = |n: Option<(&CudaBuf, f32)>| match n {
+            Some((w, eps)) => Ok((w.at(op, DType::F32, 0, head_dim)?.cast(), eps)),
+            None => Ok((std::ptr::null(), 0.0)),
+        };
+        let ((q_norm, q_norm_eps), (k_norm, k_norm_eps)) = (norm(p.q_norm)?, norm(p.k_norm)?);
+        let params = rksc_rope_append_params {
+            qkv: p.qkv.at(op, DType::F32, p.rows.start * width, rows * width)?.cast(),
+            q: p.q.at_mut(op, dtype, p.rows.start * q_width, rows * q_width)?.cast(),
+            k_cache: p.k_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
+            v_cache: p.v_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
+            positions: p.inputs.positions().wrapping_add(p.rows.start),
+            slots: p.inputs.slots().wrapping_add(p.rows.start),
+            inv_freq: p.inv_freq.at(op, DType::F32, 0, head_dim / 2)?.cast(),
+            q_norm,
+            k_norm,
+            num_rows: rows as u32,
+            num_q_heads: p.num_q_heads as u32,
+            num_kv_heads: num_kv_heads as u32,
+            head_dim: head_dim as u32,
+            block_size: block_size as u32,
+            dtype: code(dtype),
+            rope_scale: p.rope_scale,
+            q_norm_eps,
+            k_norm_eps,
+            reserved: 0,
+        };
+        self.launch(self.device.kernels().rope_append, &params)
+    }
+
+    fn kv_copy_blocks(&mut self, p: KvCopyBlocks<'_, Self>) -> Result<()> {
+        let op = "kv_copy_blocks";
+        let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
+        let bytes = 2 * p.inputs.slots_copied * num_kv_heads * head_dim * dtype.size_bytes();
+        self.launched().kv_write_bytes += bytes as u64;
+        let cache_len = p.layout.num_blocks * p.layout.block_elems();
+        let params = rksc_kv_copy_blocks_params {
+            copies: p.inputs.copies(),
+            k_cache: p.k_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
+            v_cache: p.v_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
+            num_copies: p.inputs.num_copies as u32,
+            num_kv_heads: num_kv_heads as u32,
+            block_size: block_size as u32,
+            head_dim: head_dim as u32,
+            dtype: code(dtype),
+            reserved: 0,
+        };
+        self.launch(self.device.kernels().kv_copy_blocks, &params)
+    }
+
+    fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {
+        let op = "paged_attention";
+        let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
+        let bytes = 2 * p.inputs.slots_read * num_kv_heads * head_dim * dtype.size_bytes();
+        self.launched().kv_read_bytes += bytes as u64;
+        let (num_rows, num_partials) = (p.inputs.num_rows, p.inputs.shape.partials);
+        let (device, graphs, scratch) = (&self.device, &mut self.graphs, &mut self.scratch);
+        let heads = num_partials * p.num_q_heads;
+        let partial_o = grow(device, graphs, &mut scratch.partial_o, 4 * heads * head_dim)?;
+        let partial_ml = grow(device, graphs, &mut scratch.partial_ml, 4 * heads * 2)?;
+        let arrivals = grow(device, graphs, &mut scratch.arrivals, 4 * p.inputs.shape.rows * num_kv_heads)?;
+        let cache_len = p.layout.num_blocks * p.layout.block_elems();
+        let q_len = num_rows * p.num_q_heads * head_dim;
+        let params = rksc_paged_attention_params {
+            q: p.q.at(op, dtype, 0, q_len)?.cast(),
+            k_cache: p.k_cache.at(op, dtype, 0, cache_len)?.cast(),
+            v_cache: p.v_cache.at(op, dtype, 0, cache_len)?.cast(),
+            o: p.o.at_mut(op, dtype, 0, q_len)?.cast(),
+            lse: p.lse.at_mut(op, DType::F32, 0, num_rows * p.num_q_heads)?.cast(),
+            row_order: p.inputs.row_order(),
+            kv_lens: p.inputs.kv_lens(),
+            blocks: p.inputs.blocks(),
+            items: p.inputs.items(),
+            groups: p.inputs.groups(),
+            num_items: p.inputs.num_items(),
+            partial_o: partial_o.cast(),
+            partial_ml: partial_ml.cast(),
+            arrivals: arrivals.cast(),
+            max_items: p.inputs.shape.items as u32,
+            num_q_heads: p.num_q_heads as u32,
+            num_kv_heads: num_kv_heads as u32,
+            head_dim: head_dim as u32,
+            block_size: block_size as u32,
+            dtype: code(dtype),
+            sm_scale: p.sm_scale,
+            reserved: 0,
+        };
+        self.launch(self.device.kernels().paged_attention, &params)
+    }
+
+    fn silu_mul(&mut self, p: SiluMul<'_, Self>) -> Result<()> {
+        let op = "silu_mul";
+        let rows = self.padded(p.rows.len());
+        let (start, len) = (p.rows.start * p.intermediate, rows * p.intermediate);
+        self.launched();
+        let dtype = p.y.dtype;
+        let params = rksc_silu_mul_params {
+            gate_up: p.gate_up.at(op, DType::F32, 2 * start, 2 * len)?.cast(),
+            y: p.y.at_mut(op, dtype, start, len)?.cast(),
+            num_rows: rows as u32,
+            intermediate: p.intermediate as u32,
+            dtype: code(dtype),
+            reserved: 0,
+        };
+        self.launch(self.device.kernels().silu_mul, &params)
+    }
+
+    fn gather_rows(&mut self, p: GatherRows<'_, Self>) -> Result<()> {
+        let op = "gather_rows";
+        self.launched();
+        let (rows, num_rows) = match p.rows {
+            RowIds::Queried(inputs, range) => {
+                let Range { start, end } = range;
+                if end > inputs.num_queries {
+                    let got = format!("{} queried rows", inputs.num_queries);
+                    return Err(Error::Shape { op, expected: format!("rows [{start}, {end})"), got });
+                }
+                (inputs.query_rows().wrapping_add(start), self.padded(end - start))
+            }
+            RowIds::Given(ids) => {
+                grow(&self.device, &mut self.graphs, &mut self.scratch.row_ids, 4 * ids.len())?;
+                let at = upload(&mut self.device, &mut self.scratch.row_ids, bytemuck::cast_slice(ids))?;
+                (at.cast(), ids.len())
+            }
+        };
+        let params = rksc_gather_rows_params {
+            rows,
+            src: p.src.at(op, DType::F32, 0, p.width)?.cast(),
+            dst: p.dst.at_mut(op, DType::F32, 0, num_rows * p.width)?.cast(),
+            num_rows: num_rows as u32,
+            width: p.width as u32,
+        };
+        self.launch(self.device.kernels().gather_rows, &params)
+    }
+
+    fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()> {
+        let rows = self.padded(p.num_rows);
+        self.launched();
+        let bytes = self.device.kernels().row_stats_workspace_bytes(rows, p.vocab);
+        let (device, graphs, scratch) = (&self.device, &mut self.graphs, &mut self.scratch);
+        let workspace = grow(device, graphs, &mut scratch.row_stats, bytes)?;
+        let stats = grow(device, graphs, &mut scratch.stats, rows * size_of::<rksc_statistics>())?;
+        let params = rksc_row_stats_params {
+            logits: p.logits.at("row_stats", DType::F32, 0, rows * p.vocab)?.cast(),
+            stats: stats.cast(),
+            workspace: workspace.cast(),
+            num_rows: rows as u32,
+            vocab: p.vocab as u32,
+        };
+        self.launch(self.device.kernels().row_stats, &params)
+    }
+
+    fn sample(&mut self, p: Sample<'_, Self>) -> Result<()> {
+        self.launched().read_backs += 1;
+        let mut history = Vec::new();
+        let rows: Vec<rksc_sample_row> = p.rows.iter().map(|row| sample_row(row, &mut history)).collect();
+        let (device, graphs, scratch) = (&self.device, &mut self.graphs, &mut self.scratch);
+        grow(device, graphs, &mut scratch.sample_rows, size_of_val(rows.as_slice()))?;
+        grow(device, graphs, &mut scratch.history, 4 * history.len())?;
+        let sampled = grow(device, graphs, &mut scratch.sampled, rows.len() * size_of::<rksc_sampled>())?;
+        let params = rksc_sample_params {
+            logits: p.logits.at_mut("sample", DType::F32, 0, rows.len() * p.vocab)?.cast(),
+            rows: upload(&mut self.device, &mut scratch.sample_rows, bytemuck::cast_slice(&rows))?.cast(),
+            history: upload(&mut self.device, &mut scratch.history, bytemuck::cast_slice(&history))?.cast(),
+            sampled: sampled.cast(),
+            num_rows: rows.len() as u32,
+            vocab: p.vocab as u32,
+        };
+        self.launch(self.device.kernels().sample, &params)?;
+        match &self.scratch.sampled {
+            Some(found) => self.device.download(found, 0, bytemuck::cast_slice_mut(p.sampled)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Cuda {
+    /// At most [`SKINNY_ROWS`] rows: the weights stream by once.
+    fn linear_skinny(
+        &mut self,
+        rows: Range<usize>,
+        x: &CudaBuf,
+        w: &CudaMatrix,
+        bias: Option<&CudaBuf>,
+        y: &mut CudaBuf,
+    ) -> Result<()> {
+        let op = "linear";
+        let bytes = self.device.kernels().linear_workspace_bytes(rows.len(), w.in_features, w.out_features);
+        let workspace = grow(&self.device, &mut self.graphs, &mut self.scratch.linear, bytes)?;
+        let params = rksc_linear_params {
+            x: x.at(op, w.dtype, rows.start * w.in_features, rows.len() * w.in_features)?.cast(),
+            w: w.memory.ptr().cast(),
+            bias: bias.map_or(Ok(std::ptr::null()), |b| b.at(op, DType::F32, 0, w.out_features))?.cast(),
+            y: y.at_mut(op, DType::F32, rows.start * w.out_features, rows.len() * w.out_features)?.cast(),
+            workspace: workspace.cast(),
+            num_rows: rows.len() as u32,
+            in_features: w.in_features as u32,
+            out_features: w.out_features as u32,
+            dtype: code(w.dtype),
+        };
+        self.launch(self.device.kernels().linear, &params)
+    }
+}
+
+/// Copies `bytes` to the start of scratch that is large enough.
+fn upload(device: &mut Device, slot: &mut Option<DeviceBuf<u8>>, bytes: &[u8]) -> Result<*const u8> {
+    let Some(buf) = slot else { return Ok(std::ptr::null()) };
+    device.upload(buf, 0, bytes)?;
+    Ok(buf.ptr())
+}
+
+/// One row's params, with its tokens appended to `history`.
+fn sample_row(row: &SampleRow<'_>, history: &mut Vec<u32>) -> rksc_sample_row {
+    let history_start = history.len() as u32;
+    history.extend_from_slice(row.prompt);
+    history.extend_from_slice(row.generated);
+    let banned_start = history.len() as u32;
+    history.extend_from_slice(row.banned);
+    rksc_sample_row {
+        seed: row.params.seed,
+        path: row.key.path,
+        position: row.key.position,
+        temperature: row.params.temperature,
+        top_p: row.params.top_p,
+        min_p: row.params.min_p,
+        repetition_penalty: row.params.repetition_penalty,
+        presence_penalty: row.params.presence_penalty,
+        frequency_penalty: row.params.frequency_penalty,
+        top_k: row.params.top_k,
+        history_start,
+        num_prompt: row.prompt.len() as u32,
+        num_generated: row.generated.len() as u32,
+        banned_start,
+        num_banned: row.banned.len() as u32,
+    }
+}
