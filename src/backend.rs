@@ -34,6 +34,7 @@ use crate::model::weights::Tensor;
 use crate::sampler::{DrawKey, SamplingParams};
 
 pub mod cpu;
+pub mod cuda;
 
 /// What one op sweep over a logits row yields. Natural logarithms throughout.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -8,19 +8,19 @@
 //! emulation the same kernel, 16 rows at a time.
 
 mod attention_items;
-#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, unreachable_pub, unsafe_code)]
+#[allow(clippy::all, clippy::undocumented_unsafe_blocks, missing_docs, non_camel_case_types, unsafe_code)]
 #[doc(hidden)]
 pub mod bindings;
+#[allow(unsafe_code)]
 pub mod device;
 mod graphs;
 mod inputs;
+#[allow(unsafe_code)]
+#[doc(hidden)]
 pub mod kernels;
 mod ops;
 
-use bytemuck::Zeroable;
-
-use self::attention_items::ItemOptions;
-use self::bindings::rksc_statistics;
+use self::attention_items::ItemParams;
 use self::device::{Device, DeviceBuf};
 use self::graphs::{Graphs, Mode};
 use self::inputs::InputStore;
@@ -49,10 +49,23 @@ pub struct Cuda {
     device: Device,
     inputs: InputStore,
     graphs: Graphs,
+    /// Heads, for the work lists of attention.
+    heads: Heads,
     /// The shape that rows and queries of the pass under way are rounded up to; `None` when it is not repeatable.
     padding: Option<Padding>,
     scratch: Scratch,
     counters: Counters,
+}
+
+/// Heads of the model's attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// KV heads.
+    pub num_kv_heads: usize,
+    /// Tokens per KV block.
+    pub block_size: usize,
 }
 
 /// How the counts of a repeatable pass are rounded up.
@@ -90,10 +103,11 @@ struct Scratch {
 }
 
 impl Cuda {
-    /// The backend on a device.
-    pub fn new(device: Device) -> Self {
+    /// The backend on a device, for models with these heads.
+    pub fn new(device: Device, heads: Heads) -> Self {
         Self {
             device,
+            heads,
             inputs: InputStore::default(),
             graphs: Graphs::default(),
             padding: None,

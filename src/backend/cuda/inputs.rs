@@ -7,7 +7,7 @@
 //! Sections are as long as their bucket, so that a recorded graph finds each where it was. Block ids come last: they
 //! are reached through indices, and there may be any number.
 
-use super::attention_items::{AttentionItems, ItemOptions};
+use super::attention_items::{AttentionItems, ItemParams};
 use super::bindings::{RKSC_NO_SLOT, rksc_attention_group, rksc_attention_item, rksc_block_copy};
 use super::device::{Device, DeviceBuf};
 use super::graphs::{Shape, bucket};
@@ -128,9 +128,9 @@ impl InputStore {
         &mut self,
         device: &mut Device,
         inputs: &PassInputs,
-        options: &ItemOptions,
+        params: &ItemParams,
     ) -> Result<(CudaInputs, bool)> {
-        let plan = AttentionItems::new(&inputs.plan, options);
+        let plan = AttentionItems::new(&inputs.plan, params);
         let num_rows = inputs.token_ids.len();
         let shape = Shape {
             rows: bucket(num_rows),
@@ -154,7 +154,7 @@ impl InputStore {
         put(sections.items, bytemuck::cast_slice(&plan.items), 0);
         put(sections.groups, bytemuck::cast_slice(&plan.groups), 0);
         put(sections.copies, &copies(inputs), 0);
-        put(sections.blocks, &inputs.plan.blocks, 0);
+        put(sections.blocks, &plan.blocks, 0);
         let fits = self.buffer.as_ref().is_some_and(|b| b.len() >= self.words.len());
         if !fits {
             self.buffer = Some(device.alloc(2 * self.words.len().next_power_of_two())?);

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use super::attention_items::ItemOptions;
+use super::attention_items::ItemParams;
 use super::bindings::*;
 use super::inputs::CudaInputs;
-use super::{Cuda, CudaBuf, CudaMatrix, Padding, grow};
+use super::device::{Device, DeviceBuf};
+use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow};
 use crate::backend::{
     AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
     RowIds, RowStats, RowStatsOp, Sample, SampleRow, Sampled, SiluMul,
@@ -17,14 +18,16 @@ use crate::model::weights::Tensor;
 
 /// Share of the free memory that a KV cache takes: the rest is for scratch, graphs and the driver.
 const KV_SHARE: (u64, u64) = (9, 10);
+/// Unmerged attention rows there is scratch for: 64 branches split over every SM of a large GPU.
+const MAX_PARTIALS: usize = 1 << 14;
 /// Rows of one launch of the skinny kernel.
 const SKINNY_ROWS: usize = RKSC_SKINNY_MAX_ROWS as usize;
 
 fn code(dtype: DType) -> u32 {
     match dtype {
-        DType::F32 => rksc_dtype_RKSC_F32,
-        DType::Bf16 => rksc_dtype_RKSC_BF16,
-        DType::F16 => rksc_dtype_RKSC_F16,
+        DType::F32 => RKSC_F32,
+        DType::Bf16 => RKSC_BF16,
+        DType::F16 => RKSC_F16,
     }
 }
 
@@ -39,9 +42,8 @@ impl Backend for Cuda {
         format!("{}, {}, compute capability {major}.{minor}, {} SMs", info.device, info.name, info.num_sms)
     }
 
-    /// Query rows of an attention work item are rows times group.
     fn max_group_rows(&self, gqa_group: usize) -> usize {
-        (RKSC_ATTENTION_MAX_ROWS as usize / gqa_group.max(1)).max(1)
+        ItemParams { gqa_group, ..self.item_params() }.max_group_rows()
     }
 
     fn kv_budget(&self, resident_bytes: u64) -> Option<u64> {
@@ -99,9 +101,8 @@ impl Backend for Cuda {
     }
 
     fn stage(&mut self, inputs: PassInputs) -> Result<CudaInputs> {
-        let info = self.device.info();
-        let options = ItemOptions { num_sms: info.num_sms as usize, ..self.items };
-        let (staged, moved) = self.inputs.stage(&mut self.device, &inputs, &options)?;
+        let params = self.item_params();
+        let (staged, moved) = self.inputs.stage(&mut self.device, &inputs, &params)?;
         if moved {
             self.graphs.forget();
         }
@@ -398,6 +399,17 @@ impl Backend for Cuda {
 }
 
 impl Cuda {
+    fn item_params(&self) -> ItemParams {
+        let Heads { num_q_heads, num_kv_heads, block_size } = self.heads;
+        ItemParams {
+            num_sms: self.device.info().num_sms as usize,
+            num_kv_heads,
+            gqa_group: num_q_heads / num_kv_heads.max(1),
+            block_size,
+            max_partials: MAX_PARTIALS,
+        }
+    }
+
     /// At most [`SKINNY_ROWS`] rows: the weights stream by once.
     fn linear_skinny(
         &mut self,
