@@ -107,6 +107,17 @@ RKSC_DEVICE f16 from_float<f16>(float x) {
 }
 #endif
 
+// 2^x to about 2 ulp; results below 2^-126 are 0. Weights of a softmax, where the spare range of exp2f costs three instructions.
+#ifdef RKSC_EMULATED
+RKSC_DEVICE float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+#else
+RKSC_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+
 // ---- vectors ----------------------------------------------------------------------------------------------------
 
 template <typename T, int N>

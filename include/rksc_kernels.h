@@ -152,11 +152,11 @@ typedef struct rksc_paged_attention_params {
   const uint32_t* row_order;          /* [ordered rows] batch row */
   const uint32_t* kv_lens;            /* [ordered rows] slots attended to; slots at or past it do not count */
   const uint32_t* blocks;             /* block ids of all items */
-  const rksc_attention_item* items;   /* [*num_items] */
+  const rksc_attention_item* items;   /* [max_items], of which the first *num_items count */
   const rksc_attention_group* groups; /* [number of groups] */
   const uint32_t* num_items;          /* read on the device, so that one graph serves many steps */
   float* partial_o;                   /* [partials, Hq, D] unnormalised */
-  float* partial_ml;                  /* [partials, Hq, 2] running maximum (of scaled scores, natural units) and sum */
+  float* partial_ml;                  /* [partials, Hq, 2] running maximum of log2(e) sm_scale q k, and sum */
   uint32_t* arrivals;                 /* [groups, Hkv]; zeroed once, left zeroed */
   uint32_t max_items;                 /* grid size: an upper bound of *num_items */
   uint32_t num_q_heads, num_kv_heads, head_dim, block_size, dtype;

@@ -1,0 +1,523 @@
+// paged_attention.cu -- attention of every row over the slots its plan names: prefill, decode and shared segments in one launch.
+//
+// Formula   o[t,h] = sum_j p_j v_j / sum_j p_j,  p_j = exp(sm_scale q[t,h] k_j - max),  lse[t,h] = ln sum_j exp(sm_scale q k_j)
+// Args      see rksc_paged_attention_params
+//   q, o    [T, Hq, D]                       T    read once per item / written once
+//   k, v    [num_blocks, Hkv, block_size, D] T    an item's slots are read once, whatever the number of rows that share them
+//   lse     [T, Hq]                          f32  written
+//   items   [max_items]                           (rows) x (slots) for all kv heads; partials: [partials, Hq, D] + [.., 2] f32
+//
+// Work      CTA = (item, kv head), 4 warps, up to 64 queries = rows x group; surplus CTAs return. Tiles of 64 slots come through a ring
+//           of 4 shared buffers (K 0, V 0, K 1, ...), three loads ahead of use. The warps divide queries x slots at run time: up to 16
+//           queries 1 x 4 (each warp a quarter of the slots of a tile), up to 32 2 x 2, else 4 x 1. So a decode row without company
+//           keeps four warps busy, and a full query tile wastes nothing. Warps with the same queries merge in shared memory.
+//           A group with several items: each writes partials, the last to arrive merges them in item order.
+//           f32: CUDA cores, tiles of 32 slots, 16 queries at a time, 4 to a warp.
+// Numerics  scores f32, from the tensor cores unscaled; the scale and log2(e) are folded into one fused multiply-add before exp2. P is
+//           rounded to T unnormalised; its sum is taken in f32 before rounding. o is normalised and rounded once. The order of
+//           every sum is fixed by the plan. Slots past a row's kv_len have weight 0 and their V is not looked at: it may be NaN.
+//           A row without slots: o = 0, lse = -inf.
+// Traffic   2 * sum over items of slots * Hkv * D * sizeof(T), + 2 T Hq D sizeof(T), + 2 * 4 * partials Hq (D + 2).
+// Bound     decode: memory (2 flops per byte and query that shares). Prefill and wide sharing: tensor cores.
+// Limits    D of 32, 64, 80, 96, 128, 256; block_size 16 or 32; Hq % Hkv == 0; group <= 64; sm_scale > 0; 16-byte aligned buffers.
+// Oracle    testing::attention.   Bench  bench kernels paged_attention
+#include "attention.cuh"
+
+namespace {
+
+// ---- tensor cores ------------------------------------------------------------------------------------------------
+
+// Where a warp stands in its CTA's tile: queries [16 tile, + 16), slots [part, part + 1) of `parts` equal parts.
+struct WarpPlace {
+  uint32_t tile, part, parts;
+};
+
+RKSC_DEVICE WarpPlace warp_place(uint32_t num_queries) {
+  const uint32_t parts = num_queries <= 16 ? 4 : num_queries <= 32 ? 2 : 1;
+  const uint32_t warp = threadIdx.x / 32;
+  return {warp / parts, warp % parts, parts};
+}
+
+// The warps' states at the end: [4][16][kDumpStride] outputs, then [4][16][2] maxima and sums. The 8 floats between rows keep the
+// 8-byte stores of a half warp in different banks.
+template <int kHeadDim>
+constexpr uint32_t kDumpStride = kHeadDim + 8;
+template <int kHeadDim>
+constexpr uint32_t kDumpBytes = 64 * (kDumpStride<kHeadDim> + 2) * 4;
+
+// A warp's 16 queries against its share of a tile: 16 * kChunks slots. Lane: queries g and g + 8, in the layout of FragC.
+template <typename T, int kHeadDim, int kChunks>
+struct WarpAttention {
+  using Shape = TileShape<T, kHeadDim>;
+  static constexpr int kSteps = kHeadDim / 16;
+  FragC out[kHeadDim / 8];
+  float max[2], sum[2];  // sums of this lane's columns
+  FragA q[Shape::kQueryInRegisters ? kSteps : 1];
+  uint32_t p[kChunks][4];
+
+  RKSC_DEVICE void load_query(FragA& a, smem<const T> query, uint32_t tile, int step) const {
+    const uint32_t lane = threadIdx.x % 32;
+    ldmatrix_x4<T>(a.r, query + Shape::at(tile * 16 + lane % 16, 2 * step + lane / 16));
+  }
+
+  RKSC_DEVICE void begin(smem<const T> query, uint32_t tile) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) out[i] = FragC{};
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+    if constexpr (Shape::kQueryInRegisters) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load_query(q[step], query, tile, step);
+    }
+  }
+
+  RKSC_DEVICE void scores(FragC (&s)[2 * kChunks], smem<const T> query, uint32_t tile, smem<const T> k, uint32_t first_slot) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * kChunks; ++i) s[i] = FragC{};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      FragA a;
+      if constexpr (Shape::kQueryInRegisters) {
+        a = q[step];
+      } else {
+        load_query(a, query, tile, step);
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        uint32_t r[4];
+        const uint32_t slot = first_slot + c * 16 + lane / 16 * 8 + lane % 8;
+        ldmatrix_x4<T>(r, k + Shape::at(slot, 2 * step + lane / 8 % 2));
+        mma_m16n8k16<T>(s[2 * c], a, FragB{{r[0], r[1]}});
+        mma_m16n8k16<T>(s[2 * c + 1], a, FragB{{r[2], r[3]}});
+      }
+    }
+  }
+
+  // Scores to weights in p, and the state to its new maximum. `limit`: slots of the warp's share that queries g and g + 8 attend to,
+  // looked at where `masked`.
+  RKSC_DEVICE void softmax(FragC (&s)[2 * kChunks], float scale, bool masked, const uint32_t (&limit)[2]) {
+    if (masked) {
+      const uint32_t column = threadIdx.x % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < 2 * kChunks; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (column + i * 8 + e % 2 >= limit[e / 2]) s[i].v[e] = -INFINITY;
+        }
+      }
+    }
+    float alpha[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = s[0].v[2 * half];
+#pragma unroll
+      for (int i = 0; i < 2 * kChunks; ++i) top = fmaxf(top, fmaxf(s[i].v[2 * half], s[i].v[2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 2));
+      const float now = fmaxf(max[half], top * scale);
+      // Nothing seen yet: weights 2^-inf = 0 against any finite number.
+      const float shift = now == -INFINITY ? 0.0f : now;
+      alpha[half] = exp2_fast(max[half] - shift);
+      max[half] = now;
+      float part = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 2 * kChunks; ++i) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[i].v[e] = exp2_fast(fmaf(s[i].v[e], scale, -shift));
+          part += s[i].v[e];
+        }
+      }
+      sum[half] = sum[half] * alpha[half] + part;
+    }
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const FragC& from = s[2 * c + e / 2];
+        p[c][e] = pack2<T>(from.v[e % 2 * 2], from.v[e % 2 * 2 + 1]);
+      }
+    }
+    // After the first tiles the maximum seldom moves.
+    if (__any_sync(kFullMask, alpha[0] != 1.0f || alpha[1] != 1.0f)) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[i].v[e] *= alpha[e / 2];
+      }
+    }
+  }
+
+  RKSC_DEVICE void mix(smem<const T> v, uint32_t first_slot) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const FragA a{{p[c][0], p[c][1], p[c][2], p[c][3]}};
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n) {
+        uint32_t r[4];
+        ldmatrix_x4_trans<T>(r, v + Shape::at(first_slot + c * 16 + lane % 16, 2 * n + lane / 16));
+        mma_m16n8k16<T>(out[2 * n], a, FragB{{r[0], r[1]}});
+        mma_m16n8k16<T>(out[2 * n + 1], a, FragB{{r[2], r[3]}});
+      }
+    }
+  }
+
+  RKSC_DEVICE void dump(smem<float> memory) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const smem<float> states = memory + 64 * kDumpStride<kHeadDim>;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = warp * 16 + lane / 4 + half * 8;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        store_vec(memory + (row * kDumpStride<kHeadDim> + i * 8 + lane % 4 * 2),
+                  vec<float, 2>{{out[i].v[2 * half], out[i].v[2 * half + 1]}});
+      }
+      float total = sum[half];
+      total += __shfl_xor_sync(kFullMask, total, 1);
+      total += __shfl_xor_sync(kFullMask, total, 2);
+      if (lane % 4 == 0) store_vec(states + row * 2, vec<float, 2>{{max[half], total}});
+    }
+  }
+};
+
+// All tiles of the item; leaves the warps' states in shared memory, behind a barrier.
+template <typename T, int kHeadDim, int kChunks>
+RKSC_DEVICE void attend(KvRing<T, kHeadDim>& ring, const ItemView& view, WarpPlace place, smem<const T> query, float scale,
+                        smem<float> dump) {
+  using Shape = TileShape<T, kHeadDim>;
+  WarpAttention<T, kHeadDim, kChunks> warp;
+  const bool any = place.tile * 16 < view.num_queries;
+  uint32_t limits[2] = {0, 0};
+  uint32_t longest = 0;
+  if (any) {
+    // Queries past the last are zero vectors with its limit: computed, not written.
+    const uint32_t last = view.num_queries - 1, query0 = place.tile * 16 + threadIdx.x % 32 / 4, query1 = query0 + 8;
+    limits[0] = view.limits[(query0 < last ? query0 : last) / view.group];
+    limits[1] = view.limits[(query1 < last ? query1 : last) / view.group];
+    longest = limits[0] > limits[1] ? limits[0] : limits[1];
+  }
+#pragma unroll
+  for (int step = 16; step > 2; step >>= 1) {
+    const uint32_t other = __shfl_xor_sync(kFullMask, longest, step);
+    longest = other > longest ? other : longest;
+  }
+  warp.begin(query, any ? place.tile : 0);
+  const uint32_t num_tiles = ring.num_tiles();
+  const uint32_t share = place.part * kChunks * 16;
+  for (uint32_t tile = 0; tile < num_tiles; ++tile) {
+    const uint32_t first = tile * RKSC_TILE_SLOTS + share;
+    // A warp whose queries attend to none of its slots has nothing to add.
+    const bool active = any && first < longest;
+    // K of this tile has landed for everybody, and everybody is done with the buffer that the next load goes to.
+    cp_async_wait<Shape::kBuffers - 2>();
+    __syncthreads();
+    ring.issue(2 * tile + Shape::kBuffers - 1);
+    if (active) {
+      FragC s[2 * kChunks];
+      warp.scores(s, query, place.tile, ring.buffer(2 * tile), share);
+      const uint32_t left[2] = {limits[0] > first ? limits[0] - first : 0, limits[1] > first ? limits[1] - first : 0};
+      warp.softmax(s, scale, first + kChunks * 16 > view.shortest, left);
+    }
+    // The same for V.
+    cp_async_wait<Shape::kBuffers - 2>();
+    if ((tile + 1) * RKSC_TILE_SLOTS > view.shortest) ring.scrub(2 * tile + 1, view.shortest, view.poison);
+    __syncthreads();
+    ring.issue(2 * tile + Shape::kBuffers);
+    if (active) warp.mix(ring.buffer(2 * tile + 1), share);
+  }
+  // The states take the place of the tiles.
+  cp_async_wait<0>();
+  __syncthreads();
+  warp.dump(dump);
+  __syncthreads();
+}
+
+// Joins what the warps found for each query, in the order of their slots, and hands it on.
+template <typename T, int kHeadDim>
+RKSC_DEVICE void join_warps(const rksc_paged_attention_params& p, const ItemView& view, uint32_t parts, smem<const float> dump) {
+  constexpr uint32_t kQuads = kHeadDim / 4;
+  const smem<const float> states = dump + 64 * kDumpStride<kHeadDim>;
+  for (uint32_t unit = threadIdx.x; unit < view.num_queries * kQuads; unit += kAttentionThreads) {
+    const uint32_t query = unit / kQuads, elem = unit % kQuads * 4;
+    const uint32_t first = query / 16 * parts * 16 + query % 16;
+    AttnState joint{-INFINITY, 0.0f};
+    for (uint32_t i = 0; i < parts; ++i) {
+      const float max = states[(first + i * 16) * 2];
+      joint.max = fmaxf(joint.max, max);
+    }
+    vec<float, 4> out{};
+    for (uint32_t i = 0; i < parts; ++i) {
+      const uint32_t row = first + i * 16;
+      const vec<float, 2> state = load_vec<2>(states + row * 2);
+      const vec<float, 4> part = load_vec<4>(dump + (row * kDumpStride<kHeadDim> + elem));
+      const float weight = attn_weight(state[0], joint.max);
+      joint.sum += weight * state[1];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[e] += weight * part[e];
+    }
+    emit<T>(p, view, query, elem, out, joint);
+  }
+}
+
+template <typename T, int kHeadDim>
+RKSC_DEVICE void run_item(const rksc_paged_attention_params& p, const ItemView& view, KvRing<T, kHeadDim>& ring) {
+  using Shape = TileShape<T, kHeadDim>;
+  // The queries pass through the buffer that is filled last, or stay behind the ring.
+  const smem<T> query = ring.memory + (Shape::kQueryInRegisters ? Shape::kBuffers - 1 : Shape::kBuffers) * Shape::kElems;
+  const WarpPlace place = warp_place(view.num_queries);
+  for (uint32_t idx = threadIdx.x; idx < div_up_device(view.num_queries, 16) * 16 * Shape::kVecs; idx += kAttentionThreads) {
+    const uint32_t i = idx / Shape::kVecs, c = idx % Shape::kVecs;
+    const bool valid = i < view.num_queries;
+    const uint64_t at = valid ? view.output(i, p.num_q_heads) : 0;
+    cp_async_16<T>(query + Shape::at(i, c), global<const T>(p.q) + (at * kHeadDim + c * kVec<T>), valid);
+  }
+  cp_async_commit();
+#pragma unroll 1
+  for (uint32_t load = 0; load < Shape::kBuffers - 1; ++load) ring.issue(load);
+  cp_async_wait<Shape::kBuffers - 1>();
+  __syncthreads();
+  const smem<float> dump = dynamic_shared<float>(0);
+  const float scale = p.sm_scale * kLog2e;
+  if (place.parts == 4) {
+    attend<T, kHeadDim, 1>(ring, view, place, query, scale, dump);
+  } else if (place.parts == 2) {
+    attend<T, kHeadDim, 2>(ring, view, place, query, scale, dump);
+  } else {
+    attend<T, kHeadDim, 4>(ring, view, place, query, scale, dump);
+  }
+  join_warps<T, kHeadDim>(p, view, place.parts, dump);
+}
+
+// ---- f32 ---------------------------------------------------------------------------------------------------------
+
+// Weights of one warp's 4 queries over a tile, [slot][query]: every lane needs all of them.
+constexpr uint32_t kF32Rows = 4;
+constexpr uint32_t kF32Slots = RKSC_TILE_SLOTS / 2;
+
+// The plain path. Scores: lane = slot. PV: lane = four elements of D, for narrow heads several queries side by side.
+template <int kHeadDim>
+RKSC_DEVICE void run_queries_f32(const rksc_paged_attention_params& p, const ItemView& view, KvRing<float, kHeadDim>& ring,
+                                 smem<float> query, smem<float> weights, uint32_t first_query) {
+  using Shape = TileShape<float, kHeadDim>;
+  constexpr uint32_t kQuads = kHeadDim / 4;
+  constexpr uint32_t kLanes = kQuads < 32 ? (kQuads > 16 ? 32 : kQuads) : 32;  // lanes to a query
+  constexpr uint32_t kQueries = kF32Rows * kLanes / 32;                        // queries of a lane
+  constexpr uint32_t kPieces = (kQuads + 31) / 32;
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t own = first_query + warp * kF32Rows;  // the warp's first query
+  const float scale = p.sm_scale * kLog2e;
+  const smem<float> my_weights = weights + warp * kF32Rows * kF32Slots;
+
+  for (uint32_t idx = threadIdx.x; idx < Shape::kQueries * Shape::kVecs; idx += kAttentionThreads) {
+    const uint32_t i = idx / Shape::kVecs, c = idx % Shape::kVecs;
+    const bool valid = first_query + i < view.num_queries;
+    const uint64_t at = valid ? view.output(first_query + i, p.num_q_heads) : 0;
+    cp_async_16<float>(query + Shape::at(i, c), global<const float>(p.q) + (at * kHeadDim + c * 4), valid);
+  }
+  cp_async_commit();
+  ring.begin();
+  ring.issue(0);
+
+  uint32_t limits[kF32Rows];
+  float max[kF32Rows], sum[kF32Rows];
+  vec<float, 4> out[kQueries][kPieces] = {};
+#pragma unroll
+  for (uint32_t r = 0; r < kF32Rows; ++r) {
+    const uint32_t last = view.num_queries - 1, query_index = own + r < last ? own + r : last;
+    limits[r] = view.limits[query_index / view.group];
+    max[r] = -INFINITY;
+    sum[r] = 0.0f;
+  }
+  const uint32_t num_tiles = ring.num_tiles();
+  for (uint32_t tile = 0; tile < num_tiles; ++tile) {
+    cp_async_wait<0>();
+    __syncthreads();
+    ring.issue(2 * tile + 1);
+    const smem<const float> k = ring.buffer(2 * tile);
+    float s[kF32Rows] = {};
+    for (uint32_t c = 0; c < Shape::kVecs; ++c) {
+      const vec<float, 4> x = load_vec<4>(k + Shape::at(lane, c));
+#pragma unroll
+      for (uint32_t r = 0; r < kF32Rows; ++r) {
+        const vec<float, 4> y = load_vec<4>(smem<const float>(query + Shape::at(warp * kF32Rows + r, c)));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[r] = fmaf(x[e], y[e], s[r]);
+      }
+    }
+    vec<float, kF32Rows> alpha;
+    vec<float, kF32Rows> w;
+#pragma unroll
+    for (uint32_t r = 0; r < kF32Rows; ++r) {
+      const float x = tile * kF32Slots + lane < limits[r] ? s[r] * scale : -INFINITY;
+      const float now = fmaxf(max[r], warp_max(x));
+      const float shift = now == -INFINITY ? 0.0f : now;
+      alpha[r] = exp2_fast(max[r] - shift);
+      w[r] = exp2_fast(x - shift);
+      max[r] = now;
+      sum[r] = sum[r] * alpha[r] + w[r];  // of this lane's slots
+    }
+    store_vec(my_weights + lane * kF32Rows, w);
+    __syncwarp();
+    cp_async_wait<0>();
+    if ((tile + 1) * kF32Slots > view.shortest) ring.scrub(2 * tile + 1, view.shortest, view.poison);
+    __syncthreads();
+    ring.issue(2 * tile + 2);
+    const smem<const float> v = ring.buffer(2 * tile + 1);
+#pragma unroll
+    for (uint32_t i = 0; i < kQueries; ++i) {
+      // A constant index wherever one lane holds all four.
+      float a = alpha[i];
+      if constexpr (kQueries < kF32Rows) {
+        const uint32_t r = lane / kLanes * kQueries + i;
+        a = r == 0 ? alpha[0] : r == 1 ? alpha[1] : r == 2 ? alpha[2] : alpha[3];
+      }
+#pragma unroll
+      for (uint32_t piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[i][piece][e] *= a;
+      }
+    }
+    for (uint32_t slot = 0; slot < kF32Slots; ++slot) {
+      const vec<float, kQueries> weight =
+          load_vec<kQueries>(smem<const float>(my_weights + slot * kF32Rows + lane / kLanes * kQueries));
+#pragma unroll
+      for (uint32_t piece = 0; piece < kPieces; ++piece) {
+        const uint32_t quad = lane % kLanes + piece * 32;
+        if (quad >= kQuads) continue;
+        const vec<float, 4> x = load_vec<4>(v + Shape::at(slot, quad));
+#pragma unroll
+        for (uint32_t i = 0; i < kQueries; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[i][piece][e] = fmaf(weight[i], x[e], out[i][piece][e]);
+        }
+      }
+    }
+    __syncwarp();
+  }
+#pragma unroll
+  for (uint32_t r = 0; r < kF32Rows; ++r) sum[r] = warp_sum(sum[r]);
+#pragma unroll
+  for (uint32_t i = 0; i < kQueries; ++i) {
+    const uint32_t r = lane / kLanes * kQueries + i;
+    if (own + r >= view.num_queries) continue;
+    const AttnState state = r == 0   ? AttnState{max[0], sum[0]}
+                            : r == 1 ? AttnState{max[1], sum[1]}
+                            : r == 2 ? AttnState{max[2], sum[2]}
+                                     : AttnState{max[3], sum[3]};
+#pragma unroll
+    for (uint32_t piece = 0; piece < kPieces; ++piece) {
+      const uint32_t quad = lane % kLanes + piece * 32;
+      if (quad < kQuads) emit<float>(p, view, own + r, quad * 4, out[i][piece], state);
+    }
+  }
+}
+
+template <int kHeadDim>
+RKSC_DEVICE void run_item(const rksc_paged_attention_params& p, const ItemView& view, KvRing<float, kHeadDim>& ring) {
+  using Shape = TileShape<float, kHeadDim>;
+  const smem<float> query = ring.memory + Shape::kBuffers * Shape::kElems;
+  const smem<float> weights = query + Shape::kQueries * Shape::kStride;
+  for (uint32_t first = 0; first < view.num_queries; first += Shape::kQueries) {
+    run_queries_f32<kHeadDim>(p, view, ring, query, weights, first);
+    // The next pass loads over these queries and tiles.
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+}
+
+// ---- kernel ------------------------------------------------------------------------------------------------------
+
+template <typename T, int kHeadDim>
+constexpr uint32_t shared_bytes() {
+  uint32_t bytes = TileShape<T, kHeadDim>::kRingBytes;
+  if (TileShape<T, kHeadDim>::kTensor) {
+    bytes = bytes > kDumpBytes<kHeadDim> ? bytes : kDumpBytes<kHeadDim>;
+  } else {
+    bytes += 4 * kF32Rows * kF32Slots * 4;
+  }
+  return bytes > kMergeBytes<kHeadDim> ? bytes : kMergeBytes<kHeadDim>;
+}
+// What sm_86, sm_89 and sm_120 give a CTA, less the static part.
+static_assert(shared_bytes<bf16, 256>() + 1536 <= 99 * 1024 && shared_bytes<float, 256>() + 1536 <= 99 * 1024);
+
+// CTAs that fit an SM by shared memory on the larger GPUs; bounds the registers (65536 / (128 * n)).
+template <typename T, int kHeadDim>
+constexpr int kCtasPerSm = sizeof(T) == 2 && kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kAttentionThreads, kCtasPerSm<T, kHeadDim>)
+    paged_attention_kernel(const __grid_constant__ rksc_paged_attention_params p) {
+  using Shape = TileShape<T, kHeadDim>;
+  RKSC_SHARED(uint32_t, rows, RKSC_ATTENTION_MAX_ROWS);
+  RKSC_SHARED(uint32_t, limits, RKSC_ATTENTION_MAX_ROWS);
+  RKSC_SHARED(uint32_t, marks, 2);
+  RKSC_SHARED(uint32_t, table, 3 * kMergeItems);
+  RKSC_SHARED(float, states, 3 * RKSC_ATTENTION_MAX_ROWS);
+
+  // Both loads are under way at once; an item past the last is allocated, and not used.
+  const uint32_t num_items = global<const uint32_t>(p.num_items)[0];
+  ItemView view;
+  view.index = blockIdx.x / p.num_kv_heads;
+  view.head = blockIdx.x % p.num_kv_heads;
+  view.item = global<const rksc_attention_item>(p.items)[view.index];
+  if (view.index >= num_items) return;
+  view.group = p.num_q_heads / p.num_kv_heads;
+  view.num_queries = view.item.num_rows * view.group;
+  view.rows = rows;
+  view.limits = limits;
+  view.poison = marks;
+  open_item(p, view);
+
+  KvRing<T, kHeadDim> ring;
+  ring.memory = dynamic_shared<T>(0);
+  ring.k = KvView<T>::make(p.k_cache, p.num_kv_heads, view.head, p.block_size, kHeadDim);
+  ring.v = KvView<T>::make(p.v_cache, p.num_kv_heads, view.head, p.block_size, kHeadDim);
+  ring.blocks = global<const uint32_t>(p.blocks) + view.item.block_start;
+  ring.block_shift = p.block_size == 16 ? 4 : 5;
+  ring.end = view.end;
+  ring.begin();
+  __syncthreads();
+  if constexpr (Shape::kTensor) {
+    run_item<T, kHeadDim>(p, view, ring);
+  } else {
+    run_item<kHeadDim>(p, view, ring);
+  }
+  if (view.item.partial_start == RKSC_NO_PARTIAL) return;
+
+  const rksc_attention_group group = global<const rksc_attention_group>(p.groups)[view.item.group];
+  if (!arrive_last(p, view, group.num_items, marks + 1)) return;
+  MergeMemory mem;
+  mem.first = table;
+  mem.count = table + kMergeItems;
+  mem.partial = table + 2 * kMergeItems;
+  mem.rows = rows;
+  mem.max = states;
+  mem.sum = states + RKSC_ATTENTION_MAX_ROWS;
+  mem.alpha = states + 2 * RKSC_ATTENTION_MAX_ROWS;
+  mem.weights = dynamic_shared<float>(0);
+  mem.sums = mem.weights + RKSC_ATTENTION_MAX_ROWS * kMergeItems;
+  mem.out = mem.sums + RKSC_ATTENTION_MAX_ROWS * kMergeItems;
+  merge_group<T, kHeadDim>(p, mem, group, view.head, view.group);
+}
+
+}  // namespace
+
+// ---- launcher ----------------------------------------------------------------------------------------------------
+
+extern "C" int32_t RKSC_FN(paged_attention)(const rksc_paged_attention_params* p, rksc_stream stream) {
+  RKSC_REQUIRE(p->num_kv_heads > 0 && p->num_q_heads % p->num_kv_heads == 0);
+  RKSC_REQUIRE(p->num_q_heads / p->num_kv_heads <= RKSC_ATTENTION_MAX_ROWS);
+  RKSC_REQUIRE(p->block_size == 16 || p->block_size == 32);
+  RKSC_REQUIRE(p->sm_scale > 0.0f);
+  RKSC_REQUIRE(static_cast<uint64_t>(p->max_items) * p->num_kv_heads < (1ull << 31));
+  if (p->max_items == 0) return 0;
+  return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] {
+    return RKSC_DISPATCH_HEAD_DIM(p->head_dim, kHeadDim, [&] {
+      return launch(paged_attention_kernel<T, kHeadDim>, dim3(p->max_items * p->num_kv_heads), dim3(kAttentionThreads),
+                    shared_bytes<T, kHeadDim>(), stream, *p);
+    });
+  });
+}
