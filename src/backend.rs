@@ -37,7 +37,7 @@ pub mod cpu;
 pub mod cuda;
 
 /// What one op sweep over a logits row yields. Natural logarithms throughout.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C)]
 pub struct RowStats {
     /// The most likely token; ties go to the lowest id.
@@ -57,7 +57,7 @@ pub struct RowStats {
 }
 
 /// What [`Backend::sample`] chose for one row.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C)]
 pub struct Sampled {
     /// The token.

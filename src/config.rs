@@ -21,6 +21,34 @@ pub enum ModelSource {
     },
 }
 
+/// Which device is meant by a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first GPU if there is one that this build can use, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU by number.
+    Cuda(usize),
+    /// The CUDA kernels on the host, checked and slow; only with feature `emulated-kernels`.
+    Emulated,
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match (name, name.strip_prefix("cuda").map(|n| n.strip_prefix(':').unwrap_or(n))) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("emulated", _) if cfg!(feature = "emulated-kernels") => Ok(Self::Emulated),
+            (_, Some("")) => Ok(Self::Cuda(0)),
+            (_, Some(number)) if number.parse::<usize>().is_ok() => Ok(Self::Cuda(number.parse().unwrap_or(0))),
+            _ => Err(Error::config("device", format!("{name:?} is unknown; use auto, cpu or cuda:N"))),
+        }
+    }
+}
+
 /// Everything [`Engine::open`](crate::Engine::open) needs. Start from `default()` and change what matters.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
@@ -75,13 +103,7 @@ impl EngineConfig {
         if self.threads > 1024 {
             return Err(Error::config("threads", "must be at most 1024 (0 takes one per core)"));
         }
-        match self.device.as_str() {
-            "auto" | "cpu" => Ok(()),
-            d if d.starts_with("cuda") => {
-                Err(Error::Device { device: d.into(), why: "this build has no CUDA backend; use --device cpu".into() })
-            }
-            d => Err(Error::config("device", format!("{d:?} is unknown; use auto, cpu or cuda:N"))),
-        }
+        self.device.parse::<DeviceChoice>().map(drop)
     }
 }
 
@@ -105,7 +127,7 @@ mod tests {
         };
         assert!(bad(|c| c.block_size = 24).starts_with("block-size"));
         assert!(bad(|c| c.device = "tpu".into()).starts_with("device"));
-        assert!(bad(|c| c.device = "cuda:0".into()).contains("--device cpu"));
+        assert!(bad(|c| c.device = "cuda:x".into()).starts_with("device"));
         assert!(bad(|c| c.max_batch_tokens = 0).starts_with("max-batch-tokens"));
         assert!(EngineConfig::default().validate().is_ok());
     }

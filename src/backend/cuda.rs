@@ -7,7 +7,8 @@
 //! Up to 16 rows `linear` is a handwritten kernel that streams the weights; above that a GPU uses cuBLASLt, and the
 //! emulation the same kernel, 16 rows at a time.
 
-mod attention_items;
+#[doc(hidden)]
+pub mod attention_items;
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, missing_docs, non_camel_case_types, unsafe_code)]
 #[doc(hidden)]
 pub mod bindings;
@@ -20,7 +21,6 @@ mod inputs;
 pub mod kernels;
 mod ops;
 
-use self::attention_items::ItemParams;
 use self::device::{Device, DeviceBuf};
 use self::graphs::{Graphs, Mode};
 use self::inputs::InputStore;

@@ -6,8 +6,10 @@ use std::time::Instant;
 use super::{CancelFlag, Engine, EngineStats, ModelInfo};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::device::Device;
+use crate::backend::cuda::{Cuda, Heads};
 use crate::batch::Batch;
-use crate::config::{EngineConfig, ModelSource};
+use crate::config::{DeviceChoice, EngineConfig, ModelSource};
 use crate::error::{Error, Result};
 use crate::kv::KvLayout;
 use crate::kv::block_pool::BlockPool;
@@ -46,8 +48,7 @@ impl Engine {
         if config.check_tensors {
             store.check_finite()?;
         }
-        let cpu = Cpu::new(config.threads, config.simd.parse()?)?;
-        let (runner, layout) = runner(cpu, &config, &model, store, river)?;
+        let (runner, layout, device_note) = on_device(&config, &model, store, river)?;
         let block_bytes = layout.block_bytes(model.num_layers);
         let info = ModelInfo {
             name: match &config.model {
@@ -61,6 +62,7 @@ impl Engine {
             weight_copy_bytes: runner.weight_copy_bytes(),
             dtype: config.dtype.to_string(),
             device: runner.describe(),
+            device_note,
             kv_cache_bytes: layout.num_blocks as u64 * block_bytes,
             kv_bytes_per_token: block_bytes / layout.block_size as u64,
             load_seconds: started.elapsed().as_secs_f64(),
@@ -86,6 +88,36 @@ impl Engine {
     }
 }
 
+type Placed = (Box<dyn Runner>, KvLayout);
+
+/// Puts a model and its KV cache on the device that the configuration names. The note says why `auto` chose the CPU.
+fn on_device(
+    config: &EngineConfig,
+    model: &ModelConfig,
+    store: &WeightStore,
+    river: Option<&WeightStore>,
+) -> Result<(Box<dyn Runner>, KvLayout, Option<String>)> {
+    let cuda = |device: Device| {
+        let heads = Heads {
+            num_q_heads: model.num_q_heads,
+            num_kv_heads: model.num_kv_heads,
+            block_size: config.block_size,
+        };
+        runner(Cuda::new(device, heads), config, model, store, river)
+    };
+    let cpu = || runner(Cpu::new(config.threads, config.simd.parse()?)?, config, model, store, river);
+    let with_note = |note: Option<String>| move |(runner, layout): Placed| (runner, layout, note);
+    match config.device.parse()? {
+        DeviceChoice::Cpu => cpu().map(with_note(None)),
+        DeviceChoice::Cuda(ordinal) => cuda(Device::gpu(ordinal)?).map(with_note(None)),
+        DeviceChoice::Emulated => cuda(Device::emulated()?).map(with_note(None)),
+        DeviceChoice::Auto => match Device::gpu(0) {
+            Ok(device) => cuda(device).map(with_note(None)),
+            Err(why) => cpu().map(with_note(Some(why.to_string()))),
+        },
+    }
+}
+
 /// Puts a model and its KV cache on a device.
 fn runner<B: Backend>(
     backend: B,
@@ -93,7 +125,7 @@ fn runner<B: Backend>(
     model: &ModelConfig,
     store: &WeightStore,
     river: Option<&WeightStore>,
-) -> Result<(Box<dyn Runner>, KvLayout)> {
+) -> Result<Placed> {
     let weights = store.num_bytes() + river.map_or(0, WeightStore::num_bytes);
     let resident = weights + workspace_bytes(model, config.dtype, config.max_batch_tokens);
     let layout = kv_layout(config, model, backend.kv_budget(resident))?;

@@ -85,6 +85,8 @@ pub struct ModelInfo {
     pub dtype: String,
     /// The device in words.
     pub device: String,
+    /// Why `auto` chose the CPU, in one line.
+    pub device_note: Option<String>,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: u64,
     /// Bytes of K and V one token takes.

@@ -20,7 +20,6 @@ pub struct CudaInputs {
     pub(super) num_rows: usize,
     pub(super) num_queries: usize,
     pub(super) num_copies: usize,
-    pub(super) num_groups: usize,
     /// Counts rounded up.
     pub(super) shape: Shape,
     /// KV slots attention reads, shared runs once.
@@ -168,7 +167,6 @@ impl InputStore {
             num_rows,
             num_queries: inputs.query_rows.len(),
             num_copies: inputs.copies.len(),
-            num_groups: plan.groups.len(),
             shape,
             slots_read: inputs.plan.slots_read(),
             slots_copied: inputs.copies.iter().map(|c| c.num_slots as usize).sum(),

@@ -9,7 +9,7 @@ use super::device::{Device, DeviceBuf};
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow};
 use crate::backend::{
     AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
-    RowIds, RowStats, RowStatsOp, Sample, SampleRow, Sampled, SiluMul,
+    RowIds, RowStats, RowStatsOp, Sample, SampleRow, SiluMul,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -182,7 +182,7 @@ impl Backend for Cuda {
             delta: p.delta.map_or(Ok(null()), |d| d.at(op, DType::F32, start, len))?.cast(),
             weight: p.weight.map_or(Ok(null()), |w| w.at(op, DType::F32, 0, p.hidden))?.cast(),
             y: p.y.at_mut(op, dtype, start, len)?.cast(),
-            reference: null(),
+            reference: std::ptr::null(),
             similarity: similarity.cast(),
             num_rows: rows as u32,
             hidden: p.hidden as u32,
@@ -202,9 +202,6 @@ impl Backend for Cuda {
         self.launched().weight_bytes += p.w.num_bytes();
         let rows = self.padded(p.rows.len());
         let rows = p.rows.start..p.rows.start + rows;
-        if rows.len() > SKINNY_ROWS && !self.device.is_emulated() {
-            return self.linear_large(rows, p);
-        }
         let mut from = rows.start;
         while from < rows.end {
             let to = rows.end.min(from + SKINNY_ROWS);

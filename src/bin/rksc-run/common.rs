@@ -85,10 +85,9 @@ impl EngineArgs {
 
 /// See [`EngineArgs::open`].
 pub(crate) fn open(config: EngineConfig) -> Result<Engine> {
-    let auto = config.device == "auto";
     let engine = Engine::open(config)?;
     let info = engine.info();
-    let why = if auto { "; this build has no CUDA backend" } else { "" };
+    let why = info.device_note.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
     eprintln!("{} | {} | {}{why}", info.name, info.dtype, info.device);
     cancel_on_interrupt(engine.cancel_flag());
     Ok(engine)
