@@ -102,6 +102,7 @@ fn emulated() {
         .define("RKSC_EMULATED", None)
         // The same bits on every machine: no multiply and add joined unless the kernel says fmaf.
         .flag("-ffp-contract=off")
+        .flag("-Wno-unknown-pragmas") // #pragma unroll
         .flag("-x")
         .flag("c++");
     objects(&build, &sources, "rksc_emulated", &format!("emulated {:?}", env::var_os("CXXFLAGS")));
