@@ -242,8 +242,8 @@ typedef struct rksc_sampled {
 typedef struct rksc_sample_params {
   float* logits;               /* [num_rows, vocab]; scratch afterwards where a row has penalties or bans */
   const rksc_sample_row* rows; /* [num_rows] */
-  const uint32_t* history;     /* token ids */
-  float* saved;                /* [ids in history] scratch: their logits before penalties; null where no row has any or bans */
+  const uint32_t* history;     /* token ids; rows with penalties or bans share no part of it */
+  float* saved;                /* [ids in history] scratch: logits before penalties; null where no row has penalties or bans */
   rksc_sampled* sampled;       /* [num_rows] */
   uint32_t num_rows, vocab;
 } rksc_sample_params;
