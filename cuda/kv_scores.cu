@@ -1,6 +1,8 @@
 // kv_scores.cu -- R-KV scores of cached slots: how much the last queries look at a slot, and how redundant its key is.
 // Four launches, no n x n matrix: kv_prepare, kv_nearest (kv_scores_nearest.cuh), kv_mean, kv_score. Which slots stay is the
 // host's business.
+#include <type_traits>
+
 #include "kv_scores_nearest.cuh"
 
 namespace {
