@@ -1,0 +1,223 @@
+// collectives.cpp -- what the last lane to arrive computes for its warp; asynchronous copies.
+#include "simt.h"
+
+#include <bit>
+
+#include "machine.h"
+
+namespace simt {
+
+const char* name_of(Collective op) {
+  switch (op) {
+    case Collective::kSyncWarp: return "__syncwarp";
+    case Collective::kShuffle: return "__shfl_sync";
+    case Collective::kBallot: return "__ballot_sync";
+    case Collective::kAny: return "__any_sync";
+    case Collective::kAll: return "__all_sync";
+    case Collective::kReduceAdd:
+    case Collective::kReduceMin:
+    case Collective::kReduceMax:
+    case Collective::kReduceAnd:
+    case Collective::kReduceOr:
+    case Collective::kReduceXor: return "__reduce_sync";
+    case Collective::kMatchAny: return "__match_any_sync";
+    case Collective::kMmaBf16:
+    case Collective::kMmaF16: return "mma";
+    default: return "ldmatrix";
+  }
+}
+
+namespace {
+
+// Eight f32 lanes; without AVX the compiler takes two registers for one.
+typedef float f32x8 __attribute__((vector_size(32)));
+
+void unpack(Collective op, uint32_t pair, float& low, float& high) {
+  if (op == Collective::kMmaBf16) {
+    low = std::bit_cast<float>(pair << 16);
+    high = std::bit_cast<float>(pair & 0xffff0000u);
+  } else {
+    low = half_to_float(static_cast<uint16_t>(pair));
+    high = half_to_float(static_cast<uint16_t>(pair >> 16));
+  }
+}
+
+void complete_mma(Machine& m, Warp& w, Collective op) {
+  float a[16][16];
+  f32x8 b[16];
+  f32x8 c[16];
+  Fiber* lanes = &m.fibers[w.index * 32];
+  for (uint32_t l = 0; l < 32; ++l) {
+    const uint32_t g = l / 4, t = l % 4;
+    const float* fc = static_cast<const float*>(lanes[l].pointers[0]);
+    const uint32_t* fa = static_cast<const uint32_t*>(lanes[l].pointers[1]);
+    const uint32_t* fb = static_cast<const uint32_t*>(lanes[l].pointers[2]);
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t row = g + i % 2 * 8, col = 2 * t + i / 2 * 8;
+      unpack(op, fa[i], a[row][col], a[row][col + 1]);
+    }
+    float low, high;
+    for (uint32_t i = 0; i < 2; ++i) {
+      unpack(op, fb[i], low, high);
+      b[2 * t + 8 * i][g] = low;
+      b[2 * t + 8 * i + 1][g] = high;
+      c[g + 8 * i][2 * t] = fc[2 * i];
+      c[g + 8 * i][2 * t + 1] = fc[2 * i + 1];
+    }
+  }
+  for (uint32_t row = 0; row < 16; ++row) {
+    for (uint32_t k = 0; k < 16; k += 8) {
+      f32x8 sum = a[row][k] * b[k];
+      for (uint32_t j = 1; j < 8; ++j) sum += a[row][k + j] * b[k + j];
+      c[row] += sum;
+    }
+  }
+  for (uint32_t l = 0; l < 32; ++l) {
+    const uint32_t g = l / 4, t = l % 4;
+    float* fc = static_cast<float*>(lanes[l].pointers[0]);
+    for (uint32_t i = 0; i < 2; ++i) {
+      fc[2 * i] = c[g + 8 * i][2 * t];
+      fc[2 * i + 1] = c[g + 8 * i][2 * t + 1];
+    }
+  }
+}
+
+void complete_ldmatrix(Machine& m, Warp& w, uint32_t tiles, bool transposed) {
+  Fiber* lanes = &m.fibers[w.index * 32];
+  // Each row is read for other lanes: checked for the lane that names it, as a read by all.
+  const Fiber* running = cur.fiber;
+  const uint32_t me = cur.me;
+  for (uint32_t l = 0; l < 8 * tiles; ++l) {
+    cur.fiber = &lanes[l];
+    cur.me = entry_of(lanes[l]) | kManyLanes;
+    const uint32_t at = lanes[l].argument;
+    SharedAccess::read<__uint128_t>(at);
+  }
+  cur.fiber = const_cast<Fiber*>(running);
+  cur.me = me;
+  for (uint32_t i = 0; i < tiles; ++i) {
+    uint16_t tile[8][8];
+    for (uint32_t row = 0; row < 8; ++row) __builtin_memcpy(tile[row], cur.shared + lanes[8 * i + row].argument, 16);
+    for (uint32_t l = 0; l < 32; ++l) {
+      const uint32_t g = l / 4, t = l % 4;
+      const uint32_t low = transposed ? tile[2 * t][g] : tile[g][2 * t];
+      const uint32_t high = transposed ? tile[2 * t + 1][g] : tile[g][2 * t + 1];
+      static_cast<uint32_t*>(lanes[l].pointers[0])[i] = low | high << 16;
+    }
+  }
+}
+
+void complete_shuffle(Machine& m, Warp& w, uint32_t mask) {
+  Fiber* lanes = &m.fibers[w.index * 32];
+  for (uint32_t rest = mask; rest; rest &= rest - 1) {
+    Fiber& f = lanes[__builtin_ctz(rest)];
+    if (!(mask >> f.argument & 1)) fault_of(&f, "__shfl_sync reads lane %u, which its mask 0x%08x leaves out", f.argument, mask);
+    f.result = lanes[f.argument].value;
+  }
+}
+
+uint32_t reduce(Collective op, uint32_t a, uint32_t b) {
+  switch (op) {
+    case Collective::kReduceAdd: return a + b;
+    case Collective::kReduceMin: return a < b ? a : b;
+    case Collective::kReduceMax: return a > b ? a : b;
+    case Collective::kReduceAnd: return a & b;
+    case Collective::kReduceOr: return a | b;
+    default: return a ^ b;
+  }
+}
+
+}  // namespace
+
+void complete(Machine& m, Warp& w, Collective op, uint32_t mask) {
+  Fiber* lanes = &m.fibers[w.index * 32];
+  const auto give_all = [&](uint64_t result) {
+    for (uint32_t rest = mask; rest; rest &= rest - 1) lanes[__builtin_ctz(rest)].result = result;
+  };
+  switch (op) {
+    case Collective::kSyncWarp:
+      // Lanes outside the mask have not taken part: a partial __syncwarp orders nothing as far as the shadow knows.
+      if ((mask & w.live) == w.live) {
+        close_batches(m, w);
+        ++w.phase;
+        if (w.phase >= 1u << (31 - kPhaseShift)) fault("limit of the emulation: more than %u __syncwarp in a CTA", w.phase);
+      }
+      return;
+    case Collective::kShuffle: return complete_shuffle(m, w, mask);
+    case Collective::kBallot:
+    case Collective::kAny:
+    case Collective::kAll: {
+      uint32_t votes = 0;
+      for (uint32_t rest = mask; rest; rest &= rest - 1) {
+        const uint32_t l = __builtin_ctz(rest);
+        votes |= static_cast<uint32_t>(lanes[l].value) << l;
+      }
+      return give_all(op == Collective::kBallot ? votes : op == Collective::kAny ? votes != 0 : votes == mask);
+    }
+    case Collective::kMatchAny:
+      for (uint32_t a = mask; a; a &= a - 1) {
+        uint32_t same = 0;
+        for (uint32_t b = mask; b; b &= b - 1) {
+          if (lanes[__builtin_ctz(b)].value == lanes[__builtin_ctz(a)].value) same |= 1u << __builtin_ctz(b);
+        }
+        lanes[__builtin_ctz(a)].result = same;
+      }
+      return;
+    case Collective::kMmaBf16:
+    case Collective::kMmaF16: return complete_mma(m, w, op);
+    case Collective::kLdmatrix1: return complete_ldmatrix(m, w, 1, false);
+    case Collective::kLdmatrix2: return complete_ldmatrix(m, w, 2, false);
+    case Collective::kLdmatrix4: return complete_ldmatrix(m, w, 4, false);
+    case Collective::kLdmatrix1Trans: return complete_ldmatrix(m, w, 1, true);
+    case Collective::kLdmatrix2Trans: return complete_ldmatrix(m, w, 2, true);
+    case Collective::kLdmatrix4Trans: return complete_ldmatrix(m, w, 4, true);
+    default: {
+      uint32_t total = static_cast<uint32_t>(lanes[__builtin_ctz(mask)].value);
+      for (uint32_t rest = mask & (mask - 1); rest; rest &= rest - 1) {
+        total = reduce(op, total, static_cast<uint32_t>(lanes[__builtin_ctz(rest)].value));
+      }
+      return give_all(total);
+    }
+  }
+}
+
+// ---- cp.async ---------------------------------------------------------------------------------------------------
+
+void cp_async(uint32_t at, const void* src, const Range* range, bool valid) {
+  GlobalAccess::read<__uint128_t>(src, range);
+  // The copy may land at any time from here on: it races with whatever a write here would race with.
+  if (cur.shared_write[at / 2] & kCopyPending) {
+    const uint32_t owner = cur.shared_write[at / 2] & kThreadMask;
+    // Two copies to one place in flight, even by one thread, land in no particular order.
+    fault("cp.async to byte %u of shared memory, where one of thread %u is still under way", at, owner);
+  }
+  shared_write_slow(at, 16);
+  for (uint32_t i = 0; i < 8; ++i) cur.shared_write[at / 2 + i] = kCopyPending | cur.fiber->id;
+  cur.fiber->copies.push_back({at, cur.fiber->copy_group, valid ? src : nullptr});
+}
+
+void cp_async_commit() { ++cur.fiber->copy_group; }
+
+void cp_async_wait(uint32_t pending_groups) {
+  Fiber& f = *cur.fiber;
+  // Groups [0, copy_group) are committed; the last `pending_groups` of them may stay under way.
+  const uint32_t landed = f.copy_group > pending_groups ? f.copy_group - pending_groups : 0;
+  while (f.first_copy < f.copies.size() && f.copies[f.first_copy].group < landed) {
+    const PendingCopy& copy = f.copies[f.first_copy++];
+    if (copy.src) {
+      __builtin_memcpy(cur.shared + copy.at, copy.src, 16);
+    } else {
+      __builtin_memset(cur.shared + copy.at, 0, 16);
+    }
+    for (uint32_t i = 0; i < 8; ++i) {
+      cur.shared_write[copy.at / 2 + i] = cur.me;
+      cur.shared_read[copy.at / 2 + i] = 0;
+    }
+  }
+  if (f.first_copy == f.copies.size()) {
+    f.copies.clear();
+    f.first_copy = 0;
+  }
+}
+
+}  // namespace simt
