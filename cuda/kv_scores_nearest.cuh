@@ -188,8 +188,10 @@ __global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_
   // Where nothing is similar the link to slot 0 is dropped, as the published code does. Such a row made the walk reach tile 0.
   if (thread < kTileSlots) {
     const uint64_t key = best_of_row[thread];
-    const float link = link_to_first[thread];
-    if (key == 0 && u_tile * kTileSlots + thread != 0) atomic_add(links, to_fixed(link));
+    if (key == 0 && u_tile * kTileSlots + thread != 0) {
+      const float link = link_to_first[thread];
+      atomic_add(links, to_fixed(link));
+    }
   }
 }
 
