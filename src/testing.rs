@@ -1,6 +1,9 @@
 //! Float64 oracles, fills and tolerances, shared by tests and benches.
 
+pub mod branch_similarity;
 pub mod fill;
+pub mod kv_compact;
+pub mod kv_scores;
 mod linear;
 pub mod oracle;
 

@@ -1,0 +1,207 @@
+// kv_scores_nearest.cuh -- the pairwise part of kv_scores: for each key the newest other key that is similar, found without
+// keeping any of the n x n cosines.
+#pragma once
+
+#include "kv_scores.cuh"
+
+namespace {
+
+// A key that is similar to a row: the newer, the larger; ties in position go to the later slot. 0 is none.
+RKSC_DEVICE uint64_t recency_key(uint32_t position, uint32_t slot) { return (static_cast<uint64_t>(position) << 32 | slot) + 1; }
+
+// newest[t] = largest position in tiles [0, t]. One warp; the caller's barrier makes it visible.
+RKSC_DEVICE void newest_up_to(gptr<const uint32_t> tile_newest, uint32_t num_tiles, smem<uint32_t> newest) {
+  uint32_t carried = 0;
+  const uint32_t lane = threadIdx.x;
+  for (uint32_t base = 0; base < num_tiles; base += 32) {
+    uint32_t x = 0;
+    if (base + lane < num_tiles) x = tile_newest[base + lane];
+#pragma unroll
+    for (uint32_t step = 1; step < 32; step *= 2) {
+      const uint32_t left = __shfl_up_sync(kFullMask, x, step);
+      if (lane >= step && left > x) x = left;
+    }
+    if (carried > x) x = carried;
+    if (base + lane < num_tiles) newest[base + lane] = x;
+    carried = __shfl_sync(kFullMask, x, 31);
+  }
+}
+
+// Sums what the tiles of a head left: normalised keys over D, and the softmax of each window query. Tiles in ascending order.
+RKSC_DEVICE void fold_tiles(const ScoresPlan& plan, uint32_t head) {
+  const rksc_kv_scores_params& p = plan.p;
+  const gptr<const float> tile_keys = global<const float>(plan.tile_keys) + static_cast<uint64_t>(head) * plan.num_tiles * p.head_dim;
+  for (uint32_t d = threadIdx.x; d < p.head_dim; d += kScoreThreads) {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (uint32_t tile = 0; tile < plan.num_tiles; ++tile) sum += tile_keys[tile * p.head_dim + d];
+    global<float>(plan.key_sum)[head * p.head_dim + d] = sum;
+  }
+  const uint64_t of_head = static_cast<uint64_t>(head) * plan.num_tiles * p.window;
+  const gptr<const float> tile_max = global<const float>(plan.tile_max) + of_head;
+  const gptr<const float> tile_sum = global<const float>(plan.tile_sum) + of_head;
+  for (uint32_t j = threadIdx.x; j < p.window; j += kScoreThreads) {
+    float max = -INFINITY, sum = 0.0f;
+    for (uint32_t tile = 0; tile < plan.num_tiles; ++tile) max = fmaxf(max, tile_max[tile * p.window + j]);
+    for (uint32_t tile = 0; tile < plan.num_tiles; ++tile) {
+      // A tile of window slots alone has maximum -inf and sum 0; there is a candidate, so max is finite.
+      sum += tile_sum[tile * p.window + j] * expf(tile_max[tile * p.window + j] - max);
+    }
+    global<float>(plan.row_max)[head * p.window + j] = max;
+    global<float>(plan.row_sum)[head * p.window + j] = sum;
+  }
+}
+
+// kv_nearest
+//   v*(u) = the newest v != u with S[u, v] > threshold, S[u, v] = K_u K_v / ((|K_u| + 1e-8) (|K_v| + 1e-8)); 0 if there is none
+//   protected_links[v] = sum of S[u, v] over the u != v with v*(u) = v
+//
+//   k_cache [num_blocks, Hkv, block_size, D] T, blocks [slots], positions [Hkv, num_slots] or null: read
+//   inv_norm, tile_newest and, for the fold, tile_keys, tile_max, tile_sum: read, as kv_prepare left them
+//   protected_links: added to; key_sum [Hkv, D], row_max, row_sum [Hkv, window]: written
+//
+// Work      CTA = (64 rows u, kv head); it holds its rows' keys in shared memory and walks the tiles of keys v from the last to the
+//           first, two chunks of columns in flight, until all its rows have a similar key newer than all that is left. One CTA
+//           more per head folds the tiles' partial sums meanwhile.
+// Numerics  dot products of raw keys in f32 (tensor cores for 16-bit keys: products exact, f32 accumulation), then two f32 factors:
+//           a few 2^-24 off the exact cosine, never rounded to 16 bits. Sums over u are integers, so their order does not matter.
+// Traffic   keys of the walked tiles per 64 rows, from L2: at worst num_slots^2 / 64 * D * sizeof(T) bytes a head; once from memory.
+// Bound     tensor cores at worst, 2 num_slots^2 D FLOP a head; redundant traces stop after a few tiles.
+// Limits    D % 16 == 0 (16 bits), D % 8 == 0 (f32), D <= 256; num_slots <= 2^17; threshold >= 0.
+// Oracle    testing/kv_scores.rs.   Bench  cargo bench --bench kernels -- kv_scores
+template <typename T>
+__global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_constant__ ScoresPlan plan) {
+  const rksc_kv_scores_params& p = plan.p;
+  const uint32_t head = blockIdx.y;
+  if (blockIdx.x == 0) {
+    fold_tiles(plan, head);
+    return;
+  }
+  RKSC_SHARED(uint64_t, best_of_row, kTileSlots);
+  RKSC_SHARED(float, link_to_first, kTileSlots);
+  // Two tiles' worth: the next tile's are written while this one's are read.
+  RKSC_SHARED(float, inv_norm_v, 2 * kTileSlots);
+  RKSC_SHARED(uint32_t, position_v, 2 * kTileSlots);
+  constexpr uint32_t kChunk = kChunkVecs * kVec<T>, kStride = kChunk + kVec<T>;
+  const uint32_t u_stride = p.head_dim + kVec<T>, num_chunks = div_up_device(p.head_dim, kChunk);
+  const smem<T> u_keys = dynamic_shared<T>(0);
+  const smem<T> v_keys = u_keys + kTileSlots * u_stride;
+  const smem<uint32_t> newest =
+      dynamic_shared<uint32_t>((kTileSlots * u_stride + 2 * kTileSlots * kStride) * static_cast<uint32_t>(sizeof(T)));
+  const gptr<const float> inv_norm = global<const float>(plan.inv_norm) + static_cast<uint64_t>(head) * plan.padded;
+  const gptr<const uint32_t> positions = global<const uint32_t>(p.positions) + static_cast<uint64_t>(head) * p.num_slots;
+  const bool by_position = p.positions != nullptr;
+  const uint32_t u_tile = blockIdx.x - 1, thread = threadIdx.x;
+
+  const auto load_v = [&](uint32_t tile, uint32_t chunk, uint32_t stage) {
+    load_keys<T>(p, head, tile, chunk, v_keys + stage * kTileSlots * kStride, kStride);
+    cp_async_commit();
+    if (chunk == 0 && thread < kTileSlots) {
+      const uint32_t slot = tile * kTileSlots + thread, at = tile % 2 * kTileSlots + thread;
+      inv_norm_v[at] = inv_norm[slot];
+      uint32_t position = slot;
+      if (by_position && slot < p.num_slots) position = positions[slot];
+      position_v[at] = position;
+    }
+  };
+
+  // Rows past the last slot count as found.
+  if (thread < kTileSlots) best_of_row[thread] = u_tile * kTileSlots + thread < p.num_slots ? 0 : ~0ull;
+  if (by_position && thread < 32) {
+    newest_up_to(global<const uint32_t>(plan.tile_newest) + static_cast<uint64_t>(head) * plan.num_tiles, plan.num_tiles, newest);
+  }
+  for (uint32_t chunk = 0; chunk < num_chunks; ++chunk) load_keys<T>(p, head, u_tile, chunk, u_keys + chunk * kChunk, u_stride);
+  uint32_t tile = plan.num_tiles - 1, chunk = 0, stage = 0;
+  load_v(tile, chunk, stage);
+
+  float inv_norm_u[4], best_link[4];
+  uint64_t best[4];
+#pragma unroll
+  for (uint32_t m = 0; m < 4; ++m) {
+    inv_norm_u[m] = inv_norm[u_tile * kTileSlots + PairTile<T>::row(m)];
+    best[m] = 0;
+    best_link[m] = 0.0f;
+  }
+  PairTile<T> pairs;
+  pairs.clear();
+  for (;;) {
+    cp_async_wait<0>();
+    // The chunk is there for all, and nobody reads the other stage any more.
+    __syncthreads();
+    const bool last_chunk = chunk + 1 == num_chunks;
+    const uint32_t next_chunk = last_chunk ? 0 : chunk + 1;
+    if (!last_chunk || tile > 0) load_v(last_chunk ? tile - 1 : tile, next_chunk, 1 - stage);
+    const uint32_t left = p.head_dim - chunk * kChunk;
+    pairs.accumulate(u_keys + chunk * kChunk, u_stride, v_keys + stage * kTileSlots * kStride, kStride, left < kChunk ? left : kChunk);
+    if (last_chunk) {
+      bool improved[4] = {false, false, false, false};
+#pragma unroll
+      for (uint32_t n = 0; n < 8; ++n) {
+        const uint32_t col = PairTile<T>::col(n), v = tile * kTileSlots + col;
+        const float inv_norm_col = inv_norm_v[tile % 2 * kTileSlots + col];
+#pragma unroll
+        for (uint32_t m = 0; m < 4; ++m) {
+          // Slots past the last are zero keys: similar to nothing.
+          const float link = pairs.at(m, n) * inv_norm_u[m] * inv_norm_col;
+          const uint32_t row = PairTile<T>::row(m);
+          if (v == 0) link_to_first[row] = link;
+          if (link > p.threshold && v != u_tile * kTileSlots + row) {
+            const uint64_t key = recency_key(position_v[tile % 2 * kTileSlots + col], v);
+            if (key > best[m]) {
+              best[m] = key;
+              best_link[m] = link;
+              improved[m] = true;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (uint32_t m = 0; m < 4; ++m)
+        if (improved[m]) atomic_max(best_of_row + PairTile<T>::row(m), best[m]);
+      // All rows' best so far are known to all. They change again only after the next chunk's barrier, so all warps see the same.
+      __syncthreads();
+      if (tile == 0) break;
+      const uint32_t newest_left = by_position ? newest[tile - 1] : tile * kTileSlots - 1;
+      bool found = true;
+      for (uint32_t row = thread % 32; row < kTileSlots; row += 32) {
+        const uint64_t key = best_of_row[row];
+        // At equal positions the later slot counts as newer, and what is left has earlier slots.
+        found = found && key > static_cast<uint64_t>(newest_left) << 32;
+      }
+      if (__all_sync(kFullMask, found)) break;
+      pairs.clear();
+      tile -= 1;
+    }
+    chunk = next_chunk;
+    stage = 1 - stage;
+  }
+  // No copy may outlive the CTA.
+  cp_async_wait<0>();
+
+  const gptr<uint64_t> links = global<uint64_t>(plan.protected_links) + static_cast<uint64_t>(head) * plan.padded;
+#pragma unroll
+  for (uint32_t m = 0; m < 4; ++m) {
+    const uint64_t key = best_of_row[PairTile<T>::row(m)];
+    // A key names its slot, so exactly one thread has it.
+    if (best[m] != 0 && best[m] == key) atomic_add(links + static_cast<uint32_t>(key - 1), to_fixed(best_link[m]));
+  }
+  // Where nothing is similar the link to slot 0 is dropped, as the published code does. Such a row made the walk reach tile 0.
+  if (thread < kTileSlots) {
+    const uint64_t key = best_of_row[thread];
+    if (key == 0 && u_tile * kTileSlots + thread != 0) {
+      const float link = link_to_first[thread];
+      atomic_add(links, to_fixed(link));
+    }
+  }
+}
+
+template <typename T>
+int32_t launch_nearest(const ScoresPlan& plan, rksc_stream stream) {
+  constexpr uint32_t kStride = (kChunkVecs + 1) * kVec<T>;
+  const uint32_t elements = kTileSlots * (plan.p.head_dim + kVec<T>) + 2 * kTileSlots * kStride;
+  const uint32_t newest = plan.p.positions ? plan.num_tiles * 4 : 0;
+  return launch(kv_nearest_kernel<T>, dim3(plan.num_tiles + 1, plan.p.num_kv_heads), dim3(kScoreThreads),
+                elements * static_cast<uint32_t>(sizeof(T)) + newest, stream, plan);
+}
+
+}  // namespace
