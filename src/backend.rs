@@ -96,6 +96,8 @@ pub struct Counters {
     pub kv_write_bytes: u64,
     /// Times the host waited for device results.
     pub read_backs: u64,
+    /// Passes that a recorded graph ran; their ops are counted as launched.
+    pub graph_replays: u64,
 }
 
 /// A device that runs the ops. Buffers are flat; every op names its rows and widths.

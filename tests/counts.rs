@@ -93,6 +93,7 @@ fn a_packed_prefill_computes_each_token_once_and_copies_only_tails() {
         kv_read_bytes: LAYERS * KV_TOKEN_BYTES * summary.slots_read as u64,
         kv_write_bytes: LAYERS * KV_TOKEN_BYTES * (130 + 8 * 4 + copied),
         read_backs: 1,
+        graph_replays: 0,
     };
     assert_eq!(e.counters(), expected);
     // 8 full blocks and a tail of the root's; a tail of each fork's.
@@ -117,6 +118,7 @@ fn a_decode_step_reads_weights_once_and_the_shared_run_once() {
         kv_read_bytes: LAYERS * KV_TOKEN_BYTES * (128 + 8 * 7),
         kv_write_bytes: LAYERS * KV_TOKEN_BYTES * 8,
         read_backs: 1,
+        graph_replays: 0,
     };
     assert_eq!(e.counters(), expected);
 }

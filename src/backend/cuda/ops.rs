@@ -6,6 +6,7 @@ use super::attention_items::ItemParams;
 use super::bindings::*;
 use super::inputs::CudaInputs;
 use super::device::{Device, DeviceBuf};
+use super::graphs::Mode;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow};
 use crate::backend::{
     AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
@@ -125,6 +126,7 @@ impl Backend for Cuda {
 
     fn end_pass(&mut self) -> Result<()> {
         self.padding = None;
+        self.counters.graph_replays += u64::from(self.graphs.mode() == Mode::Skip);
         self.graphs.end(&mut self.device)
     }
 
