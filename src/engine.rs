@@ -118,6 +118,8 @@ pub struct Engine {
     totals: EngineStats,
     batch: Batch,
     queries: Vec<RowQuery>,
+    /// See [`Engine::fail_allocation`].
+    fault: Option<usize>,
 }
 
 impl Engine {
@@ -298,7 +300,8 @@ impl Engine {
     }
 
     /// Appends `tokens` and runs steps until they are computed (other branches advance too). `logprobs[i]` becomes the
-    /// natural-log probability of `tokens[i]` given all before it; NaN for the first token of a root.
+    /// natural-log probability of `tokens[i]` given all before it; NaN for the first token of a root. When a step fails
+    /// or is cancelled, `logprobs` is untouched, and the tokens stay with the branch.
     pub fn score(&mut self, branch: BranchId, tokens: &[u32], logprobs: &mut [f32]) -> Result<()> {
         if tokens.len() != logprobs.len() {
             return Err(Error::Shape {
@@ -310,11 +313,7 @@ impl Engine {
         let from = self.tree.get(branch)?.tokens.len();
         self.append(branch, tokens)?;
         self.score_pending(branch, from)?;
-        self.run_until_computed(branch)?;
-        let b = self.tree.get_mut(branch)?;
-        logprobs.copy_from_slice(&b.scores);
-        b.score_from = None;
-        Ok(())
+        self.finish_score(branch, logprobs)
     }
 
     /// As [`score`](Self::score) for a root that has not run yet: the log-probabilities of all its tokens.
@@ -325,10 +324,16 @@ impl Engine {
         }
         self.tree.get_mut(branch)?.salt = None; // every row must be computed
         self.score_pending(branch, 0)?;
-        self.run_until_computed(branch)?;
+        self.finish_score(branch, logprobs)
+    }
+
+    /// Runs until the scores are there. After an error nothing is scored any more; what has run stays computed.
+    fn finish_score(&mut self, branch: BranchId, logprobs: &mut [f32]) -> Result<()> {
+        let outcome = self.run_until_computed(branch);
         let b = self.tree.get_mut(branch)?;
-        logprobs.copy_from_slice(&b.scores);
         b.score_from = None;
+        outcome?;
+        logprobs.copy_from_slice(&b.scores);
         Ok(())
     }
 
@@ -352,7 +357,11 @@ impl Engine {
         }
         match self.tree.get(branch)?.mode {
             Mode::Ended(EndReason::NonFinite) => {
-                let position = self.tree.get(branch)?.num_computed;
+                let b = self.tree.get(branch)?;
+                // The first token without a score stands behind the first row that was not finite.
+                let is_unscored = |from: usize, i: usize| b.scores.get(i - from).is_some_and(|x| x.is_nan());
+                let unscored = b.score_from.and_then(|f| (f.max(1)..b.num_computed).find(|&i| is_unscored(f, i)));
+                let position = unscored.unwrap_or(b.num_computed).saturating_sub(1);
                 Err(Error::NonFinite { branch: branch.to_string(), position })
             }
             _ => Ok(()),
@@ -424,6 +433,13 @@ impl Engine {
     pub fn check_integrity(&self) -> Result<()> {
         self.pool.check_integrity()?;
         self.cache.check_integrity(&self.pool)
+    }
+
+    /// For tests: the next step that reserves anything is refused its memory, once. `at` is how many of the plan's
+    /// branches have theirs by then; from their number on it is the pass that gets none.
+    #[doc(hidden)]
+    pub fn fail_allocation(&mut self, at: usize) {
+        self.fault = Some(at);
     }
 
     fn arrive(&mut self) -> u64 {
