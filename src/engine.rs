@@ -3,7 +3,7 @@
 //! A branch is made by [`prefill`](Engine::prefill) or [`fork`](Engine::fork) and named by a [`BranchId`]. Nothing is
 //! computed until the next step, so a prompt and the suffixes of its forks run packed in one pass. A step is
 //! *decide -> reserve -> run -> interpret -> commit*; only the commit changes the tree, so a refused or failed step
-//! leaves every branch as it was.
+//! leaves every branch as it was. The same holds for every call that returns an error, unless its text says what stays.
 //!
 //! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
 //! object, and outputs go to buffers of the caller.
@@ -258,23 +258,25 @@ impl Engine {
         best.map(|(b, _)| b.id).ok_or_else(|| Error::config("select", "needs at least one branch"))
     }
 
-    /// Lets a branch generate from its next step on. Refused when the tokens it may generate can never fit.
+    /// Lets a branch generate from its next step on. Refused when the tokens it may generate can never fit. A branch
+    /// that may generate none has ended, and says so in an event.
     pub fn start(&mut self, branch: BranchId, params: GenerateParams) -> Result<()> {
         params.sampling.validate()?;
         self.check_tokens(&params.end_tokens)?;
         let len = self.tree.get(branch)?.tokens.len();
-        self.check_fits((len + params.max_new_tokens).min(self.model.max_position_embeddings))?;
+        self.check_fits(len.saturating_add(params.max_new_tokens).min(self.model.max_position_embeddings))?;
         self.reopen_last_row(branch)?;
         let b = self.tree.get_mut(branch)?;
         b.prompt_len = b.tokens.len();
         b.num_generated = 0;
         b.confidence_sum = 0.0;
         b.confidence_steps = 0;
-        b.mode = if params.max_new_tokens == 0 {
-            Mode::Ended(EndReason::Length)
+        if params.max_new_tokens > 0 {
+            b.mode = Mode::Generating(Box::new(params));
         } else {
-            Mode::Generating(Box::new(params))
-        };
+            b.mode = Mode::Ended(EndReason::Length);
+            self.events.push_back(Event { branch, kind: EventKind::Ended(EndReason::Length) });
+        }
         Ok(())
     }
 

@@ -129,7 +129,9 @@ impl Engine {
             }
         };
         let limit = match &b.mode {
-            Mode::Generating(params) => b.prompt_len + params.max_new_tokens,
+            Mode::Generating(params) => {
+                b.prompt_len.saturating_add(params.max_new_tokens).min(self.model.max_position_embeddings)
+            }
             _ => b.tokens.len(),
         };
         Ok(Candidate {

@@ -34,6 +34,7 @@ impl MemoryPlan {
         config.validate()?;
         let layout = kv_layout(config, model)?;
         let block_bytes = layout.block_bytes(model.num_layers);
+        // One more: the copy of the prefix's shared tail.
         let own_blocks = own.div_ceil(layout.block_size) + 1;
         let left = layout.num_blocks.saturating_sub(prefix.div_ceil(layout.block_size));
         let q_width = model.num_q_heads * model.head_dim;
@@ -48,7 +49,7 @@ impl MemoryPlan {
             kv_blocks: layout.num_blocks,
             block_size: layout.block_size,
             kv_bytes_per_token: block_bytes / layout.block_size as u64,
-            kv_bytes_per_branch: own_blocks as u64 * block_bytes,
+            kv_bytes_per_branch: (own_blocks as u64).saturating_mul(block_bytes),
             max_branches: left / own_blocks,
         })
     }
