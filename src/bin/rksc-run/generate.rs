@@ -73,6 +73,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
         (prompt, None) => prompt.clone().unwrap_or_default(),
     };
+    anyhow::ensure!(!prompt.is_empty(), "--prompt: is empty");
     let mut engine = args.engine.open()?;
     let tokenizer = args.engine.tokenizer()?;
     let prompt_tokens = tokenizer.encode(&prompt)?;
