@@ -431,12 +431,6 @@ impl Engine {
         self.pool.reset_peak();
     }
 
-    /// Blocks, tables and cache agree with each other; a description of the first disagreement otherwise.
-    pub fn check_integrity(&self) -> Result<()> {
-        self.pool.check_integrity()?;
-        self.cache.check_integrity(&self.pool)
-    }
-
     /// For tests: the next step that reserves anything is refused its memory, once. `at` is how many of the plan's
     /// branches have theirs by then; from their number on it is the pass that gets none.
     #[doc(hidden)]
