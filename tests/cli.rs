@@ -351,6 +351,37 @@ fn inspect_plan_and_devices_speak_json() {
     assert_eq!(levels, simd_levels());
 }
 
+/// A pack of one's own: other words around the problem, another form of answer, approaches from a file.
+#[test]
+fn solve_takes_another_prompt_pack_and_other_approaches() {
+    let dir = folder();
+    let at = dir.path();
+    let mut pack: Value = serde_json::from_str(&read(&model_file("prompts.json"))).unwrap();
+    pack["name"] = "mine".into();
+    pack["approach"] = "\nApproach #{number}: Count. {approach}\nStep 1:".into();
+    // The result of the last step instead of the sentence behind it, which is cut off.
+    pack["answer_pattern"] = "=(-?[0-9]+)".into();
+    pack["stops"] = serde_json::json!(["\nThe answer"]);
+    std::fs::write(at.join("pack"), pack.to_string()).unwrap();
+    std::fs::write(at.join("approaches"), "Use short equations.\n\nEquations, short ones.\nUse equations.\n").unwrap();
+    let args = ["solve", "--limit", "4", "--prompts", "pack", "--approaches", "approaches", "-B", "3", "--json"];
+    let report = json(at, &[&args[..], &["--policy", "exact", "--out", "o"]].concat());
+    assert_eq!((&report["problems"], &report["verify"]["run"]), (&4.into(), &12.into()));
+    assert!(report["correct"].as_u64().unwrap() >= 3, "{report}");
+    for line in lines(&at.join("o")) {
+        for branch in line["branches"].as_array().unwrap() {
+            let text = branch["text"].as_str().unwrap();
+            assert!(!text.contains("The answer") && branch["ended"] == "end-token", "{text:?}");
+            let last = text.rsplit_once('=').and_then(|(_, t)| t.lines().next());
+            assert_eq!(branch["answer"].as_str(), last, "{text:?}");
+        }
+    }
+    refused(at, &[&args[..4], &["pack", "--approaches", "approaches", "-B", "4"]].concat(), 1, "3 approaches");
+    pack["no"] = serde_json::json!(["not at all"]);
+    std::fs::write(at.join("pack"), pack.to_string()).unwrap();
+    refused(at, &["solve", "--prompts", "pack"], 1, "prompts: no: \"not at all\" is not a single token");
+}
+
 #[test]
 fn mistakes_are_named_with_their_exit_status() {
     let dir = folder();

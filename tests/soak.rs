@@ -182,7 +182,8 @@ fn refused_allocations_leave_every_branch_as_it_was() {
             let after = views(&engine, &branches);
             for (before, after) in before.iter().zip(&after) {
                 assert!(before.0 == after.0 && before.1 == after.1, "step {steps}: a refused step left its mark");
-                let kept = |s: &BranchStats| (s.num_generated_tokens, s.ended, s.mean_confidence.to_bits(), s.votes.to_bits());
+                let kept =
+                    |s: &BranchStats| (s.num_generated_tokens, s.ended, s.mean_confidence.to_bits(), s.votes.to_bits());
                 assert_eq!(kept(&before.2), kept(&after.2));
             }
             // Unless it made room, or looked into the prefix cache, not a block has moved.
