@@ -72,9 +72,7 @@ impl EngineConfig {
         if self.max_batch_tokens == 0 || self.max_batch_tokens > 1 << 20 {
             return Err(Error::config("max-batch-tokens", "must be between 1 and 1048576"));
         }
-        if self.threads > 1024 {
-            return Err(Error::config("threads", "must be at most 1024 (0 takes one per core)"));
-        }
+        check_threads(self.threads)?;
         match self.device.as_str() {
             "auto" | "cpu" => Ok(()),
             d if d.starts_with("cuda") => {
@@ -83,6 +81,14 @@ impl EngineConfig {
             d => Err(Error::config("device", format!("{d:?} is unknown; use auto, cpu or cuda:N"))),
         }
     }
+}
+
+/// Refuses what is no number of threads but a mistake.
+pub(crate) fn check_threads(threads: usize) -> Result<()> {
+    if threads > 1024 {
+        return Err(Error::config("threads", "must be at most 1024 (0 takes one per core)"));
+    }
+    Ok(())
 }
 
 /// Bytes the machine can give without swapping, if it says.
