@@ -100,11 +100,17 @@ impl EngineConfig {
         if self.max_batch_tokens == 0 || self.max_batch_tokens > 1 << 20 {
             return Err(Error::config("max-batch-tokens", "must be between 1 and 1048576"));
         }
-        if self.threads > 1024 {
-            return Err(Error::config("threads", "must be at most 1024 (0 takes one per core)"));
-        }
+        check_threads(self.threads)?;
         self.device.parse::<DeviceChoice>().map(drop)
     }
+}
+
+/// Refuses what is no number of threads but a mistake.
+pub(crate) fn check_threads(threads: usize) -> Result<()> {
+    if threads > 1024 {
+        return Err(Error::config("threads", "must be at most 1024 (0 takes one per core)"));
+    }
+    Ok(())
 }
 
 /// Bytes the machine can give without swapping, if it says.

@@ -3,7 +3,7 @@
 //! A branch is made by [`prefill`](Engine::prefill) or [`fork`](Engine::fork) and named by a [`BranchId`]. Nothing is
 //! computed until the next step, so a prompt and the suffixes of its forks run packed in one pass. A step is
 //! *decide -> reserve -> run -> interpret -> commit*; only the commit changes the tree, so a refused or failed step
-//! leaves every branch as it was.
+//! leaves every branch as it was. The same holds for every call that returns an error, unless its text says what stays.
 //!
 //! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
 //! object, and outputs go to buffers of the caller.
@@ -118,6 +118,8 @@ pub struct Engine {
     totals: EngineStats,
     batch: Batch,
     queries: Vec<RowQuery>,
+    /// See [`Engine::fail_allocation`].
+    fault: Option<usize>,
 }
 
 impl Engine {
@@ -256,23 +258,25 @@ impl Engine {
         best.map(|(b, _)| b.id).ok_or_else(|| Error::config("select", "needs at least one branch"))
     }
 
-    /// Lets a branch generate from its next step on. Refused when the tokens it may generate can never fit.
+    /// Lets a branch generate from its next step on. Refused when the tokens it may generate can never fit. A branch
+    /// that may generate none has ended, and says so in an event.
     pub fn start(&mut self, branch: BranchId, params: GenerateParams) -> Result<()> {
         params.sampling.validate()?;
         self.check_tokens(&params.end_tokens)?;
         let len = self.tree.get(branch)?.tokens.len();
-        self.check_fits((len + params.max_new_tokens).min(self.model.max_position_embeddings))?;
+        self.check_fits(len.saturating_add(params.max_new_tokens).min(self.model.max_position_embeddings))?;
         self.reopen_last_row(branch)?;
         let b = self.tree.get_mut(branch)?;
         b.prompt_len = b.tokens.len();
         b.num_generated = 0;
         b.confidence_sum = 0.0;
         b.confidence_steps = 0;
-        b.mode = if params.max_new_tokens == 0 {
-            Mode::Ended(EndReason::Length)
+        if params.max_new_tokens > 0 {
+            b.mode = Mode::Generating(Box::new(params));
         } else {
-            Mode::Generating(Box::new(params))
-        };
+            b.mode = Mode::Ended(EndReason::Length);
+            self.events.push_back(Event { branch, kind: EventKind::Ended(EndReason::Length) });
+        }
         Ok(())
     }
 
@@ -298,7 +302,8 @@ impl Engine {
     }
 
     /// Appends `tokens` and runs steps until they are computed (other branches advance too). `logprobs[i]` becomes the
-    /// natural-log probability of `tokens[i]` given all before it; NaN for the first token of a root.
+    /// natural-log probability of `tokens[i]` given all before it; NaN for the first token of a root. When a step fails
+    /// or is cancelled, `logprobs` is untouched, and the tokens stay with the branch.
     pub fn score(&mut self, branch: BranchId, tokens: &[u32], logprobs: &mut [f32]) -> Result<()> {
         if tokens.len() != logprobs.len() {
             return Err(Error::Shape {
@@ -310,11 +315,7 @@ impl Engine {
         let from = self.tree.get(branch)?.tokens.len();
         self.append(branch, tokens)?;
         self.score_pending(branch, from)?;
-        self.run_until_computed(branch)?;
-        let b = self.tree.get_mut(branch)?;
-        logprobs.copy_from_slice(&b.scores);
-        b.score_from = None;
-        Ok(())
+        self.finish_score(branch, logprobs)
     }
 
     /// As [`score`](Self::score) for a root that has not run yet: the log-probabilities of all its tokens.
@@ -325,10 +326,16 @@ impl Engine {
         }
         self.tree.get_mut(branch)?.salt = None; // every row must be computed
         self.score_pending(branch, 0)?;
-        self.run_until_computed(branch)?;
+        self.finish_score(branch, logprobs)
+    }
+
+    /// Runs until the scores are there. After an error nothing is scored any more; what has run stays computed.
+    fn finish_score(&mut self, branch: BranchId, logprobs: &mut [f32]) -> Result<()> {
+        let outcome = self.run_until_computed(branch);
         let b = self.tree.get_mut(branch)?;
-        logprobs.copy_from_slice(&b.scores);
         b.score_from = None;
+        outcome?;
+        logprobs.copy_from_slice(&b.scores);
         Ok(())
     }
 
@@ -352,7 +359,11 @@ impl Engine {
         }
         match self.tree.get(branch)?.mode {
             Mode::Ended(EndReason::NonFinite) => {
-                let position = self.tree.get(branch)?.num_computed;
+                let b = self.tree.get(branch)?;
+                // The first token without a score stands behind the first row that was not finite.
+                let is_unscored = |from: usize, i: usize| b.scores.get(i - from).is_some_and(|x| x.is_nan());
+                let unscored = b.score_from.and_then(|f| (f.max(1)..b.num_computed).find(|&i| is_unscored(f, i)));
+                let position = unscored.unwrap_or(b.num_computed).saturating_sub(1);
                 Err(Error::NonFinite { branch: branch.to_string(), position })
             }
             _ => Ok(()),
@@ -420,10 +431,11 @@ impl Engine {
         self.pool.reset_peak();
     }
 
-    /// Blocks, tables and cache agree with each other; a description of the first disagreement otherwise.
-    pub fn check_integrity(&self) -> Result<()> {
-        self.pool.check_integrity()?;
-        self.cache.check_integrity(&self.pool)
+    /// For tests: the next step that reserves anything is refused its memory, once. `at` is how many of the plan's
+    /// branches have theirs by then; from their number on it is the pass that gets none.
+    #[doc(hidden)]
+    pub fn fail_allocation(&mut self, at: usize) {
+        self.fault = Some(at);
     }
 
     fn arrive(&mut self) -> u64 {

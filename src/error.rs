@@ -100,7 +100,9 @@ pub enum Error {
         bytes: u64,
     },
     /// A branch produced a NaN or an infinity. Its siblings are untouched.
-    #[error("branch {branch}: logits are not finite at position {position}")]
+    #[error(
+        "branch {branch}: logits are not finite at position {position} (damaged weights, or numbers too large for the compute type: try --check-tensors, or --dtype f32)"
+    )]
     NonFinite {
         /// The branch that ended.
         branch: String,
@@ -166,11 +168,11 @@ impl Error {
             Self::Config { .. } | Self::Shape { .. } | Self::Unsupported { .. } | Self::Branch { .. } => {
                 ErrorCode::Caller
             }
-            Self::Io { .. } | Self::Format { .. } | Self::Weights { .. } => ErrorCode::File,
+            Self::Io { .. } | Self::Format { .. } | Self::Weights { .. } | Self::NonFinite { .. } => ErrorCode::File,
             Self::OutOfBlocks { .. } | Self::OutOfMemory { .. } => ErrorCode::Memory,
             Self::Device { .. } | Self::CudaUnavailable { .. } | Self::Cuda { .. } => ErrorCode::Device,
             Self::Cancelled => ErrorCode::Cancelled,
-            Self::NonFinite { .. } | Self::Block { .. } | Self::Internal(_) => ErrorCode::Internal,
+            Self::Block { .. } | Self::Internal(_) => ErrorCode::Internal,
         }
     }
 

@@ -77,7 +77,12 @@ impl PromptPack {
     }
 
     fn answer_regex(&self) -> std::result::Result<Regex, String> {
-        let regex = Regex::new(&self.answer_pattern).map_err(|e| format!("field answer_pattern: {e}"))?;
+        let regex = Regex::new(&self.answer_pattern).map_err(|e| {
+            // Its message draws the pattern over several lines; the last says what is wrong.
+            let text = e.to_string();
+            let why = text.lines().last().unwrap_or_default().trim_start_matches("error: ");
+            format!("field answer_pattern: {why}")
+        })?;
         if regex.captures_len() < 2 {
             return Err("field answer_pattern: needs a group around the answer".into());
         }

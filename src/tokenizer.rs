@@ -19,7 +19,7 @@ mod stop;
 
 pub use decode::IncrementalDecoder;
 use decode::TokenTable;
-pub use stop::StopMatcher;
+pub use stop::{StopMatcher, StopScanner};
 
 /// Larger than the largest vocabulary in use by an order of magnitude.
 const MAX_FILE_BYTES: u64 = 256 << 20;

@@ -4,6 +4,7 @@
 //! is the only one that edits it, and only when a step commits.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::backend::RowStats;
 use crate::error::{Error, Result};
@@ -11,7 +12,8 @@ use crate::kv::block_pool::BlockState;
 use crate::kv::block_table::BlockTable;
 use crate::sampler::SamplingParams;
 
-/// Handle of a branch. A handle of a pruned branch stays invalid for ever.
+/// Handle of a branch. A handle of a pruned branch stays invalid for ever, and one of another engine was never valid:
+/// generations are drawn from one counter for the whole process (it wraps after 2^32 branches).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct BranchId {
@@ -194,6 +196,15 @@ impl Branch {
     }
 }
 
+/// Never 0, so that a default handle names nobody.
+fn next_generation() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    match NEXT.fetch_add(1, Ordering::Relaxed) {
+        0 => NEXT.fetch_add(1, Ordering::Relaxed),
+        generation => generation,
+    }
+}
+
 /// The arena. Indices are reused; generations are not.
 #[derive(Debug, Default)]
 pub(crate) struct BranchTree {
@@ -216,7 +227,7 @@ impl BranchTree {
             (self.slots.len() - 1) as u32
         });
         let slot = &mut self.slots[index as usize];
-        slot.generation += 1;
+        slot.generation = next_generation();
         let id = BranchId { index, generation: slot.generation };
         slot.branch = Some(Box::new(make(id)));
         self.num_live += 1;

@@ -151,7 +151,45 @@ fn resume_after_a_torn_line_gives_the_uninterrupted_file() {
     assert_eq!((&again["problems"], &again["accuracy"]), (&0.into(), &Value::Null));
     assert_eq!(answers(&dir.path().join("whole")), whole);
     std::fs::write(dir.path().join("other"), "{\"id\": \"a\"}\n{\"x\": 1}\n").unwrap();
-    refused(dir.path(), &[&args[..], &["other", "--resume"]].concat(), 1, "other: line 2");
+    refused(dir.path(), &[&args[..], &["other", "--resume"]].concat(), 2, "other: line 2");
+    // What is not ours is not cut, even where it ends like a torn line.
+    for foreign in ["dear diary", "{\"id\": \"a\"}\nand more", "{\"name\": 1"] {
+        std::fs::write(dir.path().join("other"), foreign).unwrap();
+        refused(dir.path(), &[&args[..], &["other", "--resume"]].concat(), 2, "not a result of this command");
+        assert_eq!(read(&dir.path().join("other")), foreign);
+    }
+}
+
+#[test]
+fn resume_survives_a_tear_inside_a_character() {
+    let dir = folder();
+    let question = &problems("test", 1)[0].question;
+    let line = |id: &str| serde_json::json!({"id": id, "question": question}).to_string();
+    std::fs::write(dir.path().join("p"), [line("\u{e9}1"), line("\u{e9}2"), line("\u{e9}3")].join("\n")).unwrap();
+    let args = ["solve", "-B", "1", "--problems", "p", "--json", "--out", "o"];
+    ok(dir.path(), &args);
+    let whole = answers(&dir.path().join("o"));
+    let bytes = std::fs::read(dir.path().join("o")).unwrap();
+    let second = bytes.iter().position(|&b| b == b'\n').unwrap() + 1;
+    // `{"id":"` and the first of the two bytes of the letter.
+    std::fs::write(dir.path().join("o"), &bytes[..second + 8]).unwrap();
+    assert_eq!(json(dir.path(), &[&args[..], &["--resume"]].concat())["problems"], 2);
+    assert_eq!(answers(&dir.path().join("o")), whole);
+}
+
+#[test]
+fn nothing_is_overwritten_before_everything_else_is_known_to_be_sound() {
+    let dir = folder();
+    let at = dir.path();
+    std::fs::write(at.join("keep"), "kept").unwrap();
+    std::fs::write(at.join("pack.json"), "{}").unwrap();
+    std::fs::write(at.join("two"), "{\"tokens\": [1, 2]}\n{\"tokens\": [1, -2]}\n").unwrap();
+    refused(at, &["solve", "--prompts", "pack.json", "--out", "keep"], 2, "pack.json");
+    refused(at, &["solve", "--kv-cache-memory", "1KiB", "--out", "keep"], 3, "bytes are missing");
+    refused(at, &["solve", "-B", "0", "--out", "keep"], 1, "branches");
+    refused(at, &["score", "--in", "two", "--out", "keep"], 2, "two: line 2");
+    refused(at, &["score", "--in", "two", "--out", "keep", "-m", "nowhere"], 2, "two: line 2");
+    assert_eq!(read(&at.join("keep")), "kept");
 }
 
 #[cfg(unix)]
@@ -250,8 +288,12 @@ fn score_of_text_and_of_its_tokens_agree() {
     ];
     let input: Vec<String> = input.iter().map(Value::to_string).collect();
     std::fs::write(dir.path().join("in"), input.join("\n")).unwrap();
-    let stdout = ok(dir.path(), &["score", "--in", "in", "--out", "out", "--dtype", "f32", "--top-k", "4"]);
-    assert_eq!(stdout, "");
+    let args = ["score", "--in", "in", "--out", "out", "--dtype", "f32", "--top-k", "4"];
+    assert_eq!(ok(dir.path(), &args), "");
+    let sums = json(dir.path(), &[&args[..], &["--json"]].concat());
+    let total = 2 * tokens.len() + 1;
+    assert_eq!((&sums["lines"], &sums["tokens"], &sums["scored"]), (&3.into(), &total.into(), &(total - 3).into()));
+    assert!(sums["mean_logprob"].as_f64().unwrap() < 0.0);
     let records = lines(&dir.path().join("out"));
     assert_eq!(
         (&records[0]["id"], &records[1]["id"], &records[2]["id"]),
@@ -309,6 +351,37 @@ fn inspect_plan_and_devices_speak_json() {
     assert_eq!(levels, simd_levels());
 }
 
+/// A pack of one's own: other words around the problem, another form of answer, approaches from a file.
+#[test]
+fn solve_takes_another_prompt_pack_and_other_approaches() {
+    let dir = folder();
+    let at = dir.path();
+    let mut pack: Value = serde_json::from_str(&read(&model_file("prompts.json"))).unwrap();
+    pack["name"] = "mine".into();
+    pack["approach"] = "\nApproach #{number}: Count. {approach}\nStep 1:".into();
+    // The result of the last step instead of the sentence behind it, which is cut off.
+    pack["answer_pattern"] = "=(-?[0-9]+)".into();
+    pack["stops"] = serde_json::json!(["\nThe answer"]);
+    std::fs::write(at.join("pack"), pack.to_string()).unwrap();
+    std::fs::write(at.join("approaches"), "Use short equations.\n\nEquations, short ones.\nUse equations.\n").unwrap();
+    let args = ["solve", "--limit", "4", "--prompts", "pack", "--approaches", "approaches", "-B", "3", "--json"];
+    let report = json(at, &[&args[..], &["--policy", "exact", "--out", "o"]].concat());
+    assert_eq!((&report["problems"], &report["verify"]["run"]), (&4.into(), &12.into()));
+    assert!(report["correct"].as_u64().unwrap() >= 3, "{report}");
+    for line in lines(&at.join("o")) {
+        for branch in line["branches"].as_array().unwrap() {
+            let text = branch["text"].as_str().unwrap();
+            assert!(!text.contains("The answer") && branch["ended"] == "end-token", "{text:?}");
+            let last = text.rsplit_once('=').and_then(|(_, t)| t.lines().next());
+            assert_eq!(branch["answer"].as_str(), last, "{text:?}");
+        }
+    }
+    refused(at, &[&args[..4], &["pack", "--approaches", "approaches", "-B", "4"]].concat(), 1, "3 approaches");
+    pack["no"] = serde_json::json!(["not at all"]);
+    std::fs::write(at.join("pack"), pack.to_string()).unwrap();
+    refused(at, &["solve", "--prompts", "pack"], 1, "prompts: no: \"not at all\" is not a single token");
+}
+
 #[test]
 fn mistakes_are_named_with_their_exit_status() {
     let dir = folder();
@@ -326,11 +399,67 @@ fn mistakes_are_named_with_their_exit_status() {
     refused(at, &["solve", "--temperature=-1"], 1, "temperature");
     refused(at, &["generate", "-p", "x", "-n", "2", "--stream"], 1, "--stream");
     refused(at, &["plan", "--shape", "gpt-9"], 1, "gpt-9");
+    refused(at, &["bench", "ladder", "--shape", "gpt-9"], 1, "gpt-9");
+    // Nothing, too much, and more than a number holds.
+    let most = &usize::MAX.to_string();
+    refused(at, &["solve", "-B", "0"], 1, "branches: must be between 1 and 1024");
+    refused(at, &["solve", "-B", most], 1, "branches: must be between 1 and 1024");
+    refused(at, &["solve", "-B", "99999999999999999999"], 1, "99999999999999999999");
+    refused(at, &["solve", "--max-new-tokens", "0"], 1, "max-new-tokens");
+    refused(at, &["solve", "--agree", "0"], 1, "agree: must be at least 1");
+    refused(at, &["solve", "--concurrency", "0"], 1, "concurrency");
+    refused(at, &["solve", "--threads", most], 1, "threads: must be at most 1024");
+    refused(at, &["solve", "--temperature", "nan"], 1, "temperature");
+    refused(at, &["generate", "-p", ""], 1, "--prompt: is empty");
+    refused(at, &["generate", "-p", "x", "-n", "0"], 1, "-n: must be between");
+    refused(at, &["generate", "-p", &"x ".repeat(3000)], 1, "exceed the model's context of 2048");
+    refused(at, &["bench", "decode", "--context", most], 1, "--context");
+    refused(at, &["bench", "decode", "--steps", most], 1, "exceed the model's 2048");
+    refused(at, &["bench", "decode", "-B", "0"], 1, "-B");
+    refused(at, &["bench", "prefill", "--context", most], 1, "--context");
+    refused(at, &["bench", "prefill", "--shape", "tiny", "--context", "1", "--steps", most], 1, "--steps");
+    refused(at, &["bench", "gemm", "--shape", "tiny", "--rows", "0"], 1, "--rows");
+    refused(at, &["bench", "gemm", "--shape", "tiny", "--threads", most], 1, "threads");
+    refused(at, &["bench", "roof", "--threads", most], 1, "threads");
+    refused(at, &["bench", "ladder", "--limit", "0"], 1, "--limit: leaves no problems");
+    refused(at, &["bench", "ladder", "--rounds", "0"], 1, "--rounds");
+    refused(at, &["solve", "--kv-cache-memory", "1e30"], 3, "out of memory");
+    let plan = json(at, &["plan", "--json", "--prefix", most, "--own", most]);
+    assert_eq!((&plan["max_branches"], &plan["kv_bytes_per_branch"]), (&0.into(), &u64::MAX.into()));
+    for (n, tokens) in [("0", 0), ("3", 3)] {
+        let none = json(at, &["generate", "-p", "x", "--max-new-tokens", n, "--json"]);
+        assert_eq!(
+            (&none["usage"]["completion_tokens"], &none["choices"][0]["finish_reason"]),
+            (&tokens.into(), &"length".into())
+        );
+    }
+    assert_eq!(json(at, &["solve", "--limit", "1", "--max-new-tokens", most, "--json"])["correct"], 1);
+    assert_eq!(json(at, &["solve", "--limit", "0", "--json"])["problems"], 0);
     // Files.
     refused(at, &["generate", "-p", "x", "-m", "nowhere"], 2, "nowhere");
     refused(at, &["solve", "-m", "nowhere"], 2, "nowhere");
     refused(at, &["solve", "--problems", "nowhere.jsonl"], 2, "nowhere.jsonl");
     refused(at, &["score", "--in", "nowhere.jsonl", "--out", "o"], 2, "nowhere.jsonl");
+    for (line, what) in [
+        ("nonsense", "line 1"),
+        ("{}", "needs either"),
+        ("{\"tokens\": [1], \"text\": \"x\"}", "needs either"),
+        ("{\"tokens\": [4294967296]}", "line 1"),
+    ] {
+        std::fs::write(at.join("in"), line).unwrap();
+        refused(
+            at,
+            &["score", "--in", "in", "--out", "o"],
+            2,
+            &format!("in: line 1: {}", what.trim_start_matches("line 1")),
+        );
+    }
+    for line in ["{\"tokens\": []}", "{\"text\": \"\"}", "{\"tokens\": [768]}"] {
+        std::fs::write(at.join("in"), line).unwrap();
+        refused(at, &["score", "--in", "in", "--out", "o"], 1, "in: line 1: tokens");
+    }
+    let twice = stderr(&run(at, &["solve", "--problems", "nowhere.jsonl"]));
+    assert_eq!(twice.matches("No such file").count(), 1, "{twice}");
     std::fs::write(at.join("bad.jsonl"), "{\"id\": 1, \"question\": \"q\"}\n{\"id\": 2}\n").unwrap();
     refused(at, &["solve", "--problems", "bad.jsonl"], 2, "bad.jsonl: line 2: field question");
     std::fs::write(at.join("good.jsonl"), "{\"id\": 1, \"question\": \"q\"}\n").unwrap();
@@ -355,4 +484,81 @@ fn verbose_logs_and_progress_stay_off_stdout() {
     let script = ok(dir.path(), &["completions", "bash"]);
     assert!(script.contains("rksc-run"));
     assert!(ok(dir.path(), &["--version"]).starts_with("rksc-run "));
+}
+
+/// Whatever a command says, `--json` says it as one value on stdout, with the fields that others build on.
+#[test]
+fn bench_commands_speak_json() {
+    let dir = folder();
+    let tiny = |args: &[&str]| {
+        let all = [&["bench"], args, &["--shape", "tiny", "--json", "--threads", "1"]].concat();
+        json(dir.path(), &all)
+    };
+    let ladder = tiny(&["ladder", "--limit", "2", "-B", "2", "--dtype", "f32"]);
+    assert_eq!((&ladder["dtype"], &ladder["problems"]), (&"f32".into(), &2.into()));
+    let policies = ladder["policies"].as_array().unwrap();
+    let names: Vec<&str> = policies.iter().map(|p| p["policy"].as_str().unwrap()).collect();
+    assert_eq!(names, ["no-sharing", "paper-baseline", "exact-fresh", "exact", "rksc-paper", "rksc"]);
+    for p in policies {
+        for key in ["p10", "p50", "p90", "mean"] {
+            assert!(p["latency_ms"][key].as_f64().unwrap() > 0.0, "latency_ms.{key}");
+        }
+        for key in ["prefill", "decode", "verify"] {
+            assert!(p["tokens"][key].as_u64().unwrap() > 0, "tokens.{key}");
+        }
+        for key in ["peak", "shared", "private"] {
+            assert!(p["blocks"][key].is_u64(), "blocks.{key}");
+        }
+        assert!(p["accuracy"].is_null() && p["agreement"] == 1.0 && p["skip_rate"] == 0.0, "{p}");
+    }
+    // Two problems of a prefix of 1024 and two branches of 32: each alone, or the prefix once.
+    assert_eq!(policies[0]["tokens"]["prefill"], 2 * 2 * (1024 + 32));
+    assert_eq!(policies[5]["tokens"]["prefill"], 2 * (1024 + 2 * 32));
+    for other in ["no-sharing", "paper-baseline", "exact-fresh", "exact"] {
+        let ratio = &ladder["ratios"][format!("{other}/rksc")];
+        let of = |key: &str| ratio[key].as_f64().unwrap_or_else(|| panic!("{other}: {key} in {ratio}"));
+        assert!(of("lo") <= of("value") && of("value") <= of("hi") && of("ceiling") > 0.0, "{other}: {ratio}");
+    }
+    for bench in ["decode", "prefill"] {
+        let report = tiny(&[bench, "-B", "1,3", "--context", "20", "--steps", "2", "--dtype", "f32"]);
+        assert_eq!((&report["bench"], &report["dtype"]), (&bench.into(), &"f32".into()));
+        let cases = report["cases"].as_array().unwrap();
+        assert!(cases.len() == 2 && cases.iter().all(|c| c["ms"]["p50"].as_f64().unwrap() > 0.0), "{report}");
+    }
+}
+
+/// Every command explains itself, and takes `--json` and `--dtype` where it has anything to compute or to say.
+#[test]
+fn every_command_has_its_help() {
+    let dir = folder();
+    for command in [
+        "solve",
+        "generate",
+        "score",
+        "inspect",
+        "plan",
+        "bench ladder",
+        "bench roof",
+        "bench gemm",
+        "bench decode",
+        "bench prefill",
+    ] {
+        let args: Vec<&str> = command.split(' ').chain(["--help"]).collect();
+        let help = ok(dir.path(), &args);
+        assert!(help.contains("--json") && help.contains("--dtype"), "{command}: {help}");
+    }
+    assert!(ok(dir.path(), &["devices", "--help"]).contains("--json"));
+}
+
+/// A reader that goes away early ends the command quietly.
+#[cfg(unix)]
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let dir = folder();
+    for args in [&["solve"][..], &["devices"], &["inspect", "--tensors"], &["completions", "bash"], &["plan"]] {
+        let mut child = command(dir.path()).args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let out = child.wait_with_output().unwrap();
+        assert!(!stderr(&out).contains("panicked") && out.status.code() == Some(0), "{args:?}: {}", stderr(&out));
+    }
 }

@@ -160,5 +160,5 @@ fn a_steady_decode_step_allocates_little_and_always_the_same() {
     assert_eq!(counts[0].0, STEADY_ALLOCATIONS);
 }
 
-/// Small vectors (8.5 KB in all) of the plan, the queries, the answers and the debug build's integrity check.
-const STEADY_ALLOCATIONS: u64 = 64;
+/// Small vectors (10.6 KB in all) of the plan, the queries, the answers and the debug build's integrity check.
+const STEADY_ALLOCATIONS: u64 = 65;

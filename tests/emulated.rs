@@ -119,8 +119,8 @@ fn sampled_tokens_agree() {
         ..Default::default()
     };
     let params = GenerateParams { sampling, max_new_tokens: 12, ..greedy_to_end() };
-    let tokens = ["cpu", "emulated"]
-        .map(|device| solve(&mut on(device, |c| c.dtype = DType::F32), tasks[0].as_ref(), &params));
+    let tokens =
+        ["cpu", "emulated"].map(|device| solve(&mut on(device, |c| c.dtype = DType::F32), tasks[0].as_ref(), &params));
     assert_eq!(tokens[0], tokens[1]);
 }
 

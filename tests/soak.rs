@@ -6,7 +6,9 @@ mod common;
 use std::collections::HashSet;
 
 use common::*;
-use rksc::engine::{BranchId, Engine, Event, EventKind, GenerateParams, PrefillOptions};
+use rksc::engine::{
+    BranchId, BranchStats, Engine, EngineStats, Event, EventKind, GenerateParams, PrefillOptions, RowAnswer,
+};
 use rksc::sampler::SamplingParams;
 use rksc::{DType, Error};
 
@@ -131,6 +133,105 @@ fn six_hundred_requests_leave_nothing_behind() {
     engine.clear_prefix_cache().unwrap();
     engine.check_integrity().unwrap();
     assert_eq!(engine.engine_stats().blocks_used, 0);
+}
+
+/// What the owners of `branches` see of them.
+fn views(engine: &Engine, branches: &[BranchId]) -> Vec<(Vec<u32>, Option<RowAnswer>, BranchStats)> {
+    let view = |&b: &BranchId| {
+        let stats = BranchStats { entropy: 0.0, ..engine.stats(b).unwrap() }; // NaN before the first row; `row` has it
+        (engine.tokens(b).unwrap().to_vec(), engine.row(b).unwrap().cloned(), stats)
+    };
+    branches.iter().map(view).collect()
+}
+
+#[test]
+fn refused_allocations_leave_every_branch_as_it_was() {
+    const NUM: u64 = 400;
+    let common = Rng(1).tokens(150);
+    let mut huge = engine(|_| {});
+    let undisturbed: Vec<Vec<Vec<u32>>> = (0..NUM)
+        .map(|seed| {
+            let request = submit(&mut huge, &mut Rng(seed), &common);
+            let (tokens, _) = finish(&mut huge, &request.branches);
+            request.branches.into_iter().for_each(|b| huge.prune(b).unwrap());
+            tokens
+        })
+        .collect();
+
+    let mut engine = small(72);
+    let mut rng = Rng(20_240_602);
+    let mut live: Vec<(u64, Request)> = Vec::new();
+    let mut at_rest: HashSet<BranchId> = HashSet::new();
+    let (mut submitted, mut finished, mut cancelled, mut steps, mut refused, mut untouched) = (0, 0, 0, 0, 0, 0);
+    while submitted < NUM || !live.is_empty() {
+        while submitted < NUM && live.len() < MAX_IN_FLIGHT && rng.below(3) != 0 {
+            live.push((submitted, submit(&mut engine, &mut Rng(submitted), &common)));
+            submitted += 1;
+        }
+        // One step in twenty gets no memory: before its first branch, between two of them, or for the pass itself.
+        if engine.has_work() && rng.below(20) == 0 {
+            let branches: Vec<BranchId> = live.iter().flat_map(|(_, r)| r.branches.clone()).collect();
+            let (before, totals) = (views(&engine, &branches), engine.engine_stats());
+            engine.fail_allocation(rng.below(MAX_IN_FLIGHT));
+            match engine.step() {
+                Err(Error::OutOfMemory { what: "a step", bytes }) => assert!(bytes > 0),
+                other => panic!("step {steps}: {other:?} instead of OutOfMemory"),
+            }
+            refused += 1;
+            engine.check_integrity().unwrap_or_else(|e| panic!("step {steps}: {e}"));
+            let after = views(&engine, &branches);
+            for (before, after) in before.iter().zip(&after) {
+                assert!(before.0 == after.0 && before.1 == after.1, "step {steps}: a refused step left its mark");
+                let kept =
+                    |s: &BranchStats| (s.num_generated_tokens, s.ended, s.mean_confidence.to_bits(), s.votes.to_bits());
+                assert_eq!(kept(&before.2), kept(&after.2));
+            }
+            // Unless it made room, or looked into the prefix cache, not a block has moved.
+            let totals_after = engine.engine_stats();
+            let made_room = |s: &EngineStats| (s.preemptions, s.tokens_from_cache, s.blocks_cached);
+            if made_room(&totals) == made_room(&totals_after) {
+                untouched += 1;
+                assert!(before == after, "step {steps}: blocks moved");
+                assert_eq!(totals_after.blocks_used, totals.blocks_used);
+            }
+        }
+        engine.step().unwrap_or_else(|e| panic!("step {steps}, {submitted} requests in: {e}"));
+        steps += 1;
+        assert!(steps < 200_000, "no end in sight: {finished} finished, {cancelled} cancelled");
+        while let Some(Event { branch, kind }) = engine.next_event() {
+            if matches!(kind, EventKind::Ready | EventKind::Ended(_)) {
+                at_rest.insert(branch);
+            }
+        }
+        for i in (0..live.len()).rev() {
+            let (seed, request) = &mut live[i];
+            let cancel = request.cancelled_in == Some(0);
+            request.cancelled_in = request.cancelled_in.map(|n| n.saturating_sub(1));
+            if cancel {
+                cancelled += 1;
+            } else if request.branches.iter().all(|b| at_rest.contains(b)) {
+                for (&b, expected) in request.branches.iter().zip(&undisturbed[*seed as usize]) {
+                    assert_eq!(engine.tokens(b).unwrap(), expected, "request {seed}: another answer");
+                }
+                finished += 1;
+            } else {
+                continue;
+            }
+            let (_, request) = live.swap_remove(i);
+            request.branches.into_iter().for_each(|b| engine.prune(b).unwrap());
+        }
+    }
+    let stats = engine.engine_stats();
+    println!(
+        "{finished} finished, {cancelled} cancelled, {refused} of {steps} steps refused, {untouched} of them without a \
+         block moved; {} preemptions",
+        stats.preemptions
+    );
+    assert!(finished + cancelled == NUM && cancelled > NUM / 10 && finished > NUM / 2);
+    assert!(refused > steps / 40 && untouched > refused / 4 && stats.preemptions > 0);
+    engine.clear_prefix_cache().unwrap();
+    engine.check_integrity().unwrap();
+    assert_eq!((engine.engine_stats().branches, engine.engine_stats().blocks_used), (0, 0));
 }
 
 /// Runs to the end; tokens of every branch, and the most often that any was preempted.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rksc::tokenizer::{StopMatcher, Tokenizer};
+use rksc::tokenizer::{StopMatcher, StopScanner, Tokenizer};
 
 fn bundled() -> Tokenizer {
     Tokenizer::from_file(Path::new("models/tinymath/tokenizer.json")).unwrap()
@@ -275,4 +275,36 @@ fn stop_strings_are_found_across_tokens() {
         hit
     });
     assert_eq!((hit, shown.as_str()), (Some(1), "6-2=4\nThe answer is 4."));
+}
+
+#[test]
+fn a_scanner_keeps_the_tokens_before_the_first_that_completes_a_stop_string() {
+    let tokenizer = bundled();
+    let mut rng = Rng(77);
+    let mut hits = 0;
+    for case in 0..2_000 {
+        let len = 1 + rng.below(40);
+        let ids: Vec<u32> = (0..len).map(|_| rng.below(tokenizer.vocab_size()) as u32).collect();
+        let texts: Vec<String> = (0..=len).map(|n| tokenizer.decode(&ids[..n]).unwrap()).collect();
+        // Pieces of the text itself, cut anywhere, and one that is not in it. Half a character is nobody's stop string.
+        let chars: Vec<char> = texts[len].chars().collect();
+        let piece = |rng: &mut Rng| -> String {
+            let from = rng.below(chars.len());
+            chars[from..].iter().take(1 + rng.below(6)).filter(|&&c| c != char::REPLACEMENT_CHARACTER).collect()
+        };
+        let stops: Vec<String> =
+            [piece(&mut rng), piece(&mut rng), "\u{2603}".into()].into_iter().filter(|s| !s.is_empty()).collect();
+        // The slow way: the whole text after every token.
+        let expected = (1..=len).find(|&n| stops.iter().any(|s| texts[n].contains(s.as_str()))).map(|n| n - 1);
+        hits += usize::from(expected.is_some());
+        let mut scanner = StopScanner::new(tokenizer.decoder(), stops.clone());
+        assert_eq!(scanner.clone().scan(&ids).unwrap(), expected, "case {case}: {stops:?} all at once");
+        let mut seen = 0;
+        while seen < len {
+            seen = (seen + rng.below(4)).min(len);
+            let due = expected.filter(|&keep| keep < seen);
+            assert_eq!(scanner.scan(&ids[..seen]).unwrap(), due, "case {case}: {stops:?} after {seen} tokens");
+        }
+    }
+    assert!(hits > 1_000, "only {hits} cases had a stop");
 }

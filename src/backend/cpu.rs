@@ -124,6 +124,7 @@ pub struct Cpu {
 impl Cpu {
     /// `num_threads` threads (0: one per core) at a SIMD level this CPU has.
     pub fn new(num_threads: usize, level: SimdLevel) -> Result<Self> {
+        crate::config::check_threads(num_threads)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let num_threads = if num_threads == 0 { cores } else { num_threads };
         Ok(Self {

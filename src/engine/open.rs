@@ -80,6 +80,7 @@ impl Engine {
             totals: EngineStats::default(),
             batch: Batch::default(),
             queries: Vec::new(),
+            fault: None,
             config,
             model,
             layout,

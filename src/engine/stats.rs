@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::Engine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv::block_pool::BlockState;
 use crate::tree::{Branch, BranchId, EndReason, Mode};
 
@@ -181,6 +181,42 @@ impl Engine {
     /// What was loaded, and where it runs.
     pub fn info(&self) -> &ModelInfo {
         &self.info
+    }
+
+    /// Blocks, tables, cache and tree agree with each other: every block has as many owners as tables and cache entries
+    /// hold it, nothing else is in use, and every branch has the rows it says. A description of the first disagreement
+    /// otherwise.
+    pub fn check_integrity(&self) -> Result<()> {
+        self.pool.check_integrity()?;
+        self.cache.check_integrity(&self.pool)?;
+        let mut owners = vec![0u32; self.pool.num_blocks()];
+        let mut num_held = 0;
+        for b in self.tree.iter() {
+            b.table.check_integrity(&self.pool)?;
+            let is_away = b.swapped.is_some() || b.fork_point.is_some();
+            if b.state != BlockState::Compacted && b.table.len() != if is_away { 0 } else { b.num_computed } {
+                let why = format!("branch {}: {} rows for {} computed tokens", b.id, b.table.len(), b.num_computed);
+                return Err(Error::Internal(why));
+            }
+        }
+        let tables = || self.tree.iter().flat_map(|b| b.table.blocks().iter().copied().chain(b.table.copied_from()));
+        for id in tables().chain(self.cache.blocks()) {
+            if let Some(n) = owners.get_mut(id.index() as usize) {
+                num_held += usize::from(*n == 0);
+                *n += 1;
+            }
+        }
+        for id in tables().chain(self.cache.blocks()) {
+            let (count, expected) = (self.pool.ref_count(id)?, owners.get(id.index() as usize).copied());
+            if Some(count) != expected {
+                return Err(Error::Internal(format!("block {id} counts {count} owners and has {expected:?}")));
+            }
+        }
+        if self.pool.num_in_use() != num_held {
+            let why = format!("{} blocks are in use, {num_held} have an owner", self.pool.num_in_use());
+            return Err(Error::Internal(why));
+        }
+        Ok(())
     }
 
     /// Number of tables that hold each block.

@@ -30,7 +30,9 @@ struct Reserved {
 
 impl Engine {
     /// Runs one pass over every branch that has tokens to run, as far as the budget goes. An empty summary means that
-    /// nobody had work. After an error every branch is as it was before the call.
+    /// nobody had work. After an error every branch has the tokens, the row and the mode it had before the call, and the
+    /// next step goes on as if nothing had happened. What was done to make room stays done: branches that gave way
+    /// (each said so in an event) are recomputed later.
     pub fn step(&mut self) -> Result<StepSummary> {
         if self.cancel.is_raised() {
             return Err(Error::Cancelled);
@@ -45,6 +47,10 @@ impl Engine {
             }
         };
         let reserved = self.reserve(&plan)?;
+        if let Err(error) = self.trip(None) {
+            self.roll_back(reserved)?;
+            return Err(error);
+        }
         let batch = std::mem::take(&mut self.batch);
         let queries = std::mem::take(&mut self.queries);
         let result = self.runner.run(&batch, &queries, &self.gates);
@@ -123,7 +129,9 @@ impl Engine {
             }
         };
         let limit = match &b.mode {
-            Mode::Generating(params) => b.prompt_len + params.max_new_tokens,
+            Mode::Generating(params) => {
+                b.prompt_len.saturating_add(params.max_new_tokens).min(self.model.max_position_embeddings)
+            }
             _ => b.tokens.len(),
         };
         Ok(Candidate {
@@ -199,8 +207,9 @@ impl Engine {
         })?;
         self.clear_batch();
         let mut reserved = Vec::with_capacity(plan.len());
-        for item in plan {
-            if let Err(error) = self.reserve_item(item, &mut fresh, &mut reserved) {
+        for (i, item) in plan.iter().enumerate() {
+            let outcome = self.trip(Some(i)).and_then(|()| self.reserve_item(item, &mut fresh, &mut reserved));
+            if let Err(error) = outcome {
                 self.give_back(fresh)?;
                 self.roll_back(reserved)?;
                 return Err(error);
@@ -208,6 +217,18 @@ impl Engine {
         }
         self.give_back(fresh)?;
         Ok(reserved)
+    }
+
+    /// The failure that [`fail_allocation`](Self::fail_allocation) asked for, if this is its place: before item `Some(i)`
+    /// of the plan, or, `None`, before the pass.
+    fn trip(&mut self, item: Option<usize>) -> Result<()> {
+        match self.fault {
+            Some(at) if item.is_none_or(|i| i == at) => {
+                self.fault = None;
+                Err(Error::OutOfMemory { what: "a step", bytes: self.layout.block_bytes(self.model.num_layers) })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn give_back(&mut self, blocks: Vec<BlockId>) -> Result<()> {
@@ -365,10 +386,12 @@ impl Engine {
         let b = self.tree.get_mut(branch)?;
         match (b.scores.get_mut(idx), answer.watched.first()) {
             (Some(score), Some(&logprob)) => *score = logprob,
-            _ => {
+            // One event, however many rows are broken.
+            _ if b.mode != Mode::Ended(EndReason::NonFinite) => {
                 b.mode = Mode::Ended(EndReason::NonFinite);
                 self.events.push_back(Event { branch, kind: EventKind::Ended(EndReason::NonFinite) });
             }
+            _ => {}
         }
         Ok(())
     }
@@ -390,6 +413,10 @@ impl Engine {
         let b = self.tree.get_mut(branch)?;
         let mut ended = None;
         let mut token = None;
+        if b.mode == Mode::Ended(EndReason::NonFinite) {
+            b.last = Some(answer);
+            return Ok(());
+        }
         if answer.stats.finite != 1 {
             ended = Some(EndReason::NonFinite);
         } else if let (Mode::Generating(params), Some(next)) = (&b.mode, answer.token) {

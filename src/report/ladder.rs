@@ -148,13 +148,13 @@ impl Arm {
         self.results.iter().map(mean).collect()
     }
 
-    /// The first round of each problem. The others repeat its counts, since decoding repeats.
     /// Mean device time of a problem's prefill.
     fn prefill_ms(&self) -> f64 {
         let runs: Vec<f64> = self.results.iter().flatten().map(|r| r.phase_ms.prefill).collect();
         runs.iter().sum::<f64>() / runs.len().max(1) as f64
     }
 
+    /// The first round of each problem. The others repeat its counts, since decoding repeats.
     fn first_round(&self) -> impl Iterator<Item = &ProblemResult> {
         self.results.iter().filter_map(|rounds| rounds.first())
     }

@@ -35,6 +35,7 @@ impl MemoryPlan {
         config.validate()?;
         let layout = kv_layout(config, model, available_memory().map(|free| free / 4))?;
         let block_bytes = layout.block_bytes(model.num_layers);
+        // One more: the copy of the prefix's shared tail.
         let own_blocks = own.div_ceil(layout.block_size) + 1;
         let left = layout.num_blocks.saturating_sub(prefix.div_ceil(layout.block_size));
         Ok(Self {
@@ -44,7 +45,7 @@ impl MemoryPlan {
             kv_blocks: layout.num_blocks,
             block_size: layout.block_size,
             kv_bytes_per_token: block_bytes / layout.block_size as u64,
-            kv_bytes_per_branch: own_blocks as u64 * block_bytes,
+            kv_bytes_per_branch: (own_blocks as u64).saturating_mul(block_bytes),
             max_branches: left / own_blocks,
         })
     }

@@ -146,6 +146,7 @@ impl SolverConfig {
         let check = |ok: bool, field: &str, why: &str| if ok { Ok(()) } else { Err(Error::config(field, why)) };
         check((1..=1024).contains(&self.num_branches), "branches", "must be between 1 and 1024")?;
         check(self.max_new_tokens >= 1, "max-new-tokens", "must be at least 1")?;
+        check(self.skip != SkipRule::Agreement { k: 0 }, "agree", "must be at least 1")?;
         check((1..=1024).contains(&self.concurrency), "concurrency", "must be between 1 and 1024")?;
         check(
             self.select != Select::ScoreSqrtConf || self.verify != VerifyMode::Off,

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::gate::step::{DecodeExit, is_decided};
 use crate::prompts::same_answer;
 use crate::report::{BranchResult, PhaseMs, ProblemResult, TokenCounts, VerifyOutcome};
+use crate::tokenizer::StopScanner;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -50,6 +51,8 @@ struct Candidate {
     confidence: f64,
     score: Option<f64>,
     blocks: (usize, usize),
+    /// Where a stop string may end it.
+    stops: Option<StopScanner>,
 }
 
 impl Run {
@@ -115,6 +118,7 @@ impl Run {
                 confidence: 0.0,
                 score: None,
                 blocks: (0, 0),
+                stops: task.stop_scanner(),
             });
             engine.append(id, suffix)?;
             engine.start(id, params.clone())?;
@@ -200,9 +204,10 @@ impl Run {
     fn settle_ended(&mut self, engine: &mut Engine, task: &dyn Task) -> Result<()> {
         for c in &mut self.branches {
             let generated = &engine.tokens(c.id)?[c.prompt_len..];
-            let stop = if c.generated.is_empty() { task.stop_at(generated)? } else { None };
+            let stop = c.stops.as_mut().map(|s| s.scan(generated)).transpose()?.flatten();
             if let Some(keep) = stop {
                 let keep = keep.max(1);
+                c.stops = None; // the first one settles it
                 if c.ended.is_none() {
                     engine.stop(c.id)?;
                 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::problems::Problem;
 use crate::prompts::{AnswerFinder, PromptPack};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{StopScanner, Tokenizer};
 
 /// What the solver needs to know of a problem.
 pub trait Task: Send {
@@ -19,9 +19,8 @@ pub trait Task: Send {
     fn branch(&self, idx: usize) -> Result<&[u32]>;
     /// Tokens that end a branch.
     fn end_tokens(&self) -> &[u32];
-    /// Where a solution ends early because of a stop string, given what was generated so far: the number of tokens to
-    /// keep.
-    fn stop_at(&self, generated: &[u32]) -> Result<Option<usize>>;
+    /// Watches one branch for the strings that end a solution early; `None` when there are none.
+    fn stop_scanner(&self) -> Option<StopScanner>;
     /// Asks for the verdict behind a solution.
     fn verify_suffix(&self) -> &[u32];
     /// A verification prompt that stands alone.
@@ -124,25 +123,9 @@ impl Task for TextTask {
         &self.pack.end_tokens
     }
 
-    fn stop_at(&self, generated: &[u32]) -> Result<Option<usize>> {
+    fn stop_scanner(&self) -> Option<StopScanner> {
         let stops = &self.pack.pack.stops;
-        if stops.is_empty() {
-            return Ok(None);
-        }
-        let hit = |n: usize| -> Result<bool> {
-            let text = self.pack.tokenizer.decode(&generated[..n])?;
-            Ok(stops.iter().any(|s| text.contains(s.as_str())))
-        };
-        if !hit(generated.len())? {
-            return Ok(None);
-        }
-        // The solution keeps the tokens before the first that completes a stop string.
-        for n in 1..generated.len() {
-            if hit(n)? {
-                return Ok(Some(n - 1));
-            }
-        }
-        Ok(Some(generated.len() - 1))
+        (!stops.is_empty()).then(|| StopScanner::new(self.pack.tokenizer.decoder(), stops.clone()))
     }
 
     fn verify_suffix(&self) -> &[u32] {
@@ -235,8 +218,8 @@ impl Task for SyntheticTask {
     fn end_tokens(&self) -> &[u32] {
         &[]
     }
-    fn stop_at(&self, _generated: &[u32]) -> Result<Option<usize>> {
-        Ok(None)
+    fn stop_scanner(&self) -> Option<StopScanner> {
+        None
     }
     fn verify_suffix(&self) -> &[u32] {
         &self.verify_suffix

@@ -1,5 +1,8 @@
 //! Stop strings that may be spread over tokens.
 
+use super::IncrementalDecoder;
+use crate::error::Result;
+
 /// Watches a stream of text for stop strings and holds back what may be the beginning of one.
 ///
 /// The first stop string to be *complete* wins (the longest, if several end together), so the outcome does not depend
@@ -61,5 +64,32 @@ impl StopMatcher {
                 self.held.is_char_boundary(at) && self.stops.iter().any(|s| s.as_bytes().starts_with(&bytes[at..]))
             })
             .unwrap_or(bytes.len())
+    }
+}
+
+/// Watches a branch's tokens for stop strings. Each token is decoded once, however often it is asked.
+#[derive(Clone, Debug)]
+pub struct StopScanner {
+    decoder: IncrementalDecoder,
+    stops: StopMatcher,
+    num_seen: usize,
+}
+
+impl StopScanner {
+    /// Watches for `stops` in what `decoder` makes of the tokens.
+    pub fn new(decoder: IncrementalDecoder, stops: Vec<String>) -> Self {
+        Self { decoder, stops: StopMatcher::new(stops), num_seen: 0 }
+    }
+
+    /// `tokens` are all of the branch's so far: those seen in earlier calls, then new ones. Returns how many come
+    /// before the first that completes a stop string.
+    pub fn scan(&mut self, tokens: &[u32]) -> Result<Option<usize>> {
+        while self.stops.hit().is_none()
+            && let Some(&token) = tokens.get(self.num_seen)
+        {
+            self.stops.push(&self.decoder.push(token)?);
+            self.num_seen += 1;
+        }
+        Ok(self.stops.hit().map(|_| self.num_seen - 1))
     }
 }

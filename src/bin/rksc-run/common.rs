@@ -224,11 +224,24 @@ pub(crate) fn exit(result: anyhow::Result<()>) -> ExitCode {
     if broken_pipe {
         return ExitCode::SUCCESS; // the reader has seen enough
     }
-    eprintln!("rksc-run: {error:#}");
+    eprintln!("rksc-run: {}", message(&error));
     let code = match error.downcast_ref::<Error>() {
         Some(error) => error.code() as i32,
         None if error.downcast_ref::<std::io::Error>().is_some() => 2,
         None => 1,
     };
     ExitCode::from(u8::try_from(code).unwrap_or(70))
+}
+
+/// The error and its causes, without those that the one before has quoted.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }

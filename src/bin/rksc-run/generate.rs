@@ -46,6 +46,9 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
 }
 
+/// Why a continuation ended whose numbers broke.
+const NON_FINITE: &str = "error: non_finite";
+
 /// One continuation on its way.
 struct Choice {
     branch: BranchId,
@@ -70,6 +73,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }
         (prompt, None) => prompt.clone().unwrap_or_default(),
     };
+    anyhow::ensure!(!prompt.is_empty(), "--prompt: is empty");
     let mut engine = args.engine.open()?;
     let tokenizer = args.engine.tokenizer()?;
     let prompt_tokens = tokenizer.encode(&prompt)?;
@@ -161,7 +165,7 @@ impl Choice {
         self.finish = Some(match reason {
             EndReason::EndToken => "stop".into(),
             EndReason::Length | EndReason::Context => "length".into(),
-            EndReason::NonFinite => "error: non_finite".into(),
+            EndReason::NonFinite => NON_FINITE.into(),
             EndReason::Stopped | EndReason::Dropped => "cancelled".into(),
         });
         Ok(())
@@ -216,6 +220,9 @@ fn report(
         for (i, c) in choices.iter().enumerate() {
             writeln!(out, "--- {} ({})\n{}", i + 1, c.finish.as_deref().unwrap_or(""), c.text)?;
         }
+    }
+    for (i, _) in choices.iter().enumerate().filter(|(_, c)| c.finish.as_deref() == Some(NON_FINITE)) {
+        eprintln!("continuation {}: {NON_FINITE} (damaged weights? try --check-tensors, or --dtype f32)", i + 1);
     }
     eprintln!(
         "{} prompt and {generated} generated tokens in {:.0} ms ({:.1} tokens/s); first token after {:.1} ms",

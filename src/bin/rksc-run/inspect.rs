@@ -86,7 +86,7 @@ pub(crate) fn devices(args: &JsonFlag) -> anyhow::Result<()> {
     if args.json {
         return print_json(&serde_json::json!({"devices": [{"name": "cpu", "cores": cores, "simd": levels}]}));
     }
-    println!("cpu     {cores} cores, kernels: {}", levels.join(", "));
-    println!("cuda    not in this build");
+    say!("cpu     {cores} cores, kernels: {}", levels.join(", "));
+    say!("cuda    not in this build");
     Ok(())
 }

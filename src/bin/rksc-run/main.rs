@@ -1,5 +1,13 @@
 //! `rksc-run`: the engine on the command line. Data goes to stdout, everything else to stderr.
 
+/// A line on stdout; a reader that has gone away is an error, not a panic.
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stdout(), $($arg)*)?
+    }};
+}
+
 mod bench;
 mod common;
 mod generate;
@@ -8,6 +16,7 @@ mod plan;
 mod score;
 mod solve;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -57,7 +66,13 @@ fn main() -> ExitCode {
         }
     };
     common::init_log(cli.verbose);
-    let result = match cli.command {
+    // A panic has printed itself; its exit status is that of a bug.
+    std::panic::catch_unwind(|| common::exit(run(cli.command)))
+        .unwrap_or_else(|_| ExitCode::from(rksc::ErrorCode::Internal as u8))
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Solve(args) => solve::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
@@ -66,9 +81,9 @@ fn main() -> ExitCode {
         Command::Devices(args) => inspect::devices(&args),
         Command::Bench(command) => bench::run(&command),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "rksc-run", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "rksc-run", &mut script);
+            Ok(std::io::stdout().write_all(&script)?)
         }
-    };
-    common::exit(result)
+    }
 }

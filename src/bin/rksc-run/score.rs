@@ -1,18 +1,19 @@
-//! `rksc-run score`.
+//! `rksc-run score`. The whole input is read and checked before the first line is written.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args as ClapArgs;
-use rksc::Engine;
 use rksc::engine::PrefillOptions;
 use rksc::tokenizer::Tokenizer;
+use rksc::{Engine, Error};
 use serde::Deserialize;
 
-use crate::common::{EngineArgs, progress};
+use crate::common::{EngineArgs, print_json, progress, read_text};
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -27,6 +28,9 @@ pub(crate) struct Args {
     /// Most likely next tokens to report.
     #[arg(long, default_value_t = 5)]
     top_k: usize,
+    /// One JSON object about the run on stdout.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Deserialize)]
@@ -36,53 +40,98 @@ struct Line {
     tokens: Option<Vec<u32>>,
 }
 
+/// A line of the input, as token ids.
+struct Item {
+    /// For messages.
+    at: String,
+    id: serde_json::Value,
+    tokens: Vec<u32>,
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let name = args.input.display();
-    let input = File::open(&args.input).with_context(|| name.to_string())?;
-    let lines: Vec<String> =
-        BufReader::new(input).lines().collect::<std::io::Result<_>>().with_context(|| name.to_string())?;
+    let text = read_text(&args.input)?;
+    let lines = parse(args, &text)?;
     let mut engine = args.engine.open()?;
-    let mut tokenizer: Option<Arc<Tokenizer>> = None;
+    let items = encode(args, lines)?;
     let out = File::create(&args.out).with_context(|| args.out.display().to_string())?;
     let mut out = BufWriter::new(out);
-    let bar = progress(lines.len());
-    for (i, text) in lines.iter().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let at = || format!("{name}: line {}", i + 1);
-        let line: Line = serde_json::from_str(text).with_context(at)?;
-        let tokens = match (line.tokens, line.text) {
-            (Some(tokens), None) => tokens,
-            (None, Some(text)) => {
-                if tokenizer.is_none() {
-                    tokenizer = Some(args.engine.tokenizer()?);
-                }
-                tokenizer.as_ref().map(|t| t.encode(&text)).transpose().with_context(at)?.unwrap_or_default()
-            }
-            _ => anyhow::bail!("{}: needs either \"text\" or \"tokens\"", at()),
-        };
-        let id = line.id.unwrap_or_else(|| format!("line-{}", i + 1).into());
-        let record = score(&mut engine, args.top_k, id, &tokens).with_context(at)?;
+    let bar = progress(items.len());
+    let started = Instant::now();
+    let (mut sum, mut scored) = (0.0, 0);
+    for item in &items {
+        let record = score(&mut engine, args.top_k, item).with_context(|| item.at.clone())?;
+        for logprob in record.token_logprobs.iter().flatten() {
+            sum += f64::from(*logprob);
+            scored += 1;
+        }
         serde_json::to_writer(&mut out, &record)?;
         out.write_all(b"\n")?;
         out.flush()?;
         bar.inc(1);
     }
     bar.finish_and_clear();
+    if args.json {
+        return print_json(&serde_json::json!({
+            "model": engine.info(), "lines": items.len(), "tokens": items.iter().map(|i| i.tokens.len()).sum::<usize>(),
+            "scored": scored, "mean_logprob": (scored > 0).then(|| sum / f64::from(scored)),
+            "seconds": started.elapsed().as_secs_f64(),
+        }));
+    }
     Ok(())
 }
 
-fn score(
-    engine: &mut Engine,
-    top_k: usize,
-    id: serde_json::Value,
-    tokens: &[u32],
-) -> anyhow::Result<serde_json::Value> {
-    let branch = engine.prefill(tokens, PrefillOptions::default())?;
-    let mut logprobs = vec![f32::NAN; tokens.len()];
+/// Every line with its number.
+fn parse(args: &Args, text: &str) -> Result<Vec<(usize, Line)>, Error> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
+    lines
+        .map(|(i, text)| {
+            let bad = |why: String| Error::Format { path: args.input.clone(), why: format!("line {}: {why}", i + 1) };
+            let line: Line = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+            let given = usize::from(line.text.is_some()) + usize::from(line.tokens.is_some());
+            if given == 1 { Ok((i + 1, line)) } else { Err(bad("needs either \"text\" or \"tokens\"".into())) }
+        })
+        .collect()
+}
+
+/// A tokenizer is needed only where there is text.
+fn encode(args: &Args, lines: Vec<(usize, Line)>) -> anyhow::Result<Vec<Item>> {
+    let mut tokenizer: Option<Arc<Tokenizer>> = None;
+    let mut items = Vec::with_capacity(lines.len());
+    for (number, line) in lines {
+        let at = format!("{}: line {number}", args.input.display());
+        let tokens = match (line.tokens, line.text) {
+            (Some(tokens), _) => tokens,
+            (None, text) => {
+                let tokenizer = match &tokenizer {
+                    Some(tokenizer) => tokenizer,
+                    None => tokenizer.insert(args.engine.tokenizer()?),
+                };
+                tokenizer.encode(&text.unwrap_or_default()).with_context(|| at.clone())?
+            }
+        };
+        items.push(Item { at, id: line.id.unwrap_or_else(|| format!("line-{number}").into()), tokens });
+    }
+    Ok(items)
+}
+
+/// A line of the output.
+#[derive(serde::Serialize)]
+struct Record<'a> {
+    id: &'a serde_json::Value,
+    tokens: &'a [u32],
+    token_logprobs: Vec<Option<f32>>,
+    last_top: Vec<(u32, f32)>,
+}
+
+fn score<'a>(engine: &mut Engine, top_k: usize, item: &'a Item) -> rksc::Result<Record<'a>> {
+    let branch = engine.prefill(&item.tokens, PrefillOptions::default())?;
+    let mut logprobs = vec![f32::NAN; item.tokens.len()];
     engine.watch(branch, &[], top_k)?;
     engine.score_prompt(branch, &mut logprobs)?;
-    let top = engine.row(branch)?.map(|row| row.top.clone()).unwrap_or_default();
+    let last_top = engine.row(branch)?.map(|row| row.top.clone()).unwrap_or_default();
     engine.prune(branch)?;
     while engine.next_event().is_some() {}
-    let logprobs: Vec<Option<f32>> = logprobs.into_iter().map(|x| x.is_finite().then_some(x)).collect();
-    Ok(serde_json::json!({"id": id, "tokens": tokens, "token_logprobs": logprobs, "last_top": top}))
+    let token_logprobs = logprobs.into_iter().map(|x| x.is_finite().then_some(x)).collect();
+    Ok(Record { id: &item.id, tokens: &item.tokens, token_logprobs, last_top })
 }

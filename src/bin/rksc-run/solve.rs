@@ -175,12 +175,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         None => source.sample_problems()?,
     };
     problems.truncate(args.limit.unwrap_or(usize::MAX));
+    let mut engine = args.engine.open()?;
+    let mut tasks = compile(args, &engine, &problems)?;
+    // Last: what is in the file stays there until everything else is known to be sound.
     let mut out = args.out.as_deref().map(|path| Out::open(path, args.resume)).transpose()?;
     if let Some(out) = &out {
         problems.retain(|p| !out.done.contains(&p.id));
+        tasks.retain(|t| !out.done.contains(t.id()));
     }
-    let mut engine = args.engine.open()?;
-    let tasks = compile(args, &engine, &problems)?;
 
     let bar = progress(tasks.len());
     let mut results: Vec<(usize, ProblemResult)> = Vec::with_capacity(tasks.len());
@@ -314,22 +316,33 @@ impl Out {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(!resume);
         let mut file = options.open(path).with_context(context)?;
-        let mut text = String::new();
+        let mut bytes = Vec::new();
         if resume {
-            file.read_to_string(&mut text).with_context(context)?;
+            file.read_to_end(&mut bytes).with_context(context)?;
         }
-        let whole = text.rfind('\n').map_or(0, |i| i + 1);
+        let (done, whole) =
+            Self::results(&bytes).map_err(|why| rksc::Error::Format { path: path.to_path_buf(), why })?;
         file.set_len(whole as u64).with_context(context)?;
         file.seek(SeekFrom::End(0)).with_context(context)?;
-        let mut done = HashSet::new();
-        for (i, line) in text[..whole].lines().enumerate() {
-            let value: serde_json::Value = serde_json::from_str(line)
-                .ok()
-                .filter(|v: &serde_json::Value| v["id"].is_string())
-                .with_context(|| format!("{}: line {}: not a result of this command", path.display(), i + 1))?;
-            done.extend(value["id"].as_str().map(str::to_string));
-        }
         Ok(Self { path: path.to_path_buf(), file, done })
+    }
+
+    /// Ids of the whole lines, and how many bytes those are. What follows them must be the beginning of a line of ours:
+    /// no other file is cut.
+    fn results(bytes: &[u8]) -> Result<(HashSet<String>, usize), String> {
+        const OPENING: &[u8] = b"{\"id\":";
+        let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1);
+        let (lines, torn) = bytes.split_at(whole);
+        let foreign = |i: usize| format!("line {}: not a result of this command", i + 1);
+        let mut done = HashSet::new();
+        let mut count = 0;
+        for line in lines.split_inclusive(|&b| b == b'\n') {
+            let value: Option<serde_json::Value> = serde_json::from_slice(line).ok();
+            let id = value.as_ref().and_then(|v| v["id"].as_str()).ok_or_else(|| foreign(count))?;
+            done.insert(id.to_string());
+            count += 1;
+        }
+        if torn.starts_with(OPENING) || OPENING.starts_with(torn) { Ok((done, whole)) } else { Err(foreign(count)) }
     }
 
     /// One write a line, so that an interruption loses at most the line in flight.

@@ -82,8 +82,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             "memory_read_gb_per_s": gb(read), "linear_gflops_1024_rows": flops / 1e9, "cases": cases,
         }));
     }
-    println!("{} | {} | {}", cpu_model(), cpu.describe(), args.cpu.dtype);
-    println!("roof: memory read {:.1} GB/s, linear at 1024 rows {:.0} GFLOP/s", gb(read), flops / 1e9);
+    say!("{} | {} | {}", cpu_model(), cpu.describe(), args.cpu.dtype);
+    say!("roof: memory read {:.1} GB/s, linear at 1024 rows {:.0} GFLOP/s", gb(read), flops / 1e9);
     let mut table = Table::new(&["layer", "in", "out", "rows", "us", "p10", "p90", "GB/s", "GFLOP/s", "of roof"]);
     for c in &cases {
         table.row(vec![

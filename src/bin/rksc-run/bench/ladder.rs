@@ -279,22 +279,23 @@ fn print(report: &LadderReport) -> anyhow::Result<()> {
     let problems = report.problems.max(1) as f64;
     report.policies.iter().for_each(|p| table.row(arm_cells(p, problems)));
     table.print()?;
-    println!(
+    say!(
         "{} problems x {} rounds; tokens per problem; blocks: the most of any problem; same: as no-sharing's",
-        report.problems, report.rounds
+        report.problems,
+        report.rounds
     );
     if !report.ratios.is_empty() {
-        println!();
+        say!();
         let mut table = Table::new(&["mean latency", "ratio", "95 %", "ceiling", "of ceiling"]);
         report.ratios.iter().for_each(|(name, r)| table.row(ratio_cells(name, r)));
         table.print()?;
     }
     if let Some(Interval { value, lo, hi }) = report.accuracy_difference {
         let points = |x: f64| format!("{:+.1}", x * 100.0);
-        println!("accuracy, rksc minus no-sharing: {} points ({} to {})", points(value), points(lo), points(hi));
+        say!("accuracy, rksc minus no-sharing: {} points ({} to {})", points(value), points(lo), points(hi));
     }
     if let Some(gain) = report.sharing {
-        println!(
+        say!(
             "prefill of a problem: {:.1} ms unshared, {:.1} ms shared; sharing {} by {:.1} ms",
             gain.full_ms,
             gain.shared_ms,

@@ -45,6 +45,7 @@ pub(crate) struct Args {
 
 /// Steps before the timed ones.
 const WARM_UP_STEPS: usize = 2;
+const MAX_REPEATS: usize = 1_000_000;
 
 impl Args {
     fn open(&self) -> anyhow::Result<Engine> {
@@ -78,7 +79,7 @@ struct DecodeCase {
 pub(crate) fn decode(args: &Args) -> anyhow::Result<()> {
     let mut engine = args.open()?;
     let steps = args.steps.unwrap_or(32);
-    let longest = args.context + 1 + WARM_UP_STEPS + steps + 1;
+    let longest = args.context.saturating_add(steps).saturating_add(WARM_UP_STEPS + 2);
     let max = engine.model().max_position_embeddings;
     anyhow::ensure!(longest <= max, "--context: {longest} tokens with its steps exceed the model's {max}");
     eprintln!("measuring the memory");
@@ -93,7 +94,7 @@ pub(crate) fn decode(args: &Args) -> anyhow::Result<()> {
         let head = serde_json::json!({"context": args.context, "steps": steps, "memory_read_gb_per_s": gb(read)});
         return print_cases("decode", &engine, head, &cases);
     }
-    println!("{} | context {} | memory read {:.1} GB/s", cpu_model(), args.context, gb(read));
+    say!("{} | context {} | memory read {:.1} GB/s", cpu_model(), args.context, gb(read));
     let header =
         ["branches", "ms/step", "p10", "p90", "tokens/s", "weight MB", "GB/s", "KV MB", "floor ms", "of floor"];
     let mut table = Table::new(&header);
@@ -185,6 +186,7 @@ pub(crate) fn prefill(args: &Args) -> anyhow::Result<()> {
     let max = engine.model().max_position_embeddings;
     anyhow::ensure!(args.context <= max, "--context: {} tokens exceed the model's {max}", args.context);
     let repeats = args.steps.unwrap_or(5);
+    anyhow::ensure!(repeats <= MAX_REPEATS, "--steps: must be at most {MAX_REPEATS}");
     eprintln!("measuring linear at 1024 rows");
     let config = engine.config();
     let flops = linear_rate(&mut Cpu::new(config.threads, config.simd.parse()?)?, config.dtype, 1024)?;
@@ -199,7 +201,7 @@ pub(crate) fn prefill(args: &Args) -> anyhow::Result<()> {
         });
         return print_cases("prefill", &engine, head, &cases);
     }
-    println!("{} | {} tokens a prompt | linear at 1024 rows {:.0} GFLOP/s", cpu_model(), args.context, flops / 1e9);
+    say!("{} | {} tokens a prompt | linear at 1024 rows {:.0} GFLOP/s", cpu_model(), args.context, flops / 1e9);
     let mut table = Table::new(&["prompts", "ms", "p10", "p90", "tokens/s", "GFLOP", "GFLOP/s", "of linear"]);
     for c in &cases {
         table.row(vec![
