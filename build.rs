@@ -170,8 +170,11 @@ mod nvcc {
             )
         };
         let architectures = env::var("RKSC_CUDA_ARCH").unwrap_or_else(|_| DEFAULT_ARCHITECTURES.into());
+        tell_cc(&compiler);
         let mut build = cc::Build::new();
-        build.cuda(true).cudart("none").compiler(&compiler).std("c++20").opt_level(3).debug(false).warnings(false);
+        build.cuda(true).cudart("none").opt_level(3).debug(false).warnings(false);
+        // What cc sets itself goes to the host compiler; these are for nvcc.
+        build.flag("-std=c++20").flag("-O3");
         for flag in architecture_flags(&architectures) {
             build.flag(flag);
         }
@@ -192,6 +195,13 @@ mod nvcc {
         for name in ["dl", "rt", "pthread"] {
             println!("cargo::rustc-link-lib=dylib={name}");
         }
+    }
+
+    /// cc takes the path of nvcc from the environment alone.
+    #[allow(unsafe_code)]
+    fn tell_cc(compiler: &Path) {
+        // SAFETY: the build script has one thread until cc starts compiling.
+        unsafe { env::set_var("NVCC", compiler) };
     }
 
     fn find() -> Option<PathBuf> {

@@ -43,8 +43,8 @@ pub struct DeviceInfo {
     pub num_sms: u32,
     /// Memory.
     pub total_bytes: u64,
-    /// Memory that was free when this was asked.
-    pub free_bytes: u64,
+    /// Memory that was free when this was asked; none where the GPU does not let us in.
+    pub free_bytes: Option<u64>,
     /// CUDA version of the driver, e.g. `13.0`; none for the emulation.
     pub driver: Option<String>,
 }
