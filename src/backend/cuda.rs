@@ -4,7 +4,12 @@
 #[doc(hidden)]
 pub mod bindings;
 #[allow(unsafe_code)]
+pub mod cublas;
+#[allow(unsafe_code)]
 pub mod device;
+#[cfg(feature = "cust-interop")]
+#[allow(unsafe_code)]
+pub mod interop;
 #[allow(unsafe_code)]
 #[doc(hidden)]
 pub mod kernels;

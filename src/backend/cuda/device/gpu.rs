@@ -15,6 +15,8 @@ use super::codes::{self, Code};
 use crate::backend::cuda::kernels::Launcher;
 use crate::error::{Error, Result};
 
+type Driver<T> = std::result::Result<T, DriverError>;
+
 /// Host memory of one half of the upload ring, and of the download buffer.
 const STAGING_BYTES: usize = 4 << 20;
 
@@ -116,7 +118,7 @@ fn number(ordinal: usize) -> i32 {
 }
 
 /// What can be known without a context.
-fn info(ordinal: usize, driver: i32) -> std::result::Result<DeviceInfo, DriverError> {
+fn info(ordinal: usize, driver: i32) -> Driver<DeviceInfo> {
     let device = result::device::get(number(ordinal))?;
     let attribute = |attribute| {
         // SAFETY: the device was just obtained.
@@ -175,6 +177,20 @@ struct Shared {
 
 impl Gpu {
     pub(super) fn open(ordinal: usize) -> Result<(Self, DeviceInfo)> {
+        Self::with(ordinal, |context| context.new_stream())
+    }
+
+    /// # Safety
+    /// As for [`Device::gpu_on_stream`](super::Device::gpu_on_stream).
+    pub(super) unsafe fn on_stream(ordinal: usize, stream: *mut c_void) -> Result<(Self, DeviceInfo)> {
+        // SAFETY: the caller's promise.
+        Self::with(ordinal, |context| Ok(unsafe { context.wrap_borrowed_stream(stream.cast()) }))
+    }
+
+    fn with(
+        ordinal: usize,
+        stream: impl FnOnce(&Arc<CudaContext>) -> Driver<Arc<CudaStream>>,
+    ) -> Result<(Self, DeviceInfo)> {
         let driver = load()?;
         let count = result::device::get_count().map_err(|e| error("open", e))?;
         if number(ordinal) >= count {
@@ -187,7 +203,7 @@ impl Gpu {
             let why = format!("{} has compute capability {major}.{minor}; 8.0 is needed", info.name);
             return Err(Error::CudaUnavailable { why });
         }
-        let shared = Shared::open(ordinal).map_err(|e| error("open", e))?;
+        let shared = Shared::open(ordinal, stream).map_err(|e| error("open", e))?;
         let staging = Staging::new(&shared).map_err(|e| error("pinned memory", e))?;
         let gpu = Self { shared: Arc::new(shared), staging };
         info.free_bytes = gpu.free_bytes().ok();
@@ -323,7 +339,7 @@ impl Gpu {
 const NO_FLAGS: sys::CUgraphInstantiate_flags = sys::CUgraphInstantiate_flags(0);
 
 impl Shared {
-    fn open(ordinal: usize) -> std::result::Result<Self, DriverError> {
+    fn open(ordinal: usize, stream: impl FnOnce(&Arc<CudaContext>) -> Driver<Arc<CudaStream>>) -> Driver<Self> {
         let context = CudaContext::new(ordinal)?;
         // SAFETY: there is one stream, and no memory of cudarc's own types.
         unsafe { context.disable_event_tracking() };
@@ -337,7 +353,7 @@ impl Shared {
                 result::mem_pool::set_attribute(pool, attribute, (&raw mut keep).cast())?;
             }
         }
-        let stream = context.new_stream()?;
+        let stream = stream(&context)?;
         Ok(Self { stream, ordered, capturing: AtomicBool::new(false), parked: Mutex::default() })
     }
 
@@ -424,7 +440,7 @@ struct Staging {
 unsafe impl Send for Staging {}
 
 impl Staging {
-    fn new(shared: &Shared) -> std::result::Result<Self, DriverError> {
+    fn new(shared: &Shared) -> Driver<Self> {
         // SAFETY: plain bytes, written before they are read.
         let memory = unsafe { result::malloc_host(3 * STAGING_BYTES, 0) }?.cast::<u8>();
         // SAFETY: just allocated with this size; initialised so that slices of it may exist.
