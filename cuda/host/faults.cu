@@ -78,7 +78,12 @@ __global__ void __launch_bounds__(kThreads) row_sum_kernel(const __grid_constant
     float total = 0.0f;
     for (uint32_t w = 0; w < kThreads / 32; ++w) total += scratch[w];
     if (threadIdx.x == 0) global<float>(p.y)[row] = total;
-    if (n != 2) __syncthreads();
+    // 2: the next row's sums may overwrite what other warps still read.
+    if (n != 2) {
+      __syncthreads();
+    } else {
+      __syncwarp();
+    }
   }
 }
 
