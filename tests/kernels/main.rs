@@ -6,5 +6,6 @@ mod cuda_device;
 #[allow(dead_code)]
 mod device;
 mod elementwise;
+mod emulation;
 mod linear;
 mod row_stats;
