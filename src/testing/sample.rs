@@ -61,7 +61,8 @@ pub fn sample(logits: &[f32], request: &Request<'_>) -> u32 {
     if params.temperature == 0.0 {
         return crate::sampler::argmax(&y);
     }
-    let max = y.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    // Never -0, from which 0 would be at a distance of -0.
+    let max = y.iter().copied().fold(f32::NEG_INFINITY, f32::max) + 0.0;
     let floor = fixed(params.min_p, UNIT_BITS).max(1);
     let weight = Weight::new(params.temperature);
     let mut kept: Vec<(u32, u32, u64)> = (0..)

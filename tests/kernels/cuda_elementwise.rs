@@ -109,8 +109,8 @@ fn silu_mul_matches_oracle() {
         for (rows, n) in ROWS {
             let what = format!("silu_mul {dtype} {rows}x{n}");
             let mut gate_up = Fill::new(n as u64).normals(rows * 2 * n, 4.0);
-            for (x, special) in gate_up.iter_mut().zip([100.0, -100.0, 0.0, -0.0, -20.0]) {
-                *x = special;
+            if n > 5 && rows > 0 {
+                gate_up[..5].copy_from_slice(&[100.0, -100.0, 0.0, -0.0, -20.0]);
             }
             let want: Vec<f64> = gate_up
                 .chunks(2 * n)
