@@ -246,7 +246,7 @@ RKSC_DEVICE uint32_t gather(const Row& row, const Law& law, uint64_t low, uint64
   if (threadIdx.x == 0) word[kNumListed] = 0;
   // Zero before it is raised.
   __syncthreads();
-  for_each_logit<2>(row, [&](uint32_t id, float x) {
+  for_each_logit<1>(row, [&](uint32_t id, float x) {
     const uint32_t key = key_of(x, law);
     const uint64_t place = static_cast<uint64_t>(key) << kIdBits | id;
     if (key >= kInfinity || place < low || place >= high) return;
@@ -321,17 +321,6 @@ RKSC_DEVICE Reached search(const Row& row, const Law& law, const Histogram& coar
     narrow(row, law, low, high, target, mass_before);
   }
 }
-
-// The splitmix64 finaliser, as in sampler.rs.
-RKSC_DEVICE uint64_t mix(uint64_t x) {
-  uint64_t z = x + 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return z ^ (z >> 31);
-}
-
-// The 53 bits of the row's uniform number, at the top of a word.
-RKSC_DEVICE uint64_t uniform_bits(const rksc_sample_row& r) { return mix(mix(mix(r.seed) ^ r.path) ^ r.position) & ~0x7ffull; }
 
 enum Stage { kTopK, kTopP, kDraw };
 

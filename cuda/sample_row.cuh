@@ -26,6 +26,17 @@ RKSC_DEVICE smem<uint64_t> words() { return dynamic_shared<uint64_t>(kWordsAt); 
 // What is asked of this CTA's row. Read again wherever it is needed: kept, it would cost registers throughout.
 RKSC_DEVICE rksc_sample_row request(const rksc_sample_params& p) { return global<const rksc_sample_row>(p.rows)[blockIdx.x]; }
 
+// The splitmix64 finaliser, as in sampler.rs.
+RKSC_DEVICE uint64_t mix(uint64_t x) {
+  uint64_t z = x + 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+
+// The 53 bits of the row's uniform number, at the top of a word.
+RKSC_DEVICE uint64_t uniform_bits(const rksc_sample_row& r) { return mix(mix(mix(r.seed) ^ r.path) ^ r.position) & ~0x7ffull; }
+
 // ---- the row ----------------------------------------------------------------------------------------------------
 
 struct Row {
@@ -92,7 +103,7 @@ RKSC_DEVICE Extremes extremes(const Row& row) {
   // The larger the better the token: its logit, then the lower id.
   uint64_t top = static_cast<uint64_t>(ordered(-INFINITY)) << 32 | 0xffffffffu;
   uint32_t low = 0xffffffffu;
-  for_each_logit<2>(row, [&](uint32_t id, float x) {
+  for_each_logit<4>(row, [&](uint32_t id, float x) {
     if (x != x) return;
     const uint64_t packed = static_cast<uint64_t>(ordered(x)) << 32 | (0xffffffffu - id);
     if (packed > top) top = packed;

@@ -6,5 +6,6 @@ pub mod kv_compact;
 pub mod kv_scores;
 mod linear;
 pub mod oracle;
+pub mod sample;
 
 pub use linear::{epsilon, fill, global_difference, linear_oracle, round_to, tensor};

@@ -13,9 +13,14 @@ pub mod attention_items;
 #[doc(hidden)]
 pub mod bindings;
 #[allow(unsafe_code)]
+pub mod cublas;
+#[allow(unsafe_code)]
 pub mod device;
 mod graphs;
 mod inputs;
+#[cfg(feature = "cust-interop")]
+#[allow(unsafe_code)]
+pub mod interop;
 #[allow(unsafe_code)]
 #[doc(hidden)]
 pub mod kernels;
