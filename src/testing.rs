@@ -1,5 +1,6 @@
 //! Float64 oracles, fills and tolerances, shared by tests and benches.
 
+pub mod attention;
 pub mod fill;
 mod linear;
 pub mod oracle;

@@ -1,5 +1,6 @@
 //! The CUDA backend: one set of ops over two devices, a GPU and its emulation on the host.
 
+pub mod attention_items;
 #[allow(
     clippy::all,
     clippy::undocumented_unsafe_blocks,
