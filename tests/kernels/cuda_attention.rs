@@ -322,7 +322,13 @@ fn shapes() -> Vec<Shape> {
         shape((3, 1), 32, 16, &[], &[(1100, 1), (3, 1), (17, 1), (64, 1), (1, 1), (40, 1)]),
         // Trees of depth 1, 2 and 3, sharing whole tiles or not.
         shape((4, 2), 32, 16, &[16], &[(300, 1), (270, 1), (260, 1), (257, 1), (320, 1), (321, 1), (258, 1), (299, 1)]),
-        shape((7, 1), 128, 16, &[16], &[(270, 1), (290, 1), (300, 1), (257, 1), (257, 1), (258, 1), (299, 1), (312, 1)]),
+        shape(
+            (7, 1),
+            128,
+            16,
+            &[16],
+            &[(270, 1), (290, 1), (300, 1), (257, 1), (257, 1), (258, 1), (299, 1), (312, 1)],
+        ),
         shape((14, 2), 64, 16, &[6], &[(100, 1), (130, 1), (97, 1)]),
         shape((8, 2), 64, 32, &[4, 2], &[(200, 1), (210, 1), (250, 1), (195, 1)]),
         shape((16, 1), 80, 16, &[8, 4, 4], &[(257, 1), (258, 1), (300, 1), (290, 1), (310, 1), (270, 1), (280, 1)]),
@@ -385,7 +391,11 @@ fn garbage_past_a_rows_own_slots_changes_nothing() {
                 world.v[at..at + 16].fill(f32::INFINITY);
                 world.v[at + 16..at + 32].fill(f32::NAN);
             }
-            let garbage = World { k: world.k.clone(), v: world.v.clone(), ..World::new(&shape((4, 2), 32, 16, &[], &[(kv_len, 40)]), dtype, kv_len as u64) };
+            let garbage = World {
+                k: world.k.clone(),
+                v: world.v.clone(),
+                ..World::new(&shape((4, 2), 32, 16, &[], &[(kv_len, 40)]), dtype, kv_len as u64)
+            };
             (world.k, world.v) = clean;
             let what = format!("garbage {dtype} {kv_len}");
             for_each_device(&what, |dev| {
@@ -394,7 +404,10 @@ fn garbage_past_a_rows_own_slots_changes_nothing() {
                 let rows = 40 - 13;
                 assert_eq!(o2[..rows * 128], o[..rows * 128], "{what}");
                 assert_eq!(lse2[..rows * 4], lse[..rows * 4], "{what}");
-                assert!(o2[rows * 128..].iter().all(|x| x.is_nan()), "{what}: a NaN must show in the rows that read it");
+                assert!(
+                    o2[rows * 128..].iter().all(|x| x.is_nan()),
+                    "{what}: a NaN must show in the rows that read it"
+                );
                 Ok(joined((o, lse)))
             });
         }
