@@ -12,7 +12,7 @@
 //           queries 1 x 4 (each warp a quarter of the slots of a tile), up to 32 2 x 2, else 4 x 1. So a decode row without company
 //           keeps four warps busy, and a full query tile wastes nothing. Warps with the same queries merge in shared memory.
 //           A group with several items: each writes partials, the last to arrive merges them in item order.
-//           f32: CUDA cores, tiles of 32 slots, 16 queries at a time, 4 to a warp.
+//           f32: CUDA cores, see paged_attention_f32.cuh.
 // Numerics  scores f32, from the tensor cores unscaled; the scale and log2(e) are folded into one fused multiply-add before exp2. P is
 //           rounded to T unnormalised; its sum is taken in f32 before rounding. o is normalised and rounded once. The order of
 //           every sum is fixed by the plan. Slots past a row's kv_len have weight 0 and their V is not looked at: it may be NaN.
@@ -21,7 +21,7 @@
 // Bound     decode: memory (2 flops per byte and query that shares). Prefill and wide sharing: tensor cores.
 // Limits    D of 32, 64, 80, 96, 128, 256; block_size 16 or 32; Hq % Hkv == 0; group <= 64; sm_scale > 0; 16-byte aligned buffers.
 // Oracle    testing::attention.   Bench  bench kernels paged_attention
-#include "attention.cuh"
+#include "paged_attention_f32.cuh"
 
 namespace {
 
@@ -291,143 +291,6 @@ RKSC_DEVICE void run_item(const rksc_paged_attention_params& p, const ItemView& 
   join_warps<T, kHeadDim>(p, view, place.parts, dump);
 }
 
-// ---- f32 ---------------------------------------------------------------------------------------------------------
-
-// Weights of one warp's 4 queries over a tile, [slot][query]: every lane needs all of them.
-constexpr uint32_t kF32Rows = 4;
-constexpr uint32_t kF32Slots = RKSC_TILE_SLOTS / 2;
-
-// The plain path. Scores: lane = slot. PV: lane = four elements of D, for narrow heads several queries side by side.
-template <int kHeadDim>
-RKSC_DEVICE void run_queries_f32(const rksc_paged_attention_params& p, const ItemView& view, KvRing<float, kHeadDim>& ring,
-                                 smem<float> query, smem<float> weights, uint32_t first_query) {
-  using Shape = TileShape<float, kHeadDim>;
-  constexpr uint32_t kQuads = kHeadDim / 4;
-  constexpr uint32_t kLanes = kQuads < 32 ? (kQuads > 16 ? 32 : kQuads) : 32;  // lanes to a query
-  constexpr uint32_t kQueries = kF32Rows * kLanes / 32;                        // queries of a lane
-  constexpr uint32_t kPieces = (kQuads + 31) / 32;
-  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t own = first_query + warp * kF32Rows;  // the warp's first query
-  const float scale = p.sm_scale * kLog2e;
-  const smem<float> my_weights = weights + warp * kF32Rows * kF32Slots;
-
-  for (uint32_t idx = threadIdx.x; idx < Shape::kQueries * Shape::kVecs; idx += kAttentionThreads) {
-    const uint32_t i = idx / Shape::kVecs, c = idx % Shape::kVecs;
-    const bool valid = first_query + i < view.num_queries;
-    const uint64_t at = valid ? view.output(first_query + i, p.num_q_heads) : 0;
-    cp_async_16<float>(query + Shape::at(i, c), global<const float>(p.q) + (at * kHeadDim + c * 4), valid);
-  }
-  cp_async_commit();
-  ring.begin();
-  ring.issue(0);
-
-  uint32_t limits[kF32Rows];
-  float max[kF32Rows], sum[kF32Rows];
-  vec<float, 4> out[kQueries][kPieces] = {};
-#pragma unroll
-  for (uint32_t r = 0; r < kF32Rows; ++r) {
-    const uint32_t last = view.num_queries - 1, query_index = own + r < last ? own + r : last;
-    limits[r] = view.limits[query_index / view.group];
-    max[r] = -INFINITY;
-    sum[r] = 0.0f;
-  }
-  const uint32_t num_tiles = ring.num_tiles();
-  for (uint32_t tile = 0; tile < num_tiles; ++tile) {
-    cp_async_wait<0>();
-    __syncthreads();
-    ring.issue(2 * tile + 1);
-    const smem<const float> k = ring.buffer(2 * tile);
-    float s[kF32Rows] = {};
-    for (uint32_t c = 0; c < Shape::kVecs; ++c) {
-      const vec<float, 4> x = load_vec<4>(k + Shape::at(lane, c));
-#pragma unroll
-      for (uint32_t r = 0; r < kF32Rows; ++r) {
-        const vec<float, 4> y = load_vec<4>(smem<const float>(query + Shape::at(warp * kF32Rows + r, c)));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[r] = fmaf(x[e], y[e], s[r]);
-      }
-    }
-    vec<float, kF32Rows> alpha;
-    vec<float, kF32Rows> w;
-#pragma unroll
-    for (uint32_t r = 0; r < kF32Rows; ++r) {
-      const float x = tile * kF32Slots + lane < limits[r] ? s[r] * scale : -INFINITY;
-      const float now = fmaxf(max[r], warp_max(x));
-      const float shift = now == -INFINITY ? 0.0f : now;
-      alpha[r] = exp2_fast(max[r] - shift);
-      w[r] = exp2_fast(x - shift);
-      max[r] = now;
-      sum[r] = sum[r] * alpha[r] + w[r];  // of this lane's slots
-    }
-    store_vec(my_weights + lane * kF32Rows, w);
-    __syncwarp();
-    cp_async_wait<0>();
-    if ((tile + 1) * kF32Slots > view.shortest) ring.scrub(2 * tile + 1, view.shortest, view.poison);
-    __syncthreads();
-    ring.issue(2 * tile + 2);
-    const smem<const float> v = ring.buffer(2 * tile + 1);
-#pragma unroll
-    for (uint32_t i = 0; i < kQueries; ++i) {
-      // A constant index wherever one lane holds all four.
-      float a = alpha[i];
-      if constexpr (kQueries < kF32Rows) {
-        const uint32_t r = lane / kLanes * kQueries + i;
-        a = r == 0 ? alpha[0] : r == 1 ? alpha[1] : r == 2 ? alpha[2] : alpha[3];
-      }
-#pragma unroll
-      for (uint32_t piece = 0; piece < kPieces; ++piece) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[i][piece][e] *= a;
-      }
-    }
-    for (uint32_t slot = 0; slot < kF32Slots; ++slot) {
-      const vec<float, kQueries> weight =
-          load_vec<kQueries>(smem<const float>(my_weights + slot * kF32Rows + lane / kLanes * kQueries));
-#pragma unroll
-      for (uint32_t piece = 0; piece < kPieces; ++piece) {
-        const uint32_t quad = lane % kLanes + piece * 32;
-        if (quad >= kQuads) continue;
-        const vec<float, 4> x = load_vec<4>(v + Shape::at(slot, quad));
-#pragma unroll
-        for (uint32_t i = 0; i < kQueries; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) out[i][piece][e] = fmaf(weight[i], x[e], out[i][piece][e]);
-        }
-      }
-    }
-    __syncwarp();
-  }
-#pragma unroll
-  for (uint32_t r = 0; r < kF32Rows; ++r) sum[r] = warp_sum(sum[r]);
-#pragma unroll
-  for (uint32_t i = 0; i < kQueries; ++i) {
-    const uint32_t r = lane / kLanes * kQueries + i;
-    if (own + r >= view.num_queries) continue;
-    const AttnState state = r == 0   ? AttnState{max[0], sum[0]}
-                            : r == 1 ? AttnState{max[1], sum[1]}
-                            : r == 2 ? AttnState{max[2], sum[2]}
-                                     : AttnState{max[3], sum[3]};
-#pragma unroll
-    for (uint32_t piece = 0; piece < kPieces; ++piece) {
-      const uint32_t quad = lane % kLanes + piece * 32;
-      if (quad < kQuads) emit<float>(p, view, own + r, quad * 4, out[i][piece], state);
-    }
-  }
-}
-
-template <int kHeadDim>
-RKSC_DEVICE void run_item(const rksc_paged_attention_params& p, const ItemView& view, KvRing<float, kHeadDim>& ring) {
-  using Shape = TileShape<float, kHeadDim>;
-  const smem<float> query = ring.memory + Shape::kBuffers * Shape::kElems;
-  const smem<float> weights = query + Shape::kQueries * Shape::kStride;
-  for (uint32_t first = 0; first < view.num_queries; first += Shape::kQueries) {
-    run_queries_f32<kHeadDim>(p, view, ring, query, weights, first);
-    // The next pass loads over these queries and tiles.
-    cp_async_wait<0>();
-    __syncthreads();
-  }
-}
-
 // ---- kernel ------------------------------------------------------------------------------------------------------
 
 template <typename T, int kHeadDim>
@@ -436,7 +299,7 @@ constexpr uint32_t shared_bytes() {
   if (TileShape<T, kHeadDim>::kTensor) {
     bytes = bytes > kDumpBytes<kHeadDim> ? bytes : kDumpBytes<kHeadDim>;
   } else {
-    bytes += 4 * kF32Rows * kF32Slots * 4;
+    bytes += 4 * kF32Queries * kF32Slots * 4;
   }
   return bytes > kMergeBytes<kHeadDim> ? bytes : kMergeBytes<kHeadDim>;
 }
@@ -483,7 +346,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kCtasPerSm<T, kHeadDim>)
   if constexpr (Shape::kTensor) {
     run_item<T, kHeadDim>(p, view, ring);
   } else {
-    run_item<kHeadDim>(p, view, ring);
+    run_item_f32<kHeadDim>(p, view, ring);
   }
   if (view.item.partial_start == RKSC_NO_PARTIAL) return;
 

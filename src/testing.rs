@@ -1,5 +1,6 @@
 //! Float64 oracles, fills and tolerances, shared by tests and benches.
 
+pub mod attention;
 pub mod branch_similarity;
 pub mod fill;
 pub mod kv_compact;

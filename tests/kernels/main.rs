@@ -1,6 +1,8 @@
 //! The CPU ops against float64 oracles, and the law that a row's bits depend on its own tokens alone.
 
 mod attention;
+#[cfg(all(rksc_op = "paged_attention", rksc_op = "attention_mass"))]
+mod cuda_attention;
 #[cfg(all(rksc_op = "silu_mul", rksc_op = "gather_rows"))]
 mod cuda_device;
 mod cuda_elementwise;

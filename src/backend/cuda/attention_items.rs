@@ -203,7 +203,9 @@ impl Cut {
             parts += s.rows.len();
         }
         let count = segments.len();
-        let overhead = ARRIVE + MERGE * (parts * params.gqa_group) as u64 + OPEN * (count as u64).saturating_sub(rows.len() as u64);
+        let overhead = ARRIVE
+            + MERGE * (parts * params.gqa_group) as u64
+            + OPEN * (count as u64).saturating_sub(rows.len() as u64);
         let alone = count > 1 && TILE_SHARED * saved as u64 <= overhead;
         let max = if alone { 1 } else { max };
         let pieces = rows.len().div_ceil(max);
