@@ -165,7 +165,8 @@ mod tests {
                 let distance = (i as f32 * 0.002 + 1e-4) * temperature;
                 let exact = (-f64::from(distance) / f64::from(temperature)).exp();
                 let got = weight.of(distance.to_bits()) as f64 / 2f64.powi(UNIT_BITS as i32);
-                assert!((got - exact).abs() < 1e-9 * exact.max(1e-4), "{temperature} {distance}: {got:e} {exact:e}");
+                let bound = if exact > 1e-5 { (1e-8 * exact).min(2f64.powi(-30)) } else { 1e-13 };
+                assert!((got - exact).abs() < bound, "{temperature} {distance}: {got:e} {exact:e}");
             }
             assert_eq!(weight.of((40.0 * temperature).to_bits()), 0);
         }
