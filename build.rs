@@ -1,13 +1,280 @@
-//! Build script: says whether the x86 kernels are part of this build.
+//! Build script: which kernels are part of this build, and the objects they are made of.
 //!
-//! `RKSC_PORTABLE_ONLY=1` leaves them out on x86 too. What compiles then is what any other architecture compiles.
+//! - x86 kernels of the CPU backend: on x86-64, unless `RKSC_PORTABLE_ONLY` is set. What compiles then is what any other
+//!   architecture compiles.
+//! - `emulated-kernels`: cuda/*.cu and cuda/host/*.cpp as C++20 for the host, always at -O2.
+//! - `cuda`: cuda/*.cu through nvcc. `RKSC_CUDA_ARCH` narrows the architectures, `RKSC_SKIP_NVCC` leaves the objects out.
+//! - `regen-bindings`: src/backend/cuda/bindings.rs from include/rksc_kernels.h.
+//!
+//! An object is compiled again when its source, any header or the flags changed: editing one kernel costs one object.
+
+use std::collections::hash_map::DefaultHasher;
+use std::env;
+use std::fs;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::exit;
+
+/// What a fat build holds. Within a major version a GPU runs code of a lower minor; `a` marks code for that GPU alone.
+const DEFAULT_ARCHITECTURES: &str = "80,86,89,90a,100,120";
 
 fn main() {
-    println!("cargo::rerun-if-env-changed=RKSC_PORTABLE_ONLY");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed=RKSC_PORTABLE_ONLY");
     println!("cargo::rustc-check-cfg=cfg(x86_kernels)");
-    let is_x86 = std::env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64");
-    if is_x86 && std::env::var_os("RKSC_PORTABLE_ONLY").is_none() {
+    if target("ARCH") == "x86_64" && env::var_os("RKSC_PORTABLE_ONLY").is_none() {
         println!("cargo::rustc-cfg=x86_kernels");
+    }
+    println!("cargo::rustc-check-cfg=cfg(rksc_op, values(any()))");
+    if !(feature("emulated-kernels") || feature("cuda") || feature("regen-bindings")) {
+        return;
+    }
+    println!("cargo::rerun-if-changed=cuda");
+    println!("cargo::rerun-if-changed=include");
+    announce_ops();
+    #[cfg(feature = "regen-bindings")]
+    bindings::write();
+    if feature("emulated-kernels") {
+        emulated();
+    }
+    println!("cargo::rerun-if-env-changed=RKSC_SKIP_NVCC");
+    if feature("cuda") && env::var_os("RKSC_SKIP_NVCC").is_none() {
+        nvcc::kernels();
+    }
+}
+
+fn feature(name: &str) -> bool {
+    env::var_os(format!("CARGO_FEATURE_{}", name.to_uppercase().replace('-', "_"))).is_some()
+}
+
+fn target(what: &str) -> String {
+    env::var(format!("CARGO_CFG_TARGET_{what}")).unwrap_or_default()
+}
+
+/// Ends the build with one line.
+fn fail(why: &str) -> ! {
+    println!("cargo::error={why}");
+    exit(1)
+}
+
+fn read(path: &Path) -> Vec<u8> {
+    fs::read(path).unwrap_or_else(|e| fail(&format!("{}: {e}", path.display())))
+}
+
+/// Files of `dir` with one of `extensions`, sorted.
+fn files(dir: &str, extensions: &[&str]) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok().map(|e| e.path()))
+        .filter(|path| path.extension().is_some_and(|e| extensions.iter().any(|x| e == *x)))
+        .collect();
+    found.sort();
+    found
+}
+
+/// Says which launchers the sources define, so that the launcher tables name no others.
+fn announce_ops() {
+    for source in files("cuda", &["cu"]) {
+        let text = String::from_utf8_lossy(&read(&source)).into_owned();
+        for part in text.split("RKSC_FN(").skip(1) {
+            if let Some((name, rest)) = part.split_once(')')
+                && rest.starts_with('(')
+            {
+                println!("cargo::rustc-cfg=rksc_op=\"{name}\"");
+            }
+        }
+    }
+}
+
+/// The kernels for the host.
+fn emulated() {
+    let mut sources = files("cuda", &["cu"]);
+    sources.extend(files("cuda/host", &["cpp"]));
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++20")
+        .opt_level(2)
+        .debug(false)
+        .warnings(true)
+        .extra_warnings(true)
+        .define("RKSC_EMULATED", None)
+        // The same bits on every machine: no multiply and add joined unless the kernel says fmaf.
+        .flag("-ffp-contract=off")
+        .flag("-Wno-unknown-pragmas") // #pragma unroll
+        .flag("-x")
+        .flag("c++");
+    objects(&build, &sources, "rksc_emulated", &format!("emulated {:?}", env::var_os("CXXFLAGS")));
+}
+
+/// Compiles what changed and archives everything into `lib<name>.a`, linked from here on.
+fn objects(build: &cc::Build, sources: &[PathBuf], name: &str, flags: &str) {
+    let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default()).join(name);
+    let mut shared = DefaultHasher::new();
+    flags.hash(&mut shared);
+    build.get_compiler().path().hash(&mut shared);
+    build.get_compiler().args().hash(&mut shared);
+    for dir in ["cuda", "cuda/host", "include"] {
+        for header in files(dir, &["cuh", "h"]) {
+            read(&header).hash(&mut shared);
+        }
+    }
+    let mut archive = cc::Build::new();
+    archive.cpp(true);
+    let mut stale = build.clone();
+    stale.out_dir(&out);
+    let mut stamps = Vec::new();
+    for source in sources {
+        let mut key = shared.clone();
+        read(source).hash(&mut key);
+        let (stem, key) = (source.file_stem().unwrap_or_default().to_string_lossy(), key.finish().to_string());
+        let stamp = out.join(format!("{stem}.stamp"));
+        // The stamp holds the key and the path of the object.
+        let known = fs::read_to_string(&stamp).unwrap_or_default();
+        match known.split_once('\n') {
+            Some((old, object)) if old == key && Path::new(object).exists() => {
+                archive.object(object);
+            }
+            _ => {
+                stale.file(source);
+                stamps.push((stamp, key));
+            }
+        }
+    }
+    if !stamps.is_empty() {
+        for ((stamp, key), object) in stamps.into_iter().zip(stale.compile_intermediates()) {
+            if let Err(e) = fs::write(&stamp, format!("{key}\n{}", object.display())) {
+                fail(&format!("{}: {e}", stamp.display()));
+            }
+            archive.object(object);
+        }
+    }
+    archive.compile(name);
+}
+
+/// The kernels for GPUs.
+mod nvcc {
+    use super::*;
+
+    pub(super) fn kernels() {
+        for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "RKSC_CUDA_ARCH"] {
+            println!("cargo::rerun-if-env-changed={name}");
+        }
+        let Some(compiler) = find() else {
+            fail(
+                "feature `cuda` needs nvcc 12.8 or newer, found neither through NVCC, CUDA_HOME or CUDA_PATH nor on PATH: install a CUDA toolkit, \
+                 or `pip install nvidia-cuda-nvcc==13.0.* nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-cccl==13.0.*` \
+                 and set CUDA_HOME to site-packages/nvidia/cu13; RKSC_SKIP_NVCC=1 is enough for check, clippy and doc; \
+                 without the feature everything runs on the CPU",
+            )
+        };
+        let architectures = env::var("RKSC_CUDA_ARCH").unwrap_or_else(|_| DEFAULT_ARCHITECTURES.into());
+        let mut build = cc::Build::new();
+        build.cuda(true).cudart("none").compiler(&compiler).std("c++20").opt_level(3).debug(false).warnings(false);
+        for flag in architecture_flags(&architectures) {
+            build.flag(flag);
+        }
+        objects(&build, &files("cuda", &["cu"]), "rksc_cuda", &architectures);
+        // Static, so that the program starts where there is no driver.
+        let root = compiler.canonicalize().unwrap_or(compiler);
+        let root = root.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+        let triple = format!("targets/{}-linux/lib", if target("ARCH") == "aarch64" { "sbsa" } else { "x86_64" });
+        let library = ["lib64", "lib", &triple].map(|dir| root.join(dir));
+        let Some(library) = library.iter().find(|dir| dir.join("libcudart_static.a").exists()) else {
+            fail(&format!(
+                "libcudart_static.a is in neither lib64 nor lib of {} (PyPI: nvidia-cuda-runtime)",
+                root.display()
+            ))
+        };
+        println!("cargo::rustc-link-search=native={}", library.display());
+        println!("cargo::rustc-link-lib=static=cudart_static");
+        for name in ["dl", "rt", "pthread"] {
+            println!("cargo::rustc-link-lib=dylib={name}");
+        }
+    }
+
+    fn find() -> Option<PathBuf> {
+        let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let executable = |path: &PathBuf| path.is_file();
+        if let Some(path) = set("NVCC") {
+            return Some(path).filter(executable);
+        }
+        let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(set).map(|root| root.join("bin/nvcc"));
+        let path = env::var_os("PATH").unwrap_or_default();
+        roots.chain(env::split_paths(&path).map(|dir| dir.join("nvcc"))).find(executable)
+    }
+
+    /// Machine code for each architecture, and PTX of the newest that is not for one GPU alone, for GPUs to come.
+    fn architecture_flags(list: &str) -> Vec<String> {
+        let names: Vec<&str> = list.split([',', ';', ' ']).filter(|name| !name.is_empty()).collect();
+        let number = |name: &str| name.trim_end_matches(|c: char| c.is_ascii_alphabetic()).parse::<u32>().ok();
+        if names.is_empty() || names.iter().any(|name| number(name).is_none_or(|n| n < 80)) {
+            fail(&format!("RKSC_CUDA_ARCH={list:?}: use numbers from 80 up with commas between, e.g. 80,90a"));
+        }
+        let newest =
+            names.iter().filter(|name| name.ends_with(|c: char| c.is_ascii_digit())).max_by_key(|name| number(name));
+        let code = names.iter().map(|name| format!("-gencode=arch=compute_{name},code=sm_{name}"));
+        code.chain(newest.map(|name| format!("-gencode=arch=compute_{name},code=compute_{name}"))).collect()
+    }
+}
+
+#[cfg(feature = "regen-bindings")]
+mod bindings {
+    use super::*;
+
+    const HEAD: &str = "//! Made by bindgen from include/rksc_kernels.h: `cargo check --features regen-bindings`. Not edited by hand.\n\n";
+
+    /// What is copied to and from a device as it is; the params structs hold pointers and stay on the host.
+    #[derive(Debug)]
+    struct PlainData;
+
+    impl bindgen::callbacks::ParseCallbacks for PlainData {
+        fn add_derives(&self, info: &bindgen::callbacks::DeriveInfo<'_>) -> Vec<String> {
+            if info.kind != bindgen::callbacks::TypeKind::Struct || info.name.ends_with("_params") {
+                return Vec::new();
+            }
+            ["PartialEq", "::bytemuck::Zeroable", "::bytemuck::Pod"].map(String::from).to_vec()
+        }
+    }
+
+    /// Writes the file in place: structs, constants and both sets of launchers.
+    pub(super) fn write() {
+        let common = || {
+            bindgen::Builder::default()
+                .use_core()
+                .layout_tests(true)
+                .merge_extern_blocks(true)
+                .formatter(bindgen::Formatter::Rustfmt)
+                .rustfmt_configuration_file(Some(fs::canonicalize("rustfmt.toml").unwrap_or_default()))
+                .disable_header_comment()
+        };
+        let native = common()
+            .header("include/rksc_kernels.h")
+            .allowlist_file(".*/rksc_kernels.h")
+            .default_enum_style(bindgen::EnumVariation::Consts)
+            .prepend_enum_name(false)
+            .derive_default(true)
+            .parse_callbacks(Box::new(PlainData));
+        let emulated = common()
+            .header("include/rksc_kernels.h")
+            .headers(
+                files("cuda/host", &["h"]).iter().filter(|h| h.ends_with("control.h")).map(|h| h.display().to_string()),
+            )
+            .clang_arg("-DRKSC_EMULATED")
+            .allowlist_function("rksc_emu_.*")
+            .allowlist_recursively(false);
+        let text = |builder: bindgen::Builder| match builder.generate() {
+            Ok(bindings) => bindings.to_string(),
+            Err(e) => fail(&format!("bindgen: {e}")),
+        };
+        let path = Path::new("src/backend/cuda/bindings.rs");
+        let all = format!("{HEAD}{}\n{}", text(native), text(emulated));
+        // Written only when it changes, or every build would see a newer file.
+        if fs::read_to_string(path).unwrap_or_default() != all
+            && let Err(e) = fs::write(path, all)
+        {
+            fail(&format!("{}: {e}", path.display()));
+        }
     }
 }

@@ -27,6 +27,7 @@ use crate::kv::{BlockCopy, KvLayout};
 use crate::model::weights::Tensor;
 
 pub mod cpu;
+pub mod cuda;
 
 /// What one op sweep over a logits row yields. Natural logarithms throughout.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -115,6 +115,24 @@ pub enum Error {
         /// What is wrong and what to do.
         why: String,
     },
+    /// There is no CUDA device to be had; everything else works.
+    #[error("no CUDA device: {why}")]
+    CudaUnavailable {
+        /// What is missing, in one line.
+        why: String,
+    },
+    /// A CUDA call that failed.
+    #[error("{op}: {name} ({code}): {what}")]
+    Cuda {
+        /// The op or the call. Errors on a GPU are late: it may be an op before it.
+        op: &'static str,
+        /// The `cudaError_t`.
+        code: i32,
+        /// Its name in the CUDA headers.
+        name: &'static str,
+        /// What it means here, or the emulation's report.
+        what: String,
+    },
     /// Somebody raised the cancel flag. Everything committed before stays valid.
     #[error("cancelled")]
     Cancelled,
@@ -150,7 +168,7 @@ impl Error {
             }
             Self::Io { .. } | Self::Format { .. } | Self::Weights { .. } => ErrorCode::File,
             Self::OutOfBlocks { .. } | Self::OutOfMemory { .. } => ErrorCode::Memory,
-            Self::Device { .. } => ErrorCode::Device,
+            Self::Device { .. } | Self::CudaUnavailable { .. } | Self::Cuda { .. } => ErrorCode::Device,
             Self::Cancelled => ErrorCode::Cancelled,
             Self::NonFinite { .. } | Self::Block { .. } | Self::Internal(_) => ErrorCode::Internal,
         }

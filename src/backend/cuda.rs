@@ -1,0 +1,16 @@
+//! The CUDA backend: one set of ops over two devices, a GPU and its emulation on the host.
+
+#[allow(
+    clippy::all,
+    clippy::undocumented_unsafe_blocks,
+    missing_docs,
+    non_camel_case_types,
+    unsafe_code
+)]
+#[doc(hidden)]
+pub mod bindings;
+#[allow(unsafe_code)]
+pub mod device;
+#[allow(unsafe_code)]
+#[doc(hidden)]
+pub mod kernels;
