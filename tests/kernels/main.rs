@@ -3,6 +3,12 @@
 mod attention;
 #[cfg(all(rksc_op = "silu_mul", rksc_op = "gather_rows"))]
 mod cuda_device;
+#[cfg(rksc_op = "entropy_probe")]
+mod cuda_entropy_probe;
+#[cfg(rksc_op = "linear")]
+mod cuda_linear;
+#[cfg(rksc_op = "linear_w4")]
+mod cuda_linear_w4;
 #[allow(dead_code)]
 mod device;
 mod elementwise;
