@@ -31,26 +31,28 @@ struct LinearWarp {
   gptr<const uint32_t> w[2 * kMTiles];  // this lane's words of outputs g, g + 8, ...
   gptr<const uint32_t> x[kTiles];       // and of rows g, g + 8
   smem<uint32_t> slots;                 // [chunks, 2 kMTiles, 32 lanes, 4]: this lane's
-  uint32_t num_words;                   // of a row, from this lane's first on
+  int32_t num_words;                    // of a row, from this lane's first on; not positive where it has none
   uint32_t last_unit;
   FragC acc[kMTiles][kTiles];
 
   // Sends for chunk j of a unit; zeros past the end of the row. A group is committed even where there is nothing to fetch.
   RKSC_DEVICE void fetch(uint32_t unit, int j) {
-    const uint32_t word = unit * (kUnit / 2) + 16 * j;
     if (unit < last_unit) {
-      const bool inside = word < num_words;
+      const bool inside = static_cast<int32_t>(unit * (kUnit / 2) + 16 * j) < num_words;
+      const uint32_t start = inside ? unit * (kUnit / 2) : 0;
+      const int offset = inside ? 16 * j : 0;
 #pragma unroll
       for (int h = 0; h < 2 * kMTiles; ++h) {
-        cp_async_16<uint32_t>(slots + (j * 2 * kMTiles + h) * 128, w[h] + (inside ? word : 0), inside);
+        cp_async_16<uint32_t>(slots + (j * 2 * kMTiles + h) * 128, w[h] + start + offset, inside);
       }
     }
     cp_async_commit();
   }
-  RKSC_DEVICE void load_rows(vec<uint32_t, 4> (&b)[kTiles], uint32_t unit, int j) {
-    const uint32_t word = unit * (kUnit / 2) + 16 * j;
+  // Chunk j of the unit that starts at word `start`; zeros past the end of the row.
+  RKSC_DEVICE void load_rows(vec<uint32_t, 4> (&b)[kTiles], uint32_t start, int j) {
+    const int32_t left = num_words - static_cast<int32_t>(start);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) b[n] = word < num_words ? load_x(x[n] + word) : vec<uint32_t, 4>{};
+    for (int n = 0; n < kTiles; ++n) b[n] = 16 * j < left ? load_x(x[n] + start + 16 * j) : vec<uint32_t, 4>{};
   }
   RKSC_DEVICE void multiply(const vec<uint32_t, 4> (&b)[kTiles], int j) {
 #pragma unroll
@@ -76,17 +78,18 @@ __global__ void __launch_bounds__(kMaxWarps * 32) linear_kernel(const __grid_con
   const Slice slice = slice_of(p.in_features);
   LinearWarp<T, kMTiles, kTiles> lw;
   lw.slots = dynamic_shared<uint32_t>(0) + (warp * kSlots<kMTiles> * 128 + lane * 4);
-  lw.num_words = row_words - 4 * t;
+  lw.num_words = static_cast<int32_t>(row_words - 4 * t);
   lw.last_unit = slice.last;
-  // Outputs and rows past the end repeat the last one; what comes of them is not written.
+  // Outputs and rows past the end repeat the last one; what comes of them is not written. A lane past a short row points to its start.
+  const uint32_t lane_word = 4 * t < row_words ? 4 * t : 0;
 #pragma unroll
   for (uint32_t h = 0; h < 2 * kMTiles; ++h) {
     const uint32_t output = min(blockIdx.x * (16 * kMTiles) + 8 * h + g, p.out_features - 1);
-    lw.w[h] = global<const uint32_t>(p.w) + (static_cast<uint64_t>(output) * row_words + 4 * t);
+    lw.w[h] = global<const uint32_t>(p.w) + (static_cast<uint64_t>(output) * row_words + lane_word);
   }
 #pragma unroll
   for (uint32_t n = 0; n < kTiles; ++n) {
-    lw.x[n] = global<const uint32_t>(p.x) + (min(8 * n + g, p.num_rows - 1) * row_words + 4 * t);
+    lw.x[n] = global<const uint32_t>(p.x) + (min(8 * n + g, p.num_rows - 1) * row_words + lane_word);
   }
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) clear(lw.acc[m]);
@@ -95,13 +98,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32) linear_kernel(const __grid_con
 #pragma unroll
   for (int j = 0; j < kChunks; ++j) lw.fetch(unit, j);
   vec<uint32_t, 4> b[kTiles], next[kTiles];
-  lw.load_rows(next, unit, 0);
+  lw.load_rows(next, unit * (kUnit / 2), 0);
   for (; unit < slice.last; unit += num_warps) {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) b[n] = next[n];
-      lw.load_rows(next, j + 1 < kChunks ? unit : unit + num_warps, (j + 1) % kChunks);
+      lw.load_rows(next, (j + 1 < kChunks ? unit : unit + num_warps) * (kUnit / 2), (j + 1) % kChunks);
       cp_async_wait<kChunks - 1>();  // the oldest of kChunks groups: what this lane itself sent for, so no barrier
       lw.multiply(b, j);
       // The slots are free: the mma has taken what was loaded from them.

@@ -26,7 +26,7 @@ namespace {
 //           slots that an H200 has for a word at full bandwidth. Not measured.
 // Limits    T bf16 or f16; num_rows <= 16; group 32, 64 or 128; in % group == 0, in > 0; x, codes aligned to 16 bytes; workspace where
 //           the plan has slices. out any.
-// Oracle    testing::linear_w4_oracle.   Bench  cargo bench --bench kernels -- linear_w4
+// Oracle    testing::linear_w4::W4::linear_oracle.   Bench  cargo bench --bench kernels -- linear_w4
 
 constexpr int kMTiles = 2, kHalves = 2 * kMTiles;  // a lane reads outputs g, g + 8, g + 16, g + 24
 constexpr int kChunks = kUnit / 32;                // of a unit: a word of every lane's outputs
@@ -42,6 +42,33 @@ template <typename T>
 constexpr float kMagic = 128.0f;
 template <>
 constexpr float kMagic<f16> = 1024.0f;
+
+// (word & mask) | magic in one instruction.
+RKSC_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t magic) {
+#ifdef RKSC_EMULATED
+  return (word & mask) | magic;
+#else
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word), "r"(mask), "r"(magic));
+  return v;
+#endif
+}
+
+// The low (high) halves of a and b, a's in the low half.
+RKSC_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) {
+#ifdef RKSC_EMULATED
+  return (a & 0xffffu) | b << 16;
+#else
+  return __byte_perm(a, b, 0x5410);
+#endif
+}
+RKSC_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) {
+#ifdef RKSC_EMULATED
+  return a >> 16 | (b & 0xffff0000u);
+#else
+  return __byte_perm(a, b, 0x7632);
+#endif
+}
 
 // Sums of two pairs, each rounded once.
 template <typename T>
@@ -68,7 +95,7 @@ struct Groups {
   uint32_t minus_rest[kHalves];  // pairs of -(what is left of it); fractional zeros only
 };
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kFractional>
 struct W4Warp {
   gptr<const uint32_t> codes[kHalves];  // 16 bytes of each output's units that this lane sends for
   gptr<const uint32_t> x[kTiles];       // this lane's words of rows g, g + 8
@@ -77,70 +104,75 @@ struct W4Warp {
   uint32_t first_group[kHalves];  // of each output
   smem<uint32_t> ring;            // [kRing, 32 outputs, 16 words]
   uint32_t g, t, swizzle;
-  uint32_t num_code_words, num_x_words;  // of a row, from this lane's first on
-  uint32_t last_unit, groups_per_row, group_shift, zero_kind;
+  int32_t num_code_words, num_x_words;  // of a row, from this lane's first on; not positive where it has none
+  uint32_t last_unit, groups_per_row, group_shift;
+  bool has_zeros;
   Groups groups;
   FragC acc[kMTiles][kTiles];
 
   // The four 16-byte pieces of an output's unit are swizzled by its row, so that 32 lanes that each want one word of eight outputs find
   // them in 32 banks. A group is committed even where there is nothing to fetch.
   RKSC_DEVICE void fetch(uint32_t unit, uint32_t slot) {
-    const uint32_t word = unit * (kUnit / 8);
     if (unit < last_unit) {
-      const bool inside = word < num_code_words;
+      const bool inside = static_cast<int32_t>(unit * (kUnit / 8)) < num_code_words;
+      const smem<uint32_t> dst = ring + (slot * kUnitWords + g * 16 + 4 * (t ^ swizzle));
+      const uint32_t word = inside ? unit * (kUnit / 8) : 0;
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
-        cp_async_16<uint32_t>(ring + (slot * kUnitWords + (8 * h + g) * 16 + 4 * (t ^ swizzle)), codes[h] + (inside ? word : 0), inside);
-      }
+      for (int h = 0; h < kHalves; ++h) cp_async_16<uint32_t>(dst + 128 * h, codes[h] + word, inside);
     }
     cp_async_commit();
   }
-  // Rows end in zeros: the codes fetched for k past the end would count as -zero.
-  RKSC_DEVICE void load_rows(vec<uint32_t, 4> (&b)[kTiles], uint32_t unit, int j) {
-    const uint32_t word = unit * (kUnit / 2) + 16 * j;
+  // Chunk j of the unit that starts at word `start`. Rows end in zeros: the codes fetched for k past the end count as -zero.
+  RKSC_DEVICE void load_rows(vec<uint32_t, 4> (&b)[kTiles], uint32_t start, int j) {
+    const int32_t left = num_x_words - static_cast<int32_t>(start);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) b[n] = word < num_x_words ? load_x(x[n] + word) : vec<uint32_t, 4>{};
+    for (int n = 0; n < kTiles; ++n) b[n] = 16 * j < left ? load_x(x[n] + start + 16 * j) : vec<uint32_t, 4>{};
   }
+  RKSC_DEVICE void set_zero(int h, float whole) { groups.minus_base[h] = pack2<T>(-kMagic<T> - whole, -kMagic<T> - whole); }
   RKSC_DEVICE void load_groups(uint32_t unit, int j) {
-    const uint32_t wanted = (unit * kUnit + 32 * j) >> group_shift, group = wanted < groups_per_row ? wanted : groups_per_row - 1;
+    const uint32_t group = min((unit * kUnit + 32 * j) >> group_shift, groups_per_row - 1);
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      const uint32_t idx = first_group[h] + group;
-      const f16 scale = scales[idx];
+      const f16 scale = scales[first_group[h] + group];
       groups.scale[h] = to_float(scale);
-      float whole = 8.0f, rest = 0.0f;
-      if (zero_kind == RKSC_ZERO_INTEGER) {
-        const uint8_t zero = zeros[idx];
-        whole = static_cast<float>(zero);
-      } else if (zero_kind == RKSC_ZERO_FRACTIONAL) {
-        const f16 zero = global<const f16>(zeros)[idx];
-        whole = fminf(fmaxf(rintf(to_float(zero)), -120.0f), 120.0f);  // magic + whole is exact in bf16
-        rest = to_float(zero) - whole;
+    }
+    if constexpr (kFractional) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const f16 zero = global<const f16>(zeros)[first_group[h] + group];
+        const float whole = fminf(fmaxf(rintf(to_float(zero)), -120.0f), 120.0f);  // magic + whole is exact in bf16
+        const float rest = whole - to_float(zero);
+        set_zero(h, whole);
+        groups.minus_rest[h] = pack2<T>(rest, rest);
       }
-      groups.minus_base[h] = pack2<T>(-kMagic<T> - whole, -kMagic<T> - whole);
-      groups.minus_rest[h] = pack2<T>(-rest, -rest);
+    } else if (has_zeros) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const uint8_t zero = zeros[first_group[h] + group];
+        set_zero(h, static_cast<float>(zero));
+      }
     }
   }
   // Codes (0, 4), (1, 5), (2, 6), (3, 7) of a word, less the zero.
   RKSC_DEVICE vec<uint32_t, 4> unpack(uint32_t word, int h) {
     vec<uint32_t, 4> q;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) q[i] = add2<T>(((word >> (4 * i)) & 0x000f000fu) | kMagicBits<T>, groups.minus_base[h]);
-    if (zero_kind == RKSC_ZERO_FRACTIONAL) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q[i] = add2<T>(q[i], groups.minus_rest[h]);
+    for (int i = 0; i < 4; ++i) {
+      q[i] = add2<T>(mask_or(word >> (4 * i), 0x000f000fu, kMagicBits<T>), groups.minus_base[h]);
+      if constexpr (kFractional) q[i] = add2<T>(q[i], groups.minus_rest[h]);
     }
     return q;
   }
   RKSC_DEVICE void multiply(const vec<uint32_t, 4> (&x_rows)[kTiles], uint32_t slot, int j) {
+    smem<const uint32_t> mine = ring + (slot * kUnitWords + g * 16 + 4 * (j ^ swizzle) + t);
     FragB b[kTiles][2];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const vec<uint32_t, 4>& e = x_rows[n];  // elements 0 1, 2 3, 4 5, 6 7
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        b[n][step].r[0] = (e[step] & 0xffffu) | e[step + 2] << 16;
-        b[n][step].r[1] = e[step] >> 16 | (e[step + 2] & 0xffff0000u);
+        b[n][step].r[0] = low_halves(e[step], e[step + 2]);
+        b[n][step].r[1] = high_halves(e[step], e[step + 2]);
       }
     }
 #pragma unroll
@@ -148,7 +180,7 @@ struct W4Warp {
       vec<uint32_t, 4> q[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t word = ring[slot * kUnitWords + (16 * m + 8 * half + g) * 16 + 4 * (j ^ swizzle) + t];
+        const uint32_t word = mine[(2 * m + half) * 128];
         q[half] = unpack(word, 2 * m + half);
       }
       FragC part[kTiles];
@@ -168,29 +200,31 @@ struct W4Warp {
   }
 };
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kFractional>
 __global__ void __launch_bounds__(kMaxWarps * 32) linear_w4_kernel(const __grid_constant__ rksc_linear_w4_params p) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const Slice slice = slice_of(p.in_features);
-  W4Warp<T, kTiles> ww;
+  W4Warp<T, kTiles, kFractional> ww;
   ww.g = lane / 4;
   ww.t = lane % 4;
   ww.swizzle = ww.g / 2;
   ww.ring = dynamic_shared<uint32_t>(0) + warp * (kRing * kUnitWords);
   ww.scales = global<const f16>(p.scales);
   ww.zeros = global<const uint8_t>(p.zeros);
-  ww.zero_kind = p.zero_kind;
+  ww.has_zeros = p.zero_kind != RKSC_ZERO_NONE;
   ww.last_unit = slice.last;
   ww.group_shift = p.group_size == 32 ? 5 : p.group_size == 64 ? 6 : 7;
   ww.groups_per_row = p.in_features >> ww.group_shift;
-  ww.num_code_words = p.in_features / 8 - 4 * ww.t;
-  ww.num_x_words = p.in_features / 2 - 4 * ww.t;
-  // Outputs and rows past the end repeat the last one; what comes of them is not written.
+  ww.num_code_words = static_cast<int32_t>(p.in_features / 8 - 4 * ww.t);
+  ww.num_x_words = static_cast<int32_t>(p.in_features / 2 - 4 * ww.t);
+  // Outputs and rows past the end repeat the last one; what comes of them is not written. A lane past a short row points to its start.
+  const uint32_t lane_word = ww.num_code_words > 0 ? 4 * ww.t : 0;
 #pragma unroll
   for (uint32_t h = 0; h < kHalves; ++h) {
     const uint32_t output = min(blockIdx.x * (16 * kMTiles) + 8 * h + ww.g, p.out_features - 1);
-    ww.codes[h] = global<const uint32_t>(p.codes) + (static_cast<uint64_t>(output) * (p.in_features / 8) + 4 * ww.t);
+    ww.codes[h] = global<const uint32_t>(p.codes) + (static_cast<uint64_t>(output) * (p.in_features / 8) + lane_word);
     ww.first_group[h] = output * ww.groups_per_row;
+    ww.set_zero(h, 8.0f);
   }
 #pragma unroll
   for (uint32_t n = 0; n < kTiles; ++n) {
@@ -203,7 +237,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) linear_w4_kernel(const __grid_
 #pragma unroll
   for (int i = 0; i < kRing; ++i) ww.fetch(unit + i * num_warps, i);
   vec<uint32_t, 4> b[kTiles], next[kTiles];
-  ww.load_rows(next, unit, 0);
+  ww.load_rows(next, unit * (kUnit / 2), 0);
   for (; unit < slice.last; unit += num_warps) {
     ww.load_groups(unit, 0);
     // The oldest of kRing groups. Lanes read what others sent for: all have to have waited.
@@ -213,7 +247,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) linear_w4_kernel(const __grid_
     for (int j = 0; j < kChunks; ++j) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) b[n] = next[n];
-      ww.load_rows(next, j + 1 < kChunks ? unit : unit + num_warps, (j + 1) % kChunks);
+      ww.load_rows(next, (j + 1 < kChunks ? unit : unit + num_warps) * (kUnit / 2), (j + 1) % kChunks);
       if (j > 0 && ((32 * j) & (p.group_size - 1)) == 0) ww.load_groups(unit, j);
       ww.multiply(b, slot, j);
     }
@@ -228,12 +262,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) linear_w4_kernel(const __grid_
   finish_tile(ww.acc, skinny_output(p));
 }
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kFractional>
 int32_t launch_linear_w4(const rksc_linear_w4_params& p, rksc_stream stream) {
   const SkinnyPlan plan = skinny_plan(p.in_features, p.out_features, true);
   RKSC_REQUIRE(plan.num_slices == 1 || p.workspace != nullptr);
   const uint32_t ring_bytes = plan.num_warps * kRing * kUnitWords * 4, sums = sums_bytes<kMTiles, kTiles>(plan.num_warps);
-  return launch(linear_w4_kernel<T, kTiles>, dim3(plan.num_tiles, plan.num_slices), dim3(plan.num_warps * 32),
+  return launch(linear_w4_kernel<T, kTiles, kFractional>, dim3(plan.num_tiles, plan.num_slices), dim3(plan.num_warps * 32),
                 ring_bytes > sums ? ring_bytes : sums, stream, p);
 }
 
@@ -251,6 +285,9 @@ extern "C" int32_t RKSC_FN(linear_w4)(const rksc_linear_w4_params* p, rksc_strea
   RKSC_REQUIRE(static_cast<uint64_t>(p->out_features) * (p->in_features / p->group_size) <= UINT32_MAX);
   if (p->num_rows == 0 || p->out_features == 0) return 0;
   return RKSC_DISPATCH_DTYPE_16(p->dtype, T, [&] {
-    return p->num_rows <= 8 ? launch_linear_w4<T, 1>(*p, stream) : launch_linear_w4<T, 2>(*p, stream);
+    if (p->zero_kind == RKSC_ZERO_FRACTIONAL) {
+      return p->num_rows <= 8 ? launch_linear_w4<T, 1, true>(*p, stream) : launch_linear_w4<T, 2, true>(*p, stream);
+    }
+    return p->num_rows <= 8 ? launch_linear_w4<T, 1, false>(*p, stream) : launch_linear_w4<T, 2, false>(*p, stream);
   });
 }

@@ -75,7 +75,7 @@ typedef struct rksc_linear_params {
   const void* w;      /* [out, in] dtype */
   const float* bias;  /* [out], or null */
   float* y;           /* [T, out] */
-  void* workspace;    /* rksc_linear_workspace_bytes; zeroed once, left zeroed */
+  void* workspace;    /* rksc_linear_workspace_bytes (0: null will do); zeroed once, left with its counters zero, fit for any shape */
   uint32_t num_rows, in_features, out_features, dtype;
 } rksc_linear_params;
 RKSC_LAYOUT(rksc_linear_params, 56);
@@ -88,10 +88,10 @@ typedef struct rksc_linear_w4_params {
   const void* x;          /* [T, in] bf16 or f16 */
   const uint32_t* codes;  /* [out, in / 8]: k ascending from the low nibble */
   const uint16_t* scales; /* [out, in / group] f16 */
-  const void* zeros;      /* [out, in / group] as zero_kind says, or null */
+  const void* zeros;      /* [out, in / group] as zero_kind says (u8: at most 127), or null */
   const float* bias;      /* [out], or null */
   float* y;               /* [T, out] */
-  void* workspace;        /* rksc_linear_workspace_bytes; zeroed once, left zeroed */
+  void* workspace;        /* rksc_linear_workspace_bytes (0: null will do); zeroed once, left with its counters zero, fit for any shape */
   uint32_t num_rows, in_features, out_features, group_size, zero_kind, dtype;
 } rksc_linear_w4_params;
 RKSC_LAYOUT(rksc_linear_w4_params, 80);
@@ -259,7 +259,7 @@ typedef struct rksc_entropy_probe_params {
   const uint32_t* chosen;     /* [num_rows] token whose log-probability is wanted; null: none */
   rksc_statistics* stats;      /* [num_rows]; argmax is a token id */
   float* chosen_logprob;      /* [num_rows], or null */
-  void* workspace;            /* rksc_entropy_probe_workspace_bytes; zeroed once, left with its counters zero */
+  void* workspace;            /* rksc_entropy_probe_workspace_bytes, any contents; null with candidates; linear's may serve */
   uint32_t num_rows, hidden, vocab, num_candidates, dtype;
   float eps;
 } rksc_entropy_probe_params;

@@ -2,10 +2,12 @@
 
 pub mod attention;
 pub mod branch_similarity;
+pub mod entropy_probe;
 pub mod fill;
 pub mod kv_compact;
 pub mod kv_scores;
 mod linear;
+pub mod linear_w4;
 pub mod oracle;
 pub mod sample;
 

@@ -26,6 +26,7 @@ pub mod interop;
 pub mod kernels;
 mod ops;
 
+use self::cublas::Cublas;
 use self::device::{Device, DeviceBuf};
 use self::graphs::{Graphs, Mode};
 use self::inputs::InputStore;
@@ -59,6 +60,8 @@ pub struct Cuda {
     /// The shape that rows and queries of the pass under way are rounded up to; `None` when it is not repeatable.
     padding: Option<Padding>,
     scratch: Scratch,
+    /// For products of many rows; loaded when the first comes.
+    cublas: Option<Cublas>,
     counters: Counters,
 }
 
@@ -117,6 +120,7 @@ impl Cuda {
             graphs: Graphs::default(),
             padding: None,
             scratch: Scratch::default(),
+            cublas: None,
             counters: Counters::default(),
         }
     }

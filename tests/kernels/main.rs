@@ -8,6 +8,12 @@ mod cuda_device;
 mod cuda_elementwise;
 mod cuda_row_stats;
 mod cuda_sample;
+#[cfg(rksc_op = "entropy_probe")]
+mod cuda_entropy_probe;
+#[cfg(rksc_op = "linear")]
+mod cuda_linear;
+#[cfg(rksc_op = "linear_w4")]
+mod cuda_linear_w4;
 #[allow(dead_code)]
 mod device;
 mod elementwise;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::attention_items::ItemParams;
 use super::bindings::*;
+use super::cublas::{Cublas, Gemm};
 use super::inputs::CudaInputs;
 use super::device::{Device, DeviceBuf};
 use super::graphs::Mode;
@@ -204,6 +205,9 @@ impl Backend for Cuda {
         self.launched().weight_bytes += p.w.num_bytes();
         let rows = self.padded(p.rows.len());
         let rows = p.rows.start..p.rows.start + rows;
+        if rows.len() > SKINNY_ROWS && !self.device.is_emulated() {
+            return self.linear_large(rows, p);
+        }
         let mut from = rows.start;
         while from < rows.end {
             let to = rows.end.min(from + SKINNY_ROWS);
@@ -407,6 +411,30 @@ impl Cuda {
             block_size,
             max_partials: MAX_PARTIALS,
         }
+    }
+
+    /// Many rows on a GPU: cuBLASLt.
+    fn linear_large(&mut self, rows: Range<usize>, p: Linear<'_, Self>) -> Result<()> {
+        let op = "linear";
+        let (num_rows, w) = (rows.len(), p.w);
+        let gemm = Gemm {
+            x: p.x.at(op, w.dtype, rows.start * w.in_features, num_rows * w.in_features)?.cast(),
+            w: w.memory.ptr().cast(),
+            bias: p.bias.map_or(Ok(std::ptr::null()), |b| b.at(op, DType::F32, 0, w.out_features))?.cast(),
+            y: p.y.at_mut(op, DType::F32, rows.start * w.out_features, num_rows * w.out_features)?.cast(),
+            num_rows,
+            in_features: w.in_features,
+            out_features: w.out_features,
+            dtype: w.dtype,
+        };
+        if self.graphs.mode() == Mode::Skip {
+            return Ok(());
+        }
+        let cublas = match &mut self.cublas {
+            Some(cublas) => cublas,
+            none => none.insert(Cublas::open(&self.device)?),
+        };
+        cublas.gemm(&mut self.device, &gemm)
     }
 
     /// At most [`SKINNY_ROWS`] rows: the weights stream by once.
