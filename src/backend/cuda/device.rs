@@ -16,6 +16,7 @@ use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytemuck::Pod;
 
@@ -326,6 +327,30 @@ impl Device {
         Ok(Graph { kind: self.check("end_capture", graph)? })
     }
 
+    /// A point in time: when everything asked for before is done. Outside of captures.
+    pub fn mark(&mut self) -> Result<Mark> {
+        self.outside_capture("mark")?;
+        let kind = match &mut self.kind {
+            Kind::Emulated(_) => Ok(MarkKind::Emulated(Instant::now())),
+            #[cfg(feature = "cuda")]
+            Kind::Gpu(d) => d.mark().map(MarkKind::Gpu),
+        };
+        Ok(Mark { kind: self.check("mark", kind)? })
+    }
+
+    /// Microseconds on the device from one of its marks to a later one, for which it waits.
+    pub fn micros(&mut self, from: &Mark, to: &Mark) -> Result<f64> {
+        self.outside_capture("micros")?;
+        let micros = match (&from.kind, &to.kind) {
+            (MarkKind::Emulated(from), MarkKind::Emulated(to)) => Ok(to.duration_since(*from).as_secs_f64() * 1e6),
+            #[cfg(feature = "cuda")]
+            (MarkKind::Gpu(from), MarkKind::Gpu(to)) => from.micros_until(to),
+            #[cfg(feature = "cuda")]
+            _ => return Err(foreign("micros")),
+        };
+        self.check("micros", micros)
+    }
+
     // ---- failures -----------------------------------------------------------------------------------------------
 
     fn alive(&self) -> Result<()> {
@@ -366,6 +391,18 @@ impl Device {
         };
         Err(Error::Cuda { op, code, name: codes::name(code), what })
     }
+}
+
+/// See [`Device::mark`].
+pub struct Mark {
+    kind: MarkKind,
+}
+
+#[cfg_attr(not(feature = "emulated-kernels"), allow(dead_code))]
+enum MarkKind {
+    Emulated(Instant),
+    #[cfg(feature = "cuda")]
+    Gpu(gpu::Event),
 }
 
 /// Work recorded once, launched many times over the same memory. A kernel in it that

@@ -1,6 +1,8 @@
 //! `rksc-run bench`: policies against each other, whole passes, one op, the machine. Tables and JSON go to stdout.
 
+mod agree;
 mod gemm;
+mod kernels;
 mod ladder;
 mod passes;
 mod roof;
@@ -19,6 +21,8 @@ pub(crate) enum Command {
     Prefill(passes::Args),
     /// The linear op at the layer shapes of a model, weights from memory.
     Gemm(gemm::Args),
+    Kernels(Box<kernels::Args>),
+    Agree(Box<agree::Args>),
     /// What this machine can do at most: memory, and the linear op at each SIMD level.
     Roof(roof::Args),
 }
@@ -29,6 +33,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Decode(args) => passes::decode(args),
         Command::Prefill(args) => passes::prefill(args),
         Command::Gemm(args) => gemm::run(args),
+        Command::Kernels(args) => kernels::run(args),
+        Command::Agree(args) => agree::run(args),
         Command::Roof(args) => roof::run(args),
     }
 }

@@ -21,7 +21,7 @@ type Driver<T> = std::result::Result<T, DriverError>;
 const STAGING_BYTES: usize = 4 << 20;
 
 /// Every driver call made here and in the parts of cudarc that are used; all of CUDA 11.4 or older.
-const SYMBOLS: [&std::ffi::CStr; 40] = [
+const SYMBOLS: [&std::ffi::CStr; 41] = [
     c"cuInit",
     c"cuDriverGetVersion",
     c"cuDeviceGet",
@@ -59,6 +59,7 @@ const SYMBOLS: [&std::ffi::CStr; 40] = [
     c"cuEventCreate",
     c"cuEventRecord",
     c"cuEventSynchronize",
+    c"cuEventElapsedTime",
     c"cuEventDestroy_v2",
     c"cuGetErrorName",
     c"cuGetErrorString",
@@ -331,6 +332,15 @@ impl Gpu {
         unsafe { result::graph::launch(executable.graph, stream) }.map_err(code)
     }
 
+    pub(super) fn mark(&self) -> Code<Event> {
+        let stream = self.stream()?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(code)?;
+        let event = Event { event, shared: self.shared.clone() };
+        // SAFETY: a new event on our stream, in one context.
+        unsafe { result::event::record(event.event, stream) }.map_err(code)?;
+        Ok(event)
+    }
+
     pub(super) fn fault(&self, _: i32) -> Option<String> {
         None
     }
@@ -420,6 +430,32 @@ impl Drop for Executable {
         if self.shared.bind().is_ok() {
             // SAFETY: its owner; the driver keeps what a launch in flight needs.
             let _ = unsafe { result::graph::exec_destroy(self.graph) };
+        }
+    }
+}
+
+/// A recorded event.
+pub(super) struct Event {
+    event: sys::CUevent,
+    shared: Arc<Shared>,
+}
+
+impl Event {
+    pub(super) fn micros_until(&self, later: &Self) -> Code<f64> {
+        self.shared.bind()?;
+        // SAFETY: both are alive, recorded, and of one context.
+        unsafe {
+            result::event::synchronize(later.event).map_err(code)?;
+            result::event::elapsed(self.event, later.event).map(|ms| f64::from(ms) * 1e3).map_err(code)
+        }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.shared.bind().is_ok() {
+            // SAFETY: its owner.
+            let _ = unsafe { result::event::destroy(self.event) };
         }
     }
 }

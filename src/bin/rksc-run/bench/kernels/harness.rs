@@ -1,0 +1,427 @@
+//! What the cases have in common: data on the device whose values the host knows, the clock, the report.
+//!
+//! *Time.* A case's launches are captured in a graph, `copies` sets of inputs in turn, so many times over that a sample
+//! lasts half a millisecond at least; a sample is the time between two events around one replay, divided by its
+//! launches. The sets together are larger than any L2 where the op's input comes from memory in a step of a model.
+//!
+//! *Data.* Near-normal values that repeat with a prime period, shifted from buffer to buffer: no two rows are alike, and
+//! the host can look up any element without reading a gigabyte back.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::rc::Rc;
+
+use half::{bf16, f16};
+use rksc::DType;
+use rksc::backend::cuda::device::{Device, DeviceBuf, Graph};
+use rksc::model::family::ModelConfig;
+use rksc::report::LatencyMs;
+use rksc::testing::fill::Fill;
+use rksc::testing::round_to;
+
+/// What activations, weights and KV are rounded to.
+pub(super) const COMPUTE: DType = DType::Bf16;
+/// Twice the largest L2 there is (126 MB).
+const ROTATE_BYTES: usize = 256 << 20;
+const SAMPLES: usize = 40;
+const SAMPLE_US: f64 = 500.0;
+const WARM_UP: usize = 3;
+/// Elements after which data repeats; a prime.
+const PERIOD: usize = 1_048_573;
+const COPY_BYTES: usize = 1 << 30;
+
+/// Where reports go as they come.
+pub(super) struct Sink {
+    pub(super) out: Option<File>,
+    pub(super) table: bool,
+}
+
+impl Sink {
+    /// One line of the file.
+    pub(super) fn line(&mut self, value: &impl serde::Serialize) -> anyhow::Result<()> {
+        if let Some(out) = &mut self.out {
+            let mut bytes = serde_json::to_vec(value)?;
+            bytes.push(b'\n');
+            out.write_all(&bytes)?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) struct Bench {
+    pub(super) dev: Device,
+    pub(super) sink: Sink,
+    pub(super) reports: Vec<Report>,
+    pub(super) timed: bool,
+    /// Bytes a second of a copy, read and write counted.
+    copy: Option<f64>,
+    pools: HashMap<Kind, Pool>,
+    shift: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    Normal(DType),
+    Words,
+}
+
+/// One period of data, on both sides.
+struct Pool {
+    values: Rc<Vec<f32>>,
+    words: Rc<Vec<u32>>,
+    memory: DeviceBuf<u8>,
+}
+
+/// Data on the device.
+pub(super) struct Noise {
+    pub(super) memory: DeviceBuf<u8>,
+    values: Rc<Vec<f32>>,
+    shift: usize,
+    size: usize,
+}
+
+/// Random words on the device.
+pub(super) struct Words {
+    pub(super) memory: DeviceBuf<u8>,
+    words: Rc<Vec<u32>>,
+    shift: usize,
+}
+
+/// What a case found.
+pub(super) struct Measured {
+    pub(super) bytes: usize,
+    /// 0 where arithmetic cannot matter.
+    pub(super) flops: usize,
+    pub(super) error: f64,
+    pub(super) tolerance: f64,
+    pub(super) times: Option<Times>,
+}
+
+pub(super) struct Times {
+    us: LatencyMs,
+    launches: usize,
+}
+
+/// One case's line.
+#[derive(serde::Serialize)]
+pub(super) struct Report {
+    op: &'static str,
+    shape: String,
+    dtype: DType,
+    us: Option<LatencyMs>,
+    samples: usize,
+    launches_a_sample: usize,
+    bytes: usize,
+    gb_per_s: Option<f64>,
+    of_copy: Option<f64>,
+    flops: usize,
+    tflops: Option<f64>,
+    error: Option<f64>,
+    pub(super) right: bool,
+    failed: Option<String>,
+}
+
+impl Bench {
+    pub(super) fn new(dev: Device, timed: bool, sink: Sink) -> Self {
+        Self { dev, sink, reports: Vec::new(), timed, copy: None, pools: HashMap::new(), shift: 0 }
+    }
+
+    /// The models whose shapes are run.
+    pub(super) fn models(&self) -> anyhow::Result<Vec<(&'static str, ModelConfig)>> {
+        if self.timed {
+            return ["qwen2.5-7b", "llama-3-8b"].map(|name| Ok((name, ModelConfig::shape(name)?))).into_iter().collect();
+        }
+        Ok(vec![("tiny", ModelConfig { head_dim: 32, hidden: 128, ..ModelConfig::shape("tiny")? })])
+    }
+
+    /// `timed` where it counts, else `tiny`.
+    pub(super) fn sizes<'a, T>(&self, timed: &'a [T], tiny: &'a [T]) -> &'a [T] {
+        if self.timed { timed } else { tiny }
+    }
+
+    /// Sets of inputs of so many bytes that together come from memory.
+    pub(super) fn copies(&self, bytes: usize) -> usize {
+        if self.timed { ROTATE_BYTES.div_ceil(bytes.max(1)) } else { 1 }
+    }
+
+    /// Runs a case and reports it. A failure is a report too, unless the device did not survive it.
+    pub(super) fn case(
+        &mut self,
+        op: &'static str,
+        shape: String,
+        dtype: DType,
+        case: impl FnOnce(&mut Self) -> anyhow::Result<Measured>,
+    ) -> anyhow::Result<()> {
+        let mut report = Report::of(op, shape, dtype);
+        match case(self) {
+            Ok(measured) => report.fill(measured, self.copy),
+            Err(e) => report.failed = Some(format!("{e:#}")),
+        }
+        if self.sink.table {
+            say!("{report}");
+        }
+        self.sink.line(&report)?;
+        self.reports.push(report);
+        self.dev.free_bytes()?;
+        Ok(())
+    }
+
+    // ---- data ---------------------------------------------------------------------------------------------------
+
+    /// Makes the pool that is not there yet.
+    fn pool(&mut self, kind: Kind) -> anyhow::Result<()> {
+        if !self.pools.contains_key(&kind) {
+            let period = if self.timed { PERIOD } else { 65_521 };
+            let mut fill = Fill::new(7);
+            let (mut values, mut words) = (Vec::new(), Vec::new());
+            let bytes = match kind {
+                Kind::Normal(dtype) => {
+                    values = round_to(&fill.normals(period, 1.0), dtype);
+                    narrowed(dtype, &values)
+                }
+                Kind::Words => {
+                    words.extend((0..period).map(|_| fill.next_u64() as u32));
+                    bytemuck::cast_slice(&words).to_vec()
+                }
+            };
+            let memory = self.dev.buffer(&bytes)?;
+            self.pools.insert(kind, Pool { values: Rc::new(values), words: Rc::new(words), memory });
+        }
+        Ok(())
+    }
+
+    /// `len` elements of `size` bytes from the pool, from a place of their own on.
+    fn tiled(&mut self, kind: Kind, len: usize, size: usize) -> anyhow::Result<(DeviceBuf<u8>, usize)> {
+        self.pool(kind)?;
+        let pool = &self.pools[&kind];
+        let period = pool.memory.len() / size;
+        self.shift = (self.shift + 104_729) % period;
+        let mut memory = self.dev.alloc::<u8>(len * size)?;
+        let (mut to, mut from) = (0, self.shift);
+        while to < len {
+            let count = (period - from).min(len - to);
+            self.dev.copy(&pool.memory, from * size..(from + count) * size, &mut memory, to * size)?;
+            (to, from) = (to + count, 0);
+        }
+        Ok((memory, self.shift))
+    }
+
+    /// `len` values near N(0, 1).
+    pub(super) fn noise(&mut self, dtype: DType, len: usize) -> anyhow::Result<Noise> {
+        let kind = Kind::Normal(dtype);
+        let (memory, shift) = self.tiled(kind, len, dtype.size_bytes())?;
+        Ok(Noise { memory, values: Rc::clone(&self.pools[&kind].values), shift, size: dtype.size_bytes() })
+    }
+
+    /// `len` random words.
+    pub(super) fn words(&mut self, len: usize) -> anyhow::Result<Words> {
+        let (memory, shift) = self.tiled(Kind::Words, len, 4)?;
+        Ok(Words { memory, words: Rc::clone(&self.pools[&Kind::Words].words), shift })
+    }
+
+    /// Memory for results, NaN throughout, so that what an op leaves out shows.
+    pub(super) fn results(&mut self, bytes: usize) -> anyhow::Result<DeviceBuf<u8>> {
+        Ok(self.dev.buffer(&vec![0xff; bytes])?)
+    }
+
+    /// Elements `[start, start + len)`, widened.
+    pub(super) fn read(&mut self, dtype: DType, src: &DeviceBuf<u8>, start: usize, len: usize) -> anyhow::Result<Vec<f64>> {
+        let size = dtype.size_bytes();
+        let mut bytes = vec![0; len * size];
+        self.dev.download(src, start * size, &mut bytes)?;
+        Ok(widened(dtype, &bytes))
+    }
+
+    // ---- time ---------------------------------------------------------------------------------------------------
+
+    /// Times `run`, which is given the number of the set of inputs to use.
+    pub(super) fn time(
+        &mut self,
+        copies: usize,
+        mut run: impl FnMut(&mut Device, usize) -> rksc::Result<()>,
+    ) -> anyhow::Result<Option<Times>> {
+        if !self.timed {
+            return Ok(None);
+        }
+        let dev = &mut self.dev;
+        let mut record = |dev: &mut Device, launches: usize| -> rksc::Result<Graph> {
+            dev.begin_capture()?;
+            let ran = (0..launches).try_for_each(|i| run(dev, i % copies));
+            let graph = dev.end_capture();
+            ran.and(graph)
+        };
+        let once = record(dev, copies)?;
+        sample(dev, &once)?;
+        let rounds = (SAMPLE_US / sample(dev, &once)?.max(1.0)).ceil().clamp(1.0, 512.0) as usize;
+        let launches = copies * rounds;
+        let graph = record(dev, launches)?;
+        for _ in 0..WARM_UP {
+            sample(dev, &graph)?;
+        }
+        let us = (0..SAMPLES).map(|_| Ok(sample(dev, &graph)? / launches as f64)).collect::<rksc::Result<Vec<f64>>>()?;
+        Ok(Some(Times { us: LatencyMs::of(&us), launches }))
+    }
+
+    /// The device's copy bandwidth, where times count.
+    pub(super) fn measure_copy(&mut self) -> anyhow::Result<Option<f64>> {
+        let len = COPY_BYTES.min(self.dev.free_bytes()? as usize / 8);
+        if !self.timed {
+            return Ok(None);
+        }
+        let src = self.noise(COMPUTE, len / 2)?.memory;
+        let mut dst = self.dev.alloc::<u8>(src.len())?;
+        let times = self.time(1, |dev, _| dev.copy(&src, 0..src.len(), &mut dst, 0))?;
+        self.copy = times.map(|t| 2.0 * src.len() as f64 / t.us.p50 * 1e6);
+        Ok(self.copy)
+    }
+}
+
+/// Microseconds of one replay.
+fn sample(dev: &mut Device, graph: &Graph) -> rksc::Result<f64> {
+    let from = dev.mark()?;
+    graph.launch(dev)?;
+    let to = dev.mark()?;
+    dev.micros(&from, &to)
+}
+
+impl Noise {
+    /// Element `i`.
+    pub(super) fn at(&self, i: usize) -> f32 {
+        self.values[(i + self.shift) % self.values.len()]
+    }
+
+    /// Elements `[start, start + len)`.
+    pub(super) fn wide(&self, start: usize, len: usize) -> Vec<f64> {
+        (start..start + len).map(|i| f64::from(self.at(i))).collect()
+    }
+
+    /// The same, as they are.
+    pub(super) fn floats(&self, start: usize, len: usize) -> Vec<f32> {
+        (start..start + len).map(|i| self.at(i)).collect()
+    }
+
+    /// The address of element `i`, for params.
+    pub(super) fn ptr(&self, i: usize) -> *const c_void {
+        self.memory.ptr().wrapping_add(i * self.size).cast()
+    }
+
+    /// The same, to be written through.
+    pub(super) fn ptr_mut(&mut self, i: usize) -> *mut c_void {
+        self.memory.ptr_mut().wrapping_add(i * self.size).cast()
+    }
+
+    /// Sum over k of x_k times element `start + k`.
+    pub(super) fn dot(&self, start: usize, x: &[f64]) -> f64 {
+        let period = self.values.len();
+        let (mut sum, mut done) = (0.0, 0);
+        while done < x.len() {
+            let from = (start + done + self.shift) % period;
+            let count = (period - from).min(x.len() - done);
+            let pairs = self.values[from..from + count].iter().zip(&x[done..done + count]);
+            sum += pairs.map(|(&w, x)| f64::from(w) * x).sum::<f64>();
+            done += count;
+        }
+        sum
+    }
+}
+
+impl Words {
+    pub(super) fn at(&self, i: usize) -> u32 {
+        self.words[(i + self.shift) % self.words.len()]
+    }
+
+    pub(super) fn ptr(&self, i: usize) -> *const u32 {
+        self.memory.ptr().cast::<u32>().wrapping_add(i)
+    }
+}
+
+/// `x` in `dtype`.
+pub(super) fn narrowed(dtype: DType, x: &[f32]) -> Vec<u8> {
+    match dtype {
+        DType::F32 => x.iter().flat_map(|x| x.to_ne_bytes()).collect(),
+        DType::Bf16 => x.iter().flat_map(|&x| bf16::from_f32(x).to_ne_bytes()).collect(),
+        DType::F16 => x.iter().flat_map(|&x| f16::from_f32(x).to_ne_bytes()).collect(),
+    }
+}
+
+fn widened(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        DType::F32 => bytes.chunks_exact(4).map(|b| f64::from(f32::from_ne_bytes([b[0], b[1], b[2], b[3]]))).collect(),
+        DType::Bf16 => halves().map(|b| bf16::from_ne_bytes(b).to_f64()).collect(),
+        DType::F16 => halves().map(|b| f16::from_ne_bytes(b).to_f64()).collect(),
+    }
+}
+
+/// The norm of the difference over the norm of `want`; not a number where `got` holds none.
+pub(super) fn error(got: &[f64], want: &[f64]) -> f64 {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let off = norm(&mut got.iter().zip(want).map(|(g, w)| g - w));
+    if off == 0.0 && got.len() == want.len() { 0.0 } else { off / norm(&mut want.iter().copied()) }
+}
+
+impl Report {
+    fn of(op: &'static str, shape: String, dtype: DType) -> Self {
+        Self {
+            op,
+            shape,
+            dtype,
+            us: None,
+            samples: 0,
+            launches_a_sample: 0,
+            bytes: 0,
+            gb_per_s: None,
+            of_copy: None,
+            flops: 0,
+            tflops: None,
+            error: None,
+            right: false,
+            failed: None,
+        }
+    }
+
+    fn fill(&mut self, m: Measured, copy: Option<f64>) {
+        (self.bytes, self.flops) = (m.bytes, m.flops);
+        self.error = m.error.is_finite().then_some(m.error);
+        self.right = m.error <= m.tolerance;
+        let Some(Times { us, launches }) = m.times else { return };
+        (self.samples, self.launches_a_sample) = (SAMPLES, launches);
+        let rate = m.bytes as f64 / us.p50 * 1e6;
+        self.gb_per_s = Some(rate / 1e9);
+        self.of_copy = copy.map(|copy| rate / copy);
+        self.tflops = (m.flops > 0).then(|| m.flops as f64 / us.p50 / 1e6);
+        self.us = Some(us);
+    }
+
+    /// What stands above the lines.
+    pub(super) fn header() -> String {
+        format!(
+            "{:<17} | {:<44} | {:>9} {:>9} {:>9} | {:>11} | {:>7} | {:>6} | {:>7} | {:>8}",
+            "op", "shape", "us", "p10", "p90", "bytes", "GB/s", "copy", "TFLOP/s", "error"
+        )
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<17} | {:<44} | ", self.op, self.shape)?;
+        if let Some(why) = &self.failed {
+            return write!(f, "FAILED: {why}");
+        }
+        let number = |x: Option<f64>, digits: usize| x.map_or("-".into(), |x| format!("{x:.digits$}"));
+        let [p50, p10, p90] = [|u: &LatencyMs| u.p50, |u| u.p10, |u| u.p90].map(|part| number(self.us.as_ref().map(part), 2));
+        let of_copy = self.of_copy.map_or("-".into(), |x| format!("{:.0} %", x * 100.0));
+        let error = self.error.map_or("NaN".into(), |e| format!("{e:.1e}"));
+        write!(
+            f,
+            "{p50:>9} {p10:>9} {p90:>9} | {:>11} | {:>7} | {of_copy:>6} | {:>7} | {error:>8}{}",
+            self.bytes,
+            number(self.gb_per_s, 0),
+            number(self.tflops, 1),
+            if self.right { "" } else { "  WRONG" }
+        )
+    }
+}

@@ -1,0 +1,222 @@
+//! Ops that stream weights: `linear`, `linear_w4`, cuBLASLt's product for many rows, `entropy_probe`.
+
+use half::f16;
+use rksc::DType;
+use rksc::backend::cuda::bindings::*;
+use rksc::backend::cuda::cublas::{Cublas, Gemm};
+use rksc::model::family::ModelConfig;
+use rksc::testing::entropy_probe::entropy_probe as probe_oracle;
+use rksc::testing::linear_w4::{W4, Zeros};
+
+use super::harness::{Bench, COMPUTE, Measured, error};
+
+/// f32 sums of exact products.
+const SUM_TOLERANCE: f64 = 1e-5;
+/// Outputs of a row that are checked.
+const CHECKED: usize = 61;
+
+/// (name, in, out) of a layer's matrices, and the unembedding.
+fn matrices(m: &ModelConfig) -> [(&'static str, usize, usize); 5] {
+    let q = m.num_q_heads * m.head_dim;
+    [
+        ("qkv", m.hidden, q + 2 * m.num_kv_heads * m.head_dim),
+        ("o", q, m.hidden),
+        ("gate_up", m.hidden, 2 * m.intermediate),
+        ("down", m.intermediate, m.hidden),
+        ("lm_head", m.hidden, m.vocab_size),
+    ]
+}
+
+/// Every (model, matrix, rows), one of them where nothing is timed.
+fn cases(b: &Bench, rows: &[usize]) -> anyhow::Result<Vec<(String, usize, usize, usize)>> {
+    let mut all = Vec::new();
+    for (model, m) in b.models()? {
+        for (name, k, n) in matrices(&m) {
+            all.extend(rows.iter().map(|&t| (format!("{model} {name} {t} x {k} -> {n}"), t, k, n)));
+        }
+    }
+    all.truncate(if b.timed { usize::MAX } else { 1 });
+    Ok(all)
+}
+
+/// Outputs to check: evenly spread, the first and the last among them.
+fn spread(n: usize) -> Vec<usize> {
+    let count = CHECKED.min(n);
+    (0..count).map(|i| i * (n - 1) / (count - 1).max(1)).collect()
+}
+
+/// bytes: weights 2 in out, x 2 t in, y 4 t out
+pub(super) fn linear(b: &mut Bench) -> anyhow::Result<()> {
+    for (shape, t, k, n) in cases(b, &[1, 8, 16])? {
+        b.case("linear", shape, COMPUTE, |b| {
+            let copies = b.copies(2 * k * n);
+            let (x, w) = (b.noise(COMPUTE, t * k)?, b.noise(COMPUTE, copies * k * n)?);
+            let mut y = b.results(4 * t * n)?;
+            let mut workspace = b.dev.zeroed::<u8>(b.dev.kernels().linear_workspace_bytes(t, k, n))?;
+            let params = rksc_linear_params {
+                x: x.ptr(0),
+                w: w.ptr(0),
+                bias: std::ptr::null(),
+                y: y.ptr_mut().cast(),
+                workspace: workspace.ptr_mut().cast(),
+                num_rows: t as u32,
+                in_features: k as u32,
+                out_features: n as u32,
+                dtype: COMPUTE as u32,
+            };
+            b.dev.launch(b.dev.kernels().linear, &params)?;
+            let got = b.read(DType::F32, &y, (t - 1) * n, n)?;
+            let row = x.wide((t - 1) * k, k);
+            let (got, want): (Vec<f64>, Vec<f64>) = spread(n).iter().map(|&o| (got[o], w.dot(o * k, &row))).unzip();
+            let times = b.time(copies, |dev, set| {
+                dev.launch(dev.kernels().linear, &rksc_linear_params { w: w.ptr(set * k * n), ..params })
+            })?;
+            let bytes = 2 * k * n + 2 * t * k + 4 * t * n;
+            Ok(Measured { bytes, flops: 2 * t * k * n, error: error(&got, &want), tolerance: SUM_TOLERANCE, times })
+        })?;
+    }
+    Ok(())
+}
+
+/// bytes: codes in out / 2, scales and zeros 3 in out / group, x 2 t in, y 4 t out
+pub(super) fn linear_w4(b: &mut Bench) -> anyhow::Result<()> {
+    const GROUP: usize = 128;
+    for (shape, t, k, n) in cases(b, &[1, 8, 16])? {
+        if shape.contains("lm_head") {
+            continue;
+        }
+        b.case("linear_w4", format!("{shape}, groups of {GROUP}"), COMPUTE, |b| {
+            let copies = b.copies(k * n / 2);
+            let (x, codes) = (b.noise(COMPUTE, t * k)?, b.words(copies * k / 8 * n)?);
+            let groups = k / GROUP;
+            let scales: Vec<f16> = (0..n * groups).map(|i| f16::from_f32(0.01 + (i % 97) as f32 * 1e-4)).collect();
+            let zeros: Vec<u8> = (0..n * groups).map(|i| (i % 13 + 2) as u8).collect();
+            let scale_bits: Vec<u16> = scales.iter().map(|s| s.to_bits()).collect();
+            let (scale_buf, zero_buf) = (b.dev.buffer(&scale_bits)?, b.dev.buffer(&zeros)?);
+            let mut y = b.results(4 * t * n)?;
+            let mut workspace = b.dev.zeroed::<u8>(b.dev.kernels().linear_workspace_bytes(t, k, n))?;
+            let params = rksc_linear_w4_params {
+                x: x.ptr(0),
+                codes: codes.ptr(0),
+                scales: scale_buf.ptr(),
+                zeros: zero_buf.ptr().cast(),
+                bias: std::ptr::null(),
+                y: y.ptr_mut().cast(),
+                workspace: workspace.ptr_mut().cast(),
+                num_rows: t as u32,
+                in_features: k as u32,
+                out_features: n as u32,
+                group_size: GROUP as u32,
+                zero_kind: RKSC_ZERO_INTEGER,
+                dtype: COMPUTE as u32,
+            };
+            b.dev.launch(b.dev.kernels().linear_w4, &params)?;
+            let got = b.read(DType::F32, &y, (t - 1) * n, n)?;
+            let outputs = spread(n);
+            let of_outputs = |width: usize| outputs.iter().flat_map(move |&o| o * width..(o + 1) * width);
+            let oracle = W4 {
+                codes: of_outputs(k / 8).map(|i| codes.at(i)).collect(),
+                scales: of_outputs(groups).map(|i| scales[i]).collect(),
+                zeros: Zeros::Integer(of_outputs(groups).map(|i| zeros[i]).collect()),
+                in_features: k,
+                out_features: outputs.len(),
+                group: GROUP,
+            };
+            let (want, _) = oracle.linear_oracle(&x.floats((t - 1) * k, k), None);
+            let got: Vec<f64> = outputs.iter().map(|&o| got[o]).collect();
+            let times = b.time(copies, |dev, set| {
+                let params = rksc_linear_w4_params { codes: codes.ptr(set * k / 8 * n), ..params };
+                dev.launch(dev.kernels().linear_w4, &params)
+            })?;
+            let bytes = k * n / 2 + 3 * n * groups + 2 * t * k + 4 * t * n;
+            Ok(Measured { bytes, flops: 2 * t * k * n, error: error(&got, &want), tolerance: SUM_TOLERANCE, times })
+        })?;
+    }
+    Ok(())
+}
+
+/// Not an op of ours, but what runs instead of `linear` above 16 rows. Nothing to run in the emulation.
+/// bytes: as `linear`
+pub(super) fn linear_cublas(b: &mut Bench) -> anyhow::Result<()> {
+    if b.dev.is_emulated() {
+        return Ok(());
+    }
+    for (shape, t, k, n) in cases(b, b.sizes(&[17, 64, 256, 1024], &[17]))? {
+        if shape.contains("lm_head") {
+            continue;
+        }
+        b.case("linear_cublas", shape, COMPUTE, |b| {
+            let copies = b.copies(2 * k * n);
+            let (x, w) = (b.noise(COMPUTE, t * k)?, b.noise(COMPUTE, copies * k * n)?);
+            let mut y = b.results(4 * t * n)?;
+            let mut cublas = Cublas::open(&b.dev)?;
+            let product = Gemm {
+                x: x.ptr(0),
+                w: w.ptr(0),
+                bias: std::ptr::null(),
+                y: y.ptr_mut().cast(),
+                num_rows: t,
+                in_features: k,
+                out_features: n,
+                dtype: COMPUTE,
+            };
+            cublas.gemm(&mut b.dev, &product)?;
+            let got = b.read(DType::F32, &y, (t - 1) * n, n)?;
+            let row = x.wide((t - 1) * k, k);
+            let (got, want): (Vec<f64>, Vec<f64>) = spread(n).iter().map(|&o| (got[o], w.dot(o * k, &row))).unzip();
+            let times =
+                b.time(copies, |dev, set| cublas.gemm(dev, &Gemm { w: w.ptr(set * k * n), ..product }))?;
+            let bytes = 2 * k * n + 2 * t * k + 4 * t * n;
+            Ok(Measured { bytes, flops: 2 * t * k * n, error: error(&got, &want), tolerance: SUM_TOLERANCE, times })
+        })?;
+    }
+    Ok(())
+}
+
+/// bytes: w 2 vocab hidden once per 64 rows, x 4 t hidden
+pub(super) fn entropy_probe(b: &mut Bench) -> anyhow::Result<()> {
+    const EPS: f32 = 1e-6;
+    for (model, m) in b.models()? {
+        let (k, n) = (m.hidden, m.vocab_size);
+        for &t in b.sizes(&[8, 32, 104], &[3]) {
+            b.case("entropy_probe", format!("{model} {t} rows over {n}"), COMPUTE, |b| {
+                let (x, w) = (b.noise(DType::F32, t * k)?, b.noise(COMPUTE, k * n)?);
+                // Logits of about N(0, 2).
+                let norm = vec![2.0 / (k as f32).sqrt(); k];
+                let norm_buf = b.dev.buffer(&norm)?;
+                let chosen = b.dev.buffer(&vec![1u32; t])?;
+                let mut stats = b.results(t * size_of::<rksc_statistics>())?;
+                let mut logprob = b.results(4 * t)?;
+                let mut workspace = b.dev.zeroed::<u8>(b.dev.kernels().entropy_probe_workspace_bytes(t, k, n))?;
+                let params = rksc_entropy_probe_params {
+                    x: x.ptr(0).cast(),
+                    norm_weight: norm_buf.ptr(),
+                    w: w.ptr(0),
+                    candidates: std::ptr::null(),
+                    chosen: chosen.ptr(),
+                    stats: stats.ptr_mut().cast(),
+                    chosen_logprob: logprob.ptr_mut().cast(),
+                    workspace: workspace.ptr_mut().cast(),
+                    num_rows: t as u32,
+                    hidden: k as u32,
+                    vocab: n as u32,
+                    num_candidates: 0,
+                    dtype: COMPUTE as u32,
+                    eps: EPS,
+                };
+                b.dev.launch(b.dev.kernels().entropy_probe, &params)?;
+                let words = b.read(DType::F32, &stats, (t - 1) * 7, 7)?;
+                let logprob = b.read(DType::F32, &logprob, t - 1, 1)?[0];
+                let want = probe_oracle(COMPUTE, &x.floats((t - 1) * k, k), Some((&norm, EPS)), &w.wide(0, k * n));
+                let s = &want.stats;
+                let got = [words[1], words[2], words[3], words[4], words[5], logprob];
+                let want = [want.logits[s.argmax], s.lse, s.entropy, s.top1, s.margin, want.logits[1] - s.lse];
+                let times = b.time(1, |dev, _| dev.launch(dev.kernels().entropy_probe, &params))?;
+                // h is rounded to the compute type, and now and then to the other side than the oracle's.
+                let (bytes, tolerance) = (2 * k * n * t.div_ceil(64) + 4 * t * k, 4e-3);
+                Ok(Measured { bytes, flops: 2 * t * k * n, error: error(&got, &want), tolerance, times })
+            })?;
+        }
+    }
+    Ok(())
+}
