@@ -102,6 +102,7 @@ fn emulated() {
         .define("RKSC_EMULATED", None)
         // The same bits on every machine: no multiply and add joined unless the kernel says fmaf.
         .flag("-ffp-contract=off")
+        .flag("-Wno-unknown-pragmas") // #pragma unroll
         .flag("-x")
         .flag("c++");
     objects(&build, &sources, "rksc_emulated", &format!("emulated {:?}", env::var_os("CXXFLAGS")));
@@ -181,7 +182,10 @@ mod nvcc {
         let triple = format!("targets/{}-linux/lib", if target("ARCH") == "aarch64" { "sbsa" } else { "x86_64" });
         let library = ["lib64", "lib", &triple].map(|dir| root.join(dir));
         let Some(library) = library.iter().find(|dir| dir.join("libcudart_static.a").exists()) else {
-            fail(&format!("libcudart_static.a is in neither lib64 nor lib of {} (PyPI: nvidia-cuda-runtime)", root.display()))
+            fail(&format!(
+                "libcudart_static.a is in neither lib64 nor lib of {} (PyPI: nvidia-cuda-runtime)",
+                root.display()
+            ))
         };
         println!("cargo::rustc-link-search=native={}", library.display());
         println!("cargo::rustc-link-lib=static=cudart_static");
@@ -208,7 +212,8 @@ mod nvcc {
         if names.is_empty() || names.iter().any(|name| number(name).is_none_or(|n| n < 80)) {
             fail(&format!("RKSC_CUDA_ARCH={list:?}: use numbers from 80 up with commas between, e.g. 80,90a"));
         }
-        let newest = names.iter().filter(|name| name.ends_with(|c: char| c.is_ascii_digit())).max_by_key(|name| number(name));
+        let newest =
+            names.iter().filter(|name| name.ends_with(|c: char| c.is_ascii_digit())).max_by_key(|name| number(name));
         let code = names.iter().map(|name| format!("-gencode=arch=compute_{name},code=sm_{name}"));
         code.chain(newest.map(|name| format!("-gencode=arch=compute_{name},code=compute_{name}"))).collect()
     }
@@ -253,7 +258,9 @@ mod bindings {
             .parse_callbacks(Box::new(PlainData));
         let emulated = common()
             .header("include/rksc_kernels.h")
-            .headers(files("cuda/host", &["h"]).iter().filter(|h| h.ends_with("control.h")).map(|h| h.display().to_string()))
+            .headers(
+                files("cuda/host", &["h"]).iter().filter(|h| h.ends_with("control.h")).map(|h| h.display().to_string()),
+            )
             .clang_arg("-DRKSC_EMULATED")
             .allowlist_function("rksc_emu_.*")
             .allowlist_recursively(false);

@@ -39,12 +39,14 @@ impl<P> Launcher<P> {
 }
 
 /// Stands in for a launcher whose kernel file is not there: `cudaErrorNotSupported`.
+#[cfg(any(feature = "cuda", feature = "emulated-kernels"))]
 #[allow(dead_code)]
 unsafe extern "C" fn missing<P>(_: *const P, _: rksc_stream) -> i32 {
     801
 }
 
 /// `$function` where a kernel file defines `$op`, else `$instead`.
+#[cfg(any(feature = "cuda", feature = "emulated-kernels"))]
 macro_rules! defined {
     ($op:tt, $function:expr, $instead:expr) => {{
         #[cfg(rksc_op = $op)]
@@ -67,9 +69,8 @@ macro_rules! u32_for {
 
 macro_rules! kernels {
     (
-        $($op:tt $field:ident($params:ident) $native:ident $emulated:ident;)*
-        workspaces:
-        $($size_op:tt $size:ident($($argument:ident),*) $native_size:ident $emulated_size:ident;)*
+        launchers { $($op:tt $field:ident($params:ident) $native:ident $emulated:ident;)* }
+        workspaces { $($size_op:tt $size:ident($($argument:ident),*) $native_size:ident $emulated_size:ident;)* }
     ) => {
         /// One launcher per op, and what its scratch needs.
         pub struct Kernels {
@@ -117,6 +118,7 @@ macro_rules! kernels {
 }
 
 /// The size of the scratch of an op that is not there.
+#[cfg(any(feature = "cuda", feature = "emulated-kernels"))]
 #[allow(unused_macros)]
 macro_rules! no_workspace {
     ($($argument:ident),*) => {{
@@ -128,33 +130,36 @@ macro_rules! no_workspace {
 }
 
 kernels! {
-    "embed" embed(rksc_embed_params) rksc_embed rksc_emu_embed;
-    "add_rms_norm" add_rms_norm(rksc_add_rms_norm_params) rksc_add_rms_norm rksc_emu_add_rms_norm;
-    "linear" linear(rksc_linear_params) rksc_linear rksc_emu_linear;
-    "linear_w4" linear_w4(rksc_linear_w4_params) rksc_linear_w4 rksc_emu_linear_w4;
-    "rope_append" rope_append(rksc_rope_append_params) rksc_rope_append rksc_emu_rope_append;
-    "kv_copy_blocks" kv_copy_blocks(rksc_kv_copy_blocks_params) rksc_kv_copy_blocks rksc_emu_kv_copy_blocks;
-    "paged_attention" paged_attention(rksc_paged_attention_params) rksc_paged_attention rksc_emu_paged_attention;
-    "attention_mass" attention_mass(rksc_attention_mass_params) rksc_attention_mass rksc_emu_attention_mass;
-    "silu_mul" silu_mul(rksc_silu_mul_params) rksc_silu_mul rksc_emu_silu_mul;
-    "gather_rows" gather_rows(rksc_gather_rows_params) rksc_gather_rows rksc_emu_gather_rows;
-    "row_stats" row_stats(rksc_row_stats_params) rksc_row_stats rksc_emu_row_stats;
-    "sample" sample(rksc_sample_params) rksc_sample rksc_emu_sample;
-    "entropy_probe" entropy_probe(rksc_entropy_probe_params) rksc_entropy_probe rksc_emu_entropy_probe;
-    "branch_similarity" branch_similarity(rksc_branch_similarity_params) rksc_branch_similarity rksc_emu_branch_similarity;
-    "kv_scores" kv_scores(rksc_kv_scores_params) rksc_kv_scores rksc_emu_kv_scores;
-    "kv_compact" kv_compact(rksc_kv_compact_params) rksc_kv_compact rksc_emu_kv_compact;
-    workspaces:
-    "linear_workspace_bytes" linear_workspace_bytes(num_rows, in_features, out_features)
-        rksc_linear_workspace_bytes rksc_emu_linear_workspace_bytes;
-    "row_stats_workspace_bytes" row_stats_workspace_bytes(num_rows, vocab)
-        rksc_row_stats_workspace_bytes rksc_emu_row_stats_workspace_bytes;
-    "entropy_probe_workspace_bytes" entropy_probe_workspace_bytes(num_rows, hidden, num_outputs)
-        rksc_entropy_probe_workspace_bytes rksc_emu_entropy_probe_workspace_bytes;
-    "branch_similarity_workspace_bytes" branch_similarity_workspace_bytes(num_layers, num_branches)
-        rksc_branch_similarity_workspace_bytes rksc_emu_branch_similarity_workspace_bytes;
-    "kv_scores_workspace_bytes" kv_scores_workspace_bytes(num_slots, window, num_q_heads, num_kv_heads, head_dim)
-        rksc_kv_scores_workspace_bytes rksc_emu_kv_scores_workspace_bytes;
+    launchers {
+        "embed" embed(rksc_embed_params) rksc_embed rksc_emu_embed;
+        "add_rms_norm" add_rms_norm(rksc_add_rms_norm_params) rksc_add_rms_norm rksc_emu_add_rms_norm;
+        "linear" linear(rksc_linear_params) rksc_linear rksc_emu_linear;
+        "linear_w4" linear_w4(rksc_linear_w4_params) rksc_linear_w4 rksc_emu_linear_w4;
+        "rope_append" rope_append(rksc_rope_append_params) rksc_rope_append rksc_emu_rope_append;
+        "kv_copy_blocks" kv_copy_blocks(rksc_kv_copy_blocks_params) rksc_kv_copy_blocks rksc_emu_kv_copy_blocks;
+        "paged_attention" paged_attention(rksc_paged_attention_params) rksc_paged_attention rksc_emu_paged_attention;
+        "attention_mass" attention_mass(rksc_attention_mass_params) rksc_attention_mass rksc_emu_attention_mass;
+        "silu_mul" silu_mul(rksc_silu_mul_params) rksc_silu_mul rksc_emu_silu_mul;
+        "gather_rows" gather_rows(rksc_gather_rows_params) rksc_gather_rows rksc_emu_gather_rows;
+        "row_stats" row_stats(rksc_row_stats_params) rksc_row_stats rksc_emu_row_stats;
+        "sample" sample(rksc_sample_params) rksc_sample rksc_emu_sample;
+        "entropy_probe" entropy_probe(rksc_entropy_probe_params) rksc_entropy_probe rksc_emu_entropy_probe;
+        "branch_similarity" branch_similarity(rksc_branch_similarity_params) rksc_branch_similarity rksc_emu_branch_similarity;
+        "kv_scores" kv_scores(rksc_kv_scores_params) rksc_kv_scores rksc_emu_kv_scores;
+        "kv_compact" kv_compact(rksc_kv_compact_params) rksc_kv_compact rksc_emu_kv_compact;
+    }
+    workspaces {
+        "linear_workspace_bytes" linear_workspace_bytes(num_rows, in_features, out_features)
+            rksc_linear_workspace_bytes rksc_emu_linear_workspace_bytes;
+        "row_stats_workspace_bytes" row_stats_workspace_bytes(num_rows, vocab)
+            rksc_row_stats_workspace_bytes rksc_emu_row_stats_workspace_bytes;
+        "entropy_probe_workspace_bytes" entropy_probe_workspace_bytes(num_rows, hidden, num_outputs)
+            rksc_entropy_probe_workspace_bytes rksc_emu_entropy_probe_workspace_bytes;
+        "branch_similarity_workspace_bytes" branch_similarity_workspace_bytes(num_layers, num_branches)
+            rksc_branch_similarity_workspace_bytes rksc_emu_branch_similarity_workspace_bytes;
+        "kv_scores_workspace_bytes" kv_scores_workspace_bytes(num_slots, window, num_q_heads, num_kv_heads, head_dim)
+            rksc_kv_scores_workspace_bytes rksc_emu_kv_scores_workspace_bytes;
+    }
 }
 
 #[cfg(test)]
