@@ -5,6 +5,7 @@ mod cuda_branch_similarity;
 #[cfg(all(rksc_op = "silu_mul", rksc_op = "gather_rows"))]
 mod cuda_device;
 mod cuda_kv;
+mod cuda_kv_compact;
 #[allow(dead_code)]
 mod device;
 mod elementwise;
