@@ -5,9 +5,9 @@ use std::ops::Range;
 use super::attention_items::ItemParams;
 use super::bindings::*;
 use super::cublas::{Cublas, Gemm};
-use super::inputs::CudaInputs;
 use super::device::{Device, DeviceBuf};
 use super::graphs::Mode;
+use super::inputs::CudaInputs;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow};
 use crate::backend::{
     AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
