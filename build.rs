@@ -2,7 +2,7 @@
 //!
 //! - x86 kernels of the CPU backend: on x86-64, unless `RKSC_PORTABLE_ONLY` is set. What compiles then is what any other
 //!   architecture compiles.
-//! - `emulated-kernels`: cuda/*.cu and cuda/host/*.cpp as C++20 for the host, always at -O2.
+//! - `emulated-kernels`: cuda/*.cu and cuda/host as C++20 for the host, always at -O2.
 //! - `cuda`: cuda/*.cu through nvcc. `RKSC_CUDA_ARCH` narrows the architectures, `RKSC_SKIP_NVCC` leaves the objects out.
 //! - `regen-bindings`: src/backend/cuda/bindings.rs from include/rksc_kernels.h.
 //!
@@ -90,7 +90,7 @@ fn announce_ops() {
 /// The kernels for the host.
 fn emulated() {
     let mut sources = files("cuda", &["cu"]);
-    sources.extend(files("cuda/host", &["cpp"]));
+    sources.extend(files("cuda/host", &["cpp", "cu"]));
     let mut build = cc::Build::new();
     build
         .cpp(true)
@@ -103,6 +103,7 @@ fn emulated() {
         // The same bits on every machine: no multiply and add joined unless the kernel says fmaf.
         .flag("-ffp-contract=off")
         .flag("-Wno-unknown-pragmas") // #pragma unroll
+        .flag("-g1") // lines for fault reports
         .flag("-x")
         .flag("c++");
     objects(&build, &sources, "rksc_emulated", &format!("emulated {:?}", env::var_os("CXXFLAGS")));
@@ -170,8 +171,11 @@ mod nvcc {
             )
         };
         let architectures = env::var("RKSC_CUDA_ARCH").unwrap_or_else(|_| DEFAULT_ARCHITECTURES.into());
+        tell_cc(&compiler);
         let mut build = cc::Build::new();
-        build.cuda(true).cudart("none").compiler(&compiler).std("c++20").opt_level(3).debug(false).warnings(false);
+        build.cuda(true).cudart("none").opt_level(3).debug(false).warnings(false);
+        // What cc sets itself goes to the host compiler; these are for nvcc.
+        build.flag("-std=c++20").flag("-O3");
         for flag in architecture_flags(&architectures) {
             build.flag(flag);
         }
@@ -192,6 +196,13 @@ mod nvcc {
         for name in ["dl", "rt", "pthread"] {
             println!("cargo::rustc-link-lib=dylib={name}");
         }
+    }
+
+    /// cc takes the path of nvcc from the environment alone.
+    #[allow(unsafe_code)]
+    fn tell_cc(compiler: &Path) {
+        // SAFETY: the build script has one thread until cc starts compiling.
+        unsafe { env::set_var("NVCC", compiler) };
     }
 
     fn find() -> Option<PathBuf> {

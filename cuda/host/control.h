@@ -34,6 +34,17 @@ const char* rksc_emu_last_fault(void);
 /* Forgets it. */
 void rksc_emu_clear_fault(void);
 
+/* Patterns of the kernels, clean (n = 0) and with one fault planted (n = 1, 2, ...; faults.cu says which), for the tests of the
+ * emulation itself. They return what the launch returned, 1 where a clean pattern computed something wrong, -1 where there is no
+ * such n. */
+int32_t rksc_emu_fault_rows(int32_t n);      /* 1..4: bounds, alignment, read-only */
+int32_t rksc_emu_fault_row_sum(int32_t n);   /* 1..5: barriers, unwritten memory, bounds of a static array */
+int32_t rksc_emu_fault_reverse(int32_t n);   /* 1..3: __syncwarp, bounds of dynamic memory */
+int32_t rksc_emu_fault_rounds(int32_t n);    /* 1..6: divergence */
+int32_t rksc_emu_fault_pipeline(int32_t n);  /* 1..4: cp.async */
+int32_t rksc_emu_fault_split_sum(int32_t n); /* 1..5: fences of a last arriver */
+int32_t rksc_emu_fault_product(int32_t n);   /* 1..3: ldmatrix */
+
 #ifdef __cplusplus
 }
 #endif

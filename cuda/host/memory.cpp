@@ -175,7 +175,7 @@ void check_order(Machine& m, Access access, const Range& r, int64_t at, uint32_t
   } else if (!b->published) {
     snprintf(why, sizeof why, "the writer's CTA executed no atomic behind its __threadfence (and a barrier)");
   } else {
-    snprintf(why, sizeof why, "the reader executed no __threadfence behind an atomic of its CTA");
+    snprintf(why, sizeof why, "this thread executed no __threadfence behind an atomic of its CTA");
   }
   fault("%s race between CTAs in global memory: %s %u bytes at offset %lld of the range at %p, which CTA (%llu, %llu, %llu) warp %u wrote in this "
         "launch: %s",

@@ -5,6 +5,7 @@
 #include "simt.h"
 
 #include <dlfcn.h>
+#include <execinfo.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -424,6 +425,21 @@ int name_length(const char* text) {
   return n;
 }
 
+// A second line that turns into file and line numbers when pasted into a shell.
+void append_frames(char* out, size_t size) {
+  void* frames[12];
+  const int n = backtrace(frames, 12);
+  Dl_info info;
+  // The first two are append_frames and report.
+  if (n < 4 || !dladdr(frames[2], &info) || !info.dli_fname) return;
+  size_t used = static_cast<size_t>(snprintf(out, size, "\n  at: addr2line -Cfipse %s", info.dli_fname));
+  for (int i = 2; i < n && used < size; ++i) {
+    // One back, from the return address into the call.
+    const uintptr_t at = reinterpret_cast<uintptr_t>(frames[i]) - reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;
+    used += static_cast<size_t>(snprintf(out + used, size - used, " %#lx", static_cast<unsigned long>(at)));
+  }
+}
+
 [[noreturn]] void report(Fiber* fiber, const char* format, va_list args) {
   Machine* m = cur.machine;
   if (!m) {
@@ -438,6 +454,7 @@ int name_length(const char* text) {
   int used = snprintf(out, size, "%.*s: CTA (%u, %u, %u), thread (%u, %u, %u), warp %u lane %u: ", name_length(m->launch.text),
                       m->launch.text, b.x, b.y, b.z, t.x, t.y, t.z, fiber->id / 32, fiber->id % 32);
   used += vsnprintf(out + used, size - used, format, args);
+  if (static_cast<size_t>(used) < size) append_frames(out + used, size - used);
   m->faulted = true;
   to_main(*m);
 }
@@ -471,6 +488,9 @@ std::unique_ptr<Machine> take_machine() {
   }
   auto m = std::make_unique<Machine>();
   m->next_phase = 1;
+  // The first backtrace of a process loads a library: not on a fiber's stack.
+  void* frame[1];
+  backtrace(frame, 1);
   return m;
 }
 

@@ -4,7 +4,6 @@
 // values. Memory is accessed by memcpy, so one region may be looked at through views of several types.
 #pragma once
 
-#include <concepts>
 #include <cstddef>
 #include <type_traits>
 
@@ -14,6 +13,10 @@ template <typename T, int N>
 struct vec;
 
 namespace simt {
+
+// What may index a view: integers, plain enumerators, elements of views.
+template <typename I>
+concept Offset = std::is_convertible_v<I, ptrdiff_t>;
 
 // ---- global memory ----------------------------------------------------------------------------------------------
 
@@ -42,25 +45,51 @@ struct GlobalAccess {
 
 // ---- shared memory ----------------------------------------------------------------------------------------------
 
+// The shadow of [at, at + 2 n): in order at a glance, or looked at closely.
+template <uint32_t n>
+SIMT_INLINE void check_shared_read(uint32_t at) {
+  const uint32_t* w = cur.shared_write + at / 2;
+  uint32_t* r = cur.shared_read + at / 2;
+  const uint32_t start = cur.start, barrier = cur.barrier, me = cur.me;
+  bool plain = true;
+#pragma GCC unroll 16
+  for (uint32_t i = 0; i < n; ++i) plain &= (w[i] - start < barrier - start) & (r[i] < barrier);
+  if (__builtin_expect(!plain, 0)) return shared_read_slow(at, 2 * n);
+#pragma GCC unroll 16
+  for (uint32_t i = 0; i < n; ++i) r[i] = me;
+}
+template <uint32_t n>
+SIMT_INLINE void check_shared_write(uint32_t at) {
+  uint32_t* w = cur.shared_write + at / 2;
+  const uint32_t* r = cur.shared_read + at / 2;
+  const uint32_t barrier = cur.barrier, me = cur.me;
+  bool plain = true;
+#pragma GCC unroll 16
+  for (uint32_t i = 0; i < n; ++i) plain &= (w[i] < barrier) & (r[i] < barrier);
+  if (__builtin_expect(!plain, 0)) return shared_write_slow(at, 2 * n);
+#pragma GCC unroll 16
+  for (uint32_t i = 0; i < n; ++i) w[i] = me;
+}
+// Vectors: out of line, since kernels are large enough without.
+template <uint32_t n>
+__attribute__((noinline)) void check_shared_read_vector(uint32_t at) {
+  check_shared_read<n>(at);
+}
+template <uint32_t n>
+__attribute__((noinline)) void check_shared_write_vector(uint32_t at) {
+  check_shared_write<n>(at);
+}
+
 struct SharedAccess {
   template <typename T>
   static SIMT_INLINE T read(uint32_t at) {
+    constexpr uint32_t n = (sizeof(T) + 1) / 2;
     if constexpr (sizeof(T) == 1) {
       shared_byte(at, false);
+    } else if constexpr (sizeof(T) <= 4) {
+      check_shared_read<n>(at);
     } else {
-      constexpr uint32_t n = (sizeof(T) + 1) / 2;
-      const uint32_t* w = cur.shared_write + at / 2;
-      uint32_t* r = cur.shared_read + at / 2;
-      const uint32_t start = cur.start, barrier = cur.barrier, me = cur.me;
-      bool plain = true;
-#pragma GCC unroll 16
-      for (uint32_t i = 0; i < n; ++i) plain &= (w[i] - start < barrier - start) & (r[i] < barrier);
-      if (__builtin_expect(plain, 1)) {
-#pragma GCC unroll 16
-        for (uint32_t i = 0; i < n; ++i) r[i] = me;
-      } else {
-        shared_read_slow(at, sizeof(T));
-      }
+      check_shared_read_vector<n>(at);
     }
     T value;
     __builtin_memcpy(&value, cur.shared + at, sizeof(T));
@@ -68,22 +97,13 @@ struct SharedAccess {
   }
   template <typename T>
   static SIMT_INLINE void write(uint32_t at, const T& value) {
+    constexpr uint32_t n = (sizeof(T) + 1) / 2;
     if constexpr (sizeof(T) == 1) {
       shared_byte(at, true);
+    } else if constexpr (sizeof(T) <= 4) {
+      check_shared_write<n>(at);
     } else {
-      constexpr uint32_t n = (sizeof(T) + 1) / 2;
-      uint32_t* w = cur.shared_write + at / 2;
-      const uint32_t* r = cur.shared_read + at / 2;
-      const uint32_t barrier = cur.barrier, me = cur.me;
-      bool plain = true;
-#pragma GCC unroll 16
-      for (uint32_t i = 0; i < n; ++i) plain &= (w[i] < barrier) & (r[i] < barrier);
-      if (__builtin_expect(plain, 1)) {
-#pragma GCC unroll 16
-        for (uint32_t i = 0; i < n; ++i) w[i] = me;
-      } else {
-        shared_write_slow(at, sizeof(T));
-      }
+      check_shared_write_vector<n>(at);
     }
     __builtin_memcpy(cur.shared + at, &value, sizeof(T));
   }
@@ -188,8 +208,8 @@ class gptr {
     requires(std::is_const_v<T> && std::is_same_v<U, Value>)
   SIMT_INLINE gptr(const gptr<U>& other) : p_(other.raw()), range_(other.range()) {}
 
-  SIMT_INLINE Element operator[](std::integral auto i) const {
-    T* q = p_ + i;
+  SIMT_INLINE Element operator[](simt::Offset auto i) const {
+    T* q = p_ + static_cast<ptrdiff_t>(i);
     if constexpr (std::is_const_v<T>) {
       return simt::GlobalAccess::read<Value>(q, range_);
     } else {
@@ -198,14 +218,14 @@ class gptr {
   }
   SIMT_INLINE Element operator*() const { return (*this)[0]; }
 
-  SIMT_INLINE gptr operator+(std::integral auto i) const { return gptr(p_ + i, range_); }
-  SIMT_INLINE gptr operator-(std::integral auto i) const { return gptr(p_ - i, range_); }
-  SIMT_INLINE gptr& operator+=(std::integral auto i) {
-    p_ += i;
+  SIMT_INLINE gptr operator+(simt::Offset auto i) const { return gptr(p_ + static_cast<ptrdiff_t>(i), range_); }
+  SIMT_INLINE gptr operator-(simt::Offset auto i) const { return gptr(p_ - static_cast<ptrdiff_t>(i), range_); }
+  SIMT_INLINE gptr& operator+=(simt::Offset auto i) {
+    p_ += static_cast<ptrdiff_t>(i);
     return *this;
   }
-  SIMT_INLINE gptr& operator-=(std::integral auto i) {
-    p_ -= i;
+  SIMT_INLINE gptr& operator-=(simt::Offset auto i) {
+    p_ -= static_cast<ptrdiff_t>(i);
     return *this;
   }
   SIMT_INLINE gptr& operator++() { return *this += 1; }
@@ -255,7 +275,7 @@ class smem {
     requires(std::is_const_v<T> && std::is_same_v<U, Value>)
   SIMT_INLINE smem(const smem<U>& other) : at_(other.at()), begin_(other.begin()), size_(other.size()) {}
 
-  SIMT_INLINE Element operator[](std::integral auto i) const {
+  SIMT_INLINE Element operator[](simt::Offset auto i) const {
     const simt::SharedPlace place = (*this + i).place();
     if constexpr (std::is_const_v<T>) {
       return place.template read<Value>();
@@ -265,14 +285,14 @@ class smem {
   }
   SIMT_INLINE Element operator*() const { return (*this)[0]; }
 
-  SIMT_INLINE smem operator+(std::integral auto i) const {
-    return smem(at_ + static_cast<uint32_t>(i) * static_cast<uint32_t>(sizeof(T)), begin_, size_);
+  SIMT_INLINE smem operator+(simt::Offset auto i) const {
+    return smem(at_ + static_cast<uint32_t>(static_cast<ptrdiff_t>(i)) * static_cast<uint32_t>(sizeof(T)), begin_, size_);
   }
-  SIMT_INLINE smem operator-(std::integral auto i) const {
-    return smem(at_ - static_cast<uint32_t>(i) * static_cast<uint32_t>(sizeof(T)), begin_, size_);
+  SIMT_INLINE smem operator-(simt::Offset auto i) const {
+    return smem(at_ - static_cast<uint32_t>(static_cast<ptrdiff_t>(i)) * static_cast<uint32_t>(sizeof(T)), begin_, size_);
   }
-  SIMT_INLINE smem& operator+=(std::integral auto i) { return *this = *this + i; }
-  SIMT_INLINE smem& operator-=(std::integral auto i) { return *this = *this - i; }
+  SIMT_INLINE smem& operator+=(simt::Offset auto i) { return *this = *this + i; }
+  SIMT_INLINE smem& operator-=(simt::Offset auto i) { return *this = *this - i; }
   SIMT_INLINE smem& operator++() { return *this += 1; }
   SIMT_INLINE smem& operator--() { return *this -= 1; }
   SIMT_INLINE bool operator==(const smem& other) const { return at_ == other.at_; }

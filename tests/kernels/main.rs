@@ -9,5 +9,6 @@ mod cuda_sample;
 #[allow(dead_code)]
 mod device;
 mod elementwise;
+mod emulation;
 mod linear;
 mod row_stats;

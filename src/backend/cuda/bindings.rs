@@ -1043,4 +1043,11 @@ unsafe extern "C" {
     pub fn rksc_emu_set_order(order: i32, seed: u64) -> i32;
     pub fn rksc_emu_last_fault() -> *const ::core::ffi::c_char;
     pub fn rksc_emu_clear_fault();
+    pub fn rksc_emu_fault_rows(n: i32) -> i32;
+    pub fn rksc_emu_fault_row_sum(n: i32) -> i32;
+    pub fn rksc_emu_fault_reverse(n: i32) -> i32;
+    pub fn rksc_emu_fault_rounds(n: i32) -> i32;
+    pub fn rksc_emu_fault_pipeline(n: i32) -> i32;
+    pub fn rksc_emu_fault_split_sum(n: i32) -> i32;
+    pub fn rksc_emu_fault_product(n: i32) -> i32;
 }
