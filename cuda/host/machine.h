@@ -21,22 +21,22 @@ struct PendingCopy {
   const void* src;   // null: zeros
 };
 
-// A CUDA thread.
-struct Fiber {
+// A CUDA thread. What a switch and a collective touch lies in one cache line.
+struct alignas(64) Fiber {
   void* sp;  // while it does not run
   Warp* warp;
-  int32_t stack;  // index, -1 before its first run
-  uint32_t id;    // linear thread index
-  Index thread_idx;
-  uint32_t bit;  // of its lane
-
   // Collectives: what it brings, and what it gets.
   uint64_t value, result;
   uint32_t argument;
+  int32_t stack;  // index, -1 before its first run
+  Index thread_idx;
+  uint32_t id;     // linear thread index
+  uint32_t bit;    // of its lane
+  uint32_t batch;  // of its global writes (memory.cpp)
+
   void* pointers[3];
 
   // Publication of global writes (memory.cpp).
-  uint32_t batch;
   uint32_t fence_epoch, fence_phase;  // of its last fence; kNever before
   uint32_t atomics;
   bool acquired;
@@ -45,8 +45,10 @@ struct Fiber {
   uint32_t first_copy;  // copies before it have landed
   std::vector<PendingCopy> copies;
 };
+static_assert(offsetof(Fiber, pointers) == 64);
 
 struct Warp {
+  Fiber* lanes;
   uint32_t index;
   uint32_t exists, live, runnable, arrived, at_barrier;  // lanes
   uint32_t phase;
@@ -94,7 +96,7 @@ struct Machine {
   std::vector<StaticArray> statics;
   std::vector<uint32_t> unpublished;  // batches of this CTA
 
-  Fiber fibers[kMaxThreads];
+  Fiber fibers[kMaxThreads];  // by id
   Warp warps[kMaxWarps];
 
   // Stacks.
@@ -121,10 +123,10 @@ void end_launch_memory(Machine& m);
 void begin_cta_memory(Machine& m);
 void end_cta_memory(Machine& m);
 // The warp's global writes from here on belong to a later phase.
-void close_batches(Machine& m, Warp& w);
+void close_batches(Warp& w);
 
 // collectives.cpp
-void complete(Machine& m, Warp& w, Collective op, uint32_t mask);
+void complete(Warp& w, Collective op, uint32_t mask);
 const char* name_of(Collective op);
 
 // scheduler (simt.cpp)

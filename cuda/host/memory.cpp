@@ -261,10 +261,10 @@ void thread_fence() {
   }
 }
 
-void close_batches(Machine& m, Warp& w) {
+void close_batches(Warp& w) {
   if (!w.batch) return;
   w.batch = 0;
-  for (uint32_t l = 0; l < 32; ++l) m.fibers[w.index * 32 + l].batch = 0;
+  for (uint32_t l = 0; l < 32; ++l) w.lanes[l].batch = 0;
   cur.batch = 0;
 }
 
@@ -329,8 +329,16 @@ void shared_byte(uint32_t at, bool write) {
 
 void shared_read_slow(uint32_t at, uint32_t bytes) {
   const uint32_t me = cur.me & ~kManyLanes, flags = cur.me & kManyLanes;
+  uint32_t last_w = 0xffffffff, last_r = 0, last_now = 0;
   for (uint32_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
     const uint32_t w = cur.shared_write[i];
+    // Mostly like its neighbour.
+    if (w == last_w && cur.shared_read[i] == last_r) {
+      cur.shared_read[i] = last_now;
+      continue;
+    }
+    last_w = w;
+    last_r = cur.shared_read[i];
     if (w >= cur.barrier || w < cur.start) {
       if (w & kCopyPending) fault("reads %s, where a cp.async of thread %u is under way: before its wait", Place(2 * i).text, w & kThreadMask);
       if (w < cur.start) fault("reads unwritten shared memory: %u bytes at %s", bytes, Place(2 * i).text);
@@ -346,6 +354,7 @@ void shared_read_slow(uint32_t at, uint32_t bytes) {
     if (r < cur.barrier || r == me) {
       r = me | flags;
     } else if (r & kManyWarps) {
+      // Nothing to add.
     } else if (((r ^ me) & kThreadMask) >> 5) {
       r |= kManyWarps;
     } else if (r >> kPhaseShift != me >> kPhaseShift) {
@@ -353,6 +362,7 @@ void shared_read_slow(uint32_t at, uint32_t bytes) {
     } else {
       r |= kManyLanes;
     }
+    last_now = r;
   }
 }
 
@@ -360,7 +370,7 @@ void shared_write_slow(uint32_t at, uint32_t bytes) {
   const uint32_t me = cur.me;
   for (uint32_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
     const uint32_t w = cur.shared_write[i], r = cur.shared_read[i];
-    if (w >= cur.barrier) {
+    if (w >= cur.barrier && w != me) {
       if (w & kCopyPending) fault("overwrites %s, where a cp.async of thread %u is under way: before its wait", Place(2 * i).text, w & kThreadMask);
       if (((w ^ me) & kThreadMask) >> 5) {
         fault("write-write race: writes %s, which thread %u (warp %u) wrote with no __syncthreads since", Place(2 * i).text, w & kThreadMask,

@@ -145,7 +145,7 @@ char* stack_top(const Machine& m, int32_t stack) {
   return m.stacks[stack] + kStackBytes - (static_cast<size_t>(stack) * 576) % 8192;
 }
 
-void set_current(Fiber& f) {
+SIMT_INLINE void set_current(Fiber& f) {
   cur.fiber = &f;
   cur.thread_idx = f.thread_idx;
   cur.me = entry_of(f);
@@ -168,22 +168,22 @@ uint64_t next_random(Machine& m) {
   return z ^ z >> 31;
 }
 
+uint32_t choose_random(Machine& m, uint32_t choices) {
+  const int rotation = static_cast<int>(next_random(m) % 32);
+  return (__builtin_ctz(std::rotr(choices, rotation)) + rotation) % 32;
+}
+
 // One of `choices` (not empty): the next after `last` in the machine's order, going round; kNever for the first.
-uint32_t choose(Machine& m, uint32_t choices, uint32_t last) {
-  switch (m.order) {
-    case RKSC_EMU_FORWARD: {
-      const uint32_t later = last >= 31 ? 0 : choices & (0xffffffffu << (last + 1));
-      return __builtin_ctz(later ? later : choices);
-    }
-    case RKSC_EMU_BACKWARD: {
-      const uint32_t earlier = last > 31 ? 0 : choices & ((1u << last) - 1);
-      return 31 - __builtin_clz(earlier ? earlier : choices);
-    }
-    default: {
-      const uint32_t rotation = next_random(m) % 32;
-      return (__builtin_ctz(std::rotr(choices, static_cast<int>(rotation))) + rotation) % 32;
-    }
+SIMT_INLINE uint32_t choose(Machine& m, uint32_t choices, uint32_t last) {
+  if (m.order == RKSC_EMU_FORWARD) {
+    const uint32_t later = last >= 31 ? 0 : choices & (0xfffffffeu << last);
+    return __builtin_ctz(later ? later : choices);
   }
+  if (m.order == RKSC_EMU_BACKWARD) {
+    const uint32_t earlier = last > 31 ? 0 : choices & ((1u << last) - 1);
+    return 31 - __builtin_clz(earlier ? earlier : choices);
+  }
+  return choose_random(m, choices);
 }
 
 // ---- waiting ----------------------------------------------------------------------------------------------------
@@ -203,14 +203,14 @@ void list_lanes(char* out, size_t size, uint32_t lanes) {
   }
 }
 
-[[noreturn]] SIMT_COLD void divergent_collective(Machine& m, Warp& w) {
+[[noreturn]] SIMT_COLD void divergent_collective(Warp& w) {
   const uint32_t lane = __builtin_ctz(w.arrived);
   const uint32_t missing = w.mask[lane] & ~w.arrived;
   char here[128], elsewhere[128];
   list_lanes(here, sizeof here, w.arrived);
   list_lanes(elsewhere, sizeof elsewhere, missing);
   const char* where = missing & w.at_barrier ? "wait at __syncthreads" : "have exited";
-  fault_of(&m.fibers[w.index * 32 + lane], "divergent %s: lanes %s of warp %u wait in it, lanes %s that its mask names %s",
+  fault_of(&w.lanes[lane], "divergent %s: lanes %s of warp %u wait in it, lanes %s that its mask names %s",
            name_of(w.op[lane]), here, w.index, elsewhere, where);
 }
 
@@ -232,7 +232,7 @@ void release_barrier(Machine& m) {
   m.runnable_warps = 0;
   for (uint32_t i = 0; i < m.num_warps; ++i) {
     Warp& w = m.warps[i];
-    close_batches(m, w);
+    close_batches(w);
     w.phase = phase;
     w.at_barrier = 0;
     w.runnable = w.live;
@@ -244,23 +244,26 @@ void release_barrier(Machine& m) {
   m.num_at_barrier = 0;
 }
 
-// The thread to run next; null when the CTA is done.
-Fiber* pick(Machine& m) {
-  Warp* w = cur.fiber->warp;
-  uint32_t last = cur.fiber->id % 32;
-  if (!w->runnable) {
-    if (w->arrived) divergent_collective(m, *w);
-    m.runnable_warps &= ~(1u << w->index);
-    uint32_t last_warp = w->index;
-    if (!m.runnable_warps) {
-      if (m.num_live == 0) return nullptr;
-      release_barrier(m);
-      last_warp = kNever;
-    }
-    w = &m.warps[choose(m, m.runnable_warps, last_warp)];
+// The same when no lane of the running thread's warp can go on.
+__attribute__((noinline)) Fiber* pick_warp(Machine& m) {
+  Warp& stuck = *cur.fiber->warp;
+  if (stuck.arrived) divergent_collective(stuck);
+  m.runnable_warps &= ~(1u << stuck.index);
+  uint32_t last = stuck.index;
+  if (!m.runnable_warps) {
+    if (m.num_live == 0) return nullptr;
+    release_barrier(m);
     last = kNever;
   }
-  return &m.fibers[w->index * 32 + choose(m, w->runnable, last)];
+  Warp& w = m.warps[choose(m, m.runnable_warps, last)];
+  return &w.lanes[choose(m, w.runnable, kNever)];
+}
+
+// The thread to run next; null when the CTA is done.
+SIMT_INLINE Fiber* pick(Machine& m) {
+  Warp& w = *cur.fiber->warp;
+  if (__builtin_expect(w.runnable == 0, 0)) return pick_warp(m);
+  return &w.lanes[choose(m, w.runnable, cur.fiber->id % 32)];
 }
 
 void enter() {
@@ -292,7 +295,7 @@ Fiber* finish(Machine& m) {
   --m.num_live;
   if (w.arrived) {
     for (uint32_t waiting = w.arrived; waiting; waiting &= waiting - 1) {
-      if (w.mask[__builtin_ctz(waiting)] & self.bit) divergent_collective(m, w);
+      if (w.mask[__builtin_ctz(waiting)] & self.bit) divergent_collective(w);
     }
   }
   return pick(m);
@@ -325,7 +328,6 @@ extern "C" void rksc_emu_enter() {
 namespace {
 
 void arrive(Collective op, uint32_t mask) {
-  Machine& m = *cur.machine;
   Fiber& self = *cur.fiber;
   Warp& w = *self.warp;
   const uint32_t lane = self.id % 32;
@@ -350,7 +352,7 @@ void arrive(Collective op, uint32_t mask) {
             name_of(w.op[l]), w.mask[l]);
     }
   }
-  complete(m, w, op, mask);
+  complete(w, op, mask);
   w.arrived &= ~mask;
   w.runnable |= mask;
 }
@@ -507,6 +509,7 @@ void init_threads(Machine& m) {
   }
   for (uint32_t i = 0; i < m.num_warps; ++i) {
     m.warps[i].index = i;
+    m.warps[i].lanes = &m.fibers[i * 32];
     const uint32_t lanes = m.num_threads - i * 32;
     m.warps[i].exists = lanes >= 32 ? 0xffffffffu : (1u << lanes) - 1;
   }
@@ -543,7 +546,7 @@ void run_cta(Machine& m, uint64_t cta) {
     f.copies.clear();
   }
   Warp& w = m.warps[choose(m, m.runnable_warps, kNever)];
-  Fiber& first = m.fibers[w.index * 32 + choose(m, w.runnable, kNever)];
+  Fiber& first = w.lanes[choose(m, w.runnable, kNever)];
   first.stack = take_stack(m);
   set_current(first);
   rksc_emu_switch(&m.main_sp, fresh_stack(stack_top(m, first.stack), enter));
