@@ -8,6 +8,7 @@ mod cuda_device;
 mod cuda_elementwise;
 mod cuda_entropy_probe;
 mod cuda_kv;
+mod cuda_kv_compact;
 mod cuda_linear;
 mod cuda_linear_w4;
 mod cuda_row_stats;
