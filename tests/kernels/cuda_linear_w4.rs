@@ -55,7 +55,7 @@ impl Case {
             group,
         };
         let x = round_to(&fill.normals(rows * in_features, 1.0), dtype);
-        let bias = (rows % 2 == 0).then(|| fill.normals(out_features, 1.0));
+        let bias = rows.is_multiple_of(2).then(|| fill.normals(out_features, 1.0));
         Self { rows, dtype, x, bias, w }
     }
 
