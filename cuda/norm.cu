@@ -181,7 +181,9 @@ extern "C" int32_t RKSC_FN(add_rms_norm)(const rksc_add_rms_norm_params* p, rksc
   const dim3 grid(p->num_rows);
   return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] {
     if (p->hidden % 4 != 0) return launch(add_rms_norm_long_kernel<T, 1>, grid, dim3(kLongThreads), 0, stream, *p);
-    if (p->hidden > kMaxThreads * kHeld * 4) return launch(add_rms_norm_long_kernel<T, 4>, grid, dim3(kLongThreads), 0, stream, *p);
+    if (p->hidden > kMaxThreads * kHeld * 4) {
+      return launch(add_rms_norm_long_kernel<T, 4>, grid, dim3(kLongThreads), 0, stream, *p);
+    }
     return launch(add_rms_norm_kernel<T>, grid, dim3(row_threads(p->hidden)), 0, stream, *p);
   });
 }

@@ -242,8 +242,9 @@ struct Reached {
 // Lists the tokens that weigh anything with `low` <= place < `high`, place being key and id, and returns how many there are;
 // beyond kListed they are only counted.
 RKSC_DEVICE uint32_t gather(const Row& row, const Law& law, uint64_t low, uint64_t high) {
-  smem<uint64_t> places = dynamic_shared<uint64_t>(kListAt), weights = places + kListed, word = words();
-  if (threadIdx.x == 0) word[kNumListed] = 0;
+  smem<uint64_t> places = dynamic_shared<uint64_t>(kListAt), weights = places + kListed;
+  smem<uint32_t> counter = counters();
+  if (threadIdx.x == 0) counter[kNumListed] = 0;
   // Zero before it is raised.
   __syncthreads();
   for_each_logit<1>(row, [&](uint32_t id, float x) {
@@ -252,14 +253,14 @@ RKSC_DEVICE uint32_t gather(const Row& row, const Law& law, uint64_t low, uint64
     if (key >= kInfinity || place < low || place >= high) return;
     const uint64_t weight = weight_of(key, law);
     if (weight == 0) return;
-    const uint32_t i = static_cast<uint32_t>(atomic_add(word + kNumListed, 1ull));
+    const uint32_t i = atomic_add(counter + kNumListed, 1u);
     if (i >= kListed) return;
     places[i] = place;
     weights[i] = weight;
   });
   // The list is complete.
   __syncthreads();
-  return static_cast<uint32_t>(word[kNumListed]);
+  return counter[kNumListed];
 }
 
 // The listed token that reaches the target; `mass_before` is that of all tokens before the listed. Every token adds up those

@@ -15,13 +15,16 @@ constexpr uint32_t kListed = 512;
 // Shared memory in bytes. Penalty counters lie over the histogram and the list, a fine histogram over the list.
 constexpr uint32_t kHistogramAt = 0, kListAt = kHistogramAt + 3 * 4 * kBins;
 constexpr uint32_t kWarpMassAt = kListAt + 2 * 8 * kListed, kWarpCountAt = kWarpMassAt + 8 * kWarps;
-constexpr uint32_t kWordsAt = kWarpCountAt + 4 * kWarps, kSharedBytes = kWordsAt + 8 * 8;
+constexpr uint32_t kWordsAt = kWarpCountAt + 4 * kWarps, kSharedBytes = kWordsAt + 8 * 6;
 constexpr uint32_t kCounters = kWarpMassAt / 4;
 static_assert(3 * 4 * kFineBins <= 2 * 8 * kListed);
 
 // Words that one thread writes and all read.
-constexpr uint32_t kBin = 0, kMassBefore = 1, kCountBefore = 2, kNumListed = 3, kToken = 4, kMassReached = 5, kSavedAt = 6;
+constexpr uint32_t kBin = 0, kMassBefore = 1, kCountBefore = 2, kToken = 3, kMassReached = 4;
 RKSC_DEVICE smem<uint64_t> words() { return dynamic_shared<uint64_t>(kWordsAt); }
+// Counters that all threads raise; of 32 bits, which shared memory adds in one go.
+constexpr uint32_t kNumListed = 0, kSavedAt = 1;
+RKSC_DEVICE smem<uint32_t> counters() { return dynamic_shared<uint32_t>(kWordsAt + 8 * 5); }
 
 // What is asked of this CTA's row. Read again wherever it is needed: kept, it would cost registers throughout.
 RKSC_DEVICE rksc_sample_row request(const rksc_sample_params& p) { return global<const rksc_sample_row>(p.rows)[blockIdx.x]; }
@@ -197,18 +200,18 @@ RKSC_DEVICE float logit_before(const Row& row, const rksc_sample_params& p, uint
   const rksc_sample_row r = request(p);
   gptr<const uint32_t> history = global<const uint32_t>(p.history);
   gptr<float> saved = global<float>(p.saved);
-  smem<uint64_t> word = words();
-  if (threadIdx.x == 0) word[kSavedAt] = 0;
+  smem<uint32_t> counter = counters();
+  if (threadIdx.x == 0) counter[kSavedAt] = 0;
   // Zero before it is raised.
   __syncthreads();
   const uint32_t past = has_penalties(r) ? r.num_prompt + r.num_generated : 0;
   for (uint32_t i = threadIdx.x; i < past + r.num_banned; i += kThreads) {
     const uint32_t at = i < past ? r.history_start + i : r.banned_start + (i - past);
-    if (history[at] == token) atomic_max(word + kSavedAt, static_cast<uint64_t>(at) + 1);
+    if (history[at] == token) atomic_max(counter + kSavedAt, at + 1);
   }
   // Whichever of the token's places was named last: all hold the same.
   __syncthreads();
-  const uint64_t found = word[kSavedAt];
+  const uint32_t found = counter[kSavedAt];
   return found != 0 ? saved[found - 1] : row.x[token];
 }
 
