@@ -246,6 +246,8 @@ mod nvcc {
 
 #[cfg(feature = "regen-bindings")]
 mod bindings {
+    use std::panic::AssertUnwindSafe;
+
     use super::*;
 
     const HEAD: &str = "//! Made by bindgen from include/rksc_kernels.h: `cargo check --features regen-bindings`. Not edited by hand.\n\n";
@@ -290,7 +292,7 @@ mod bindings {
             .allowlist_function("rksc_emu_.*")
             .allowlist_recursively(false);
         // bindgen panics where there is no libclang.
-        let text = |builder: bindgen::Builder| match std::panic::catch_unwind(|| builder.generate()) {
+        let text = |builder: bindgen::Builder| match std::panic::catch_unwind(AssertUnwindSafe(|| builder.generate())) {
             Ok(Ok(bindings)) => bindings.to_string(),
             Ok(Err(e)) => fail(&format!("bindgen: {e}")),
             Err(_) => {
