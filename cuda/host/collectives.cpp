@@ -1,4 +1,4 @@
-// collectives.cpp -- what the last lane to arrive computes for its warp; asynchronous copies.
+// collectives.cpp -- what the last lane to arrive computes for its warp.
 #include "simt.h"
 
 #include <bit>
@@ -178,45 +178,6 @@ void complete(Warp& w, Collective op, uint32_t mask) {
       }
       return give_all(total);
     }
-  }
-}
-
-// ---- cp.async ---------------------------------------------------------------------------------------------------
-
-void cp_async(uint32_t at, const void* src, const Range* range, bool valid) {
-  GlobalAccess::read<__uint128_t>(src, range);
-  // The copy may land at any time from here on: it races with whatever a write here would race with.
-  if (cur.shared_write[at / 2] & kCopyPending) {
-    const uint32_t owner = cur.shared_write[at / 2] & kThreadMask;
-    // Two copies to one place in flight, even by one thread, land in no particular order.
-    fault("cp.async to byte %u of shared memory, where one of thread %u is still under way", at, owner);
-  }
-  shared_write_slow(at, 16);
-  for (uint32_t i = 0; i < 8; ++i) cur.shared_write[at / 2 + i] = kCopyPending | cur.fiber->id;
-  cur.fiber->copies.push_back({at, cur.fiber->copy_group, valid ? src : nullptr});
-}
-
-void cp_async_commit() { ++cur.fiber->copy_group; }
-
-void cp_async_wait(uint32_t pending_groups) {
-  Fiber& f = *cur.fiber;
-  // Groups [0, copy_group) are committed; the last `pending_groups` of them may stay under way.
-  const uint32_t landed = f.copy_group > pending_groups ? f.copy_group - pending_groups : 0;
-  while (f.first_copy < f.copies.size() && f.copies[f.first_copy].group < landed) {
-    const PendingCopy& copy = f.copies[f.first_copy++];
-    if (copy.src) {
-      __builtin_memcpy(cur.shared + copy.at, copy.src, 16);
-    } else {
-      __builtin_memset(cur.shared + copy.at, 0, 16);
-    }
-    for (uint32_t i = 0; i < 8; ++i) {
-      cur.shared_write[copy.at / 2 + i] = cur.me;
-      cur.shared_read[copy.at / 2 + i] = 0;
-    }
-  }
-  if (f.first_copy == f.copies.size()) {
-    f.copies.clear();
-    f.first_copy = 0;
   }
 }
 

@@ -16,9 +16,9 @@ constexpr uint32_t kNever = 0xffffffffu;
 struct Warp;
 
 struct PendingCopy {
-  uint32_t at;       // destination in shared memory
-  uint32_t group;    // cp.async group, counted per thread
-  const void* src;   // null: zeros
+  uint32_t at;      // destination in shared memory
+  uint32_t group;   // cp.async group, counted per thread
+  const void* src;  // null: zeros
 };
 
 // A CUDA thread. What a switch and a collective touch lies in one cache line.
@@ -88,8 +88,8 @@ struct Machine {
   uint64_t cta, num_ctas;
   uint32_t num_threads, num_warps, num_live, num_at_barrier;
   uint32_t runnable_warps;
-  uint32_t epoch;        // barriers since the launch began
-  uint32_t next_phase;   // every phase given out so far is smaller
+  uint32_t epoch;       // barriers since the launch began
+  uint32_t next_phase;  // every phase given out so far is smaller
   uint32_t atomic_epoch, acquired_epoch;
   int32_t vote_count, vote_and, vote_result;
   uint32_t static_end;
@@ -100,7 +100,7 @@ struct Machine {
   Warp warps[kMaxWarps];
 
   // Stacks.
-  std::vector<char*> stacks;      // lowest usable address of each
+  std::vector<char*> stacks;  // lowest usable address of each
   std::vector<int32_t> free_stacks;
 
   // Batches of the launch, by (id - launch_base) / kBatchBlock; another machine's blocks are null.
@@ -120,17 +120,32 @@ struct Machine {
 // memory.cpp
 void begin_launch_memory(Machine& m);
 void end_launch_memory(Machine& m);
-void begin_cta_memory(Machine& m);
-void end_cta_memory(Machine& m);
+void begin_cta_global(Machine& m);
 // The warp's global writes from here on belong to a later phase.
 void close_batches(Warp& w);
+
+const char* verb(Access access);
+
+// shared.cpp
+void begin_cta_shared(Machine& m);
+void end_cta_shared(Machine& m);
+// Forgets everything known of shared memory.
+void clear_shared(Machine& m);
 
 // collectives.cpp
 void complete(Warp& w, Collective op, uint32_t mask);
 const char* name_of(Collective op);
 
-// scheduler (simt.cpp)
+// scheduler.cpp
+uint64_t next_random(Machine& m);
+// Runs the CTA's threads until all have ended or one has faulted.
+void run_threads(Machine& m);
+// Abandons them.
+[[noreturn]] void to_main(Machine& m);
+
+// simt.cpp
 [[noreturn]] SIMT_COLD void fault_of(Fiber* fiber, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
 inline uint32_t entry_of(const Fiber& f) { return f.warp->phase << kPhaseShift | f.id; }
 
 }  // namespace simt
