@@ -177,6 +177,7 @@ RKSC_DEVICE void finish_similarities(const SimilarityPlan& plan, smem<float> pai
     float similarity = 1.0f;
     if (r < s) {
       float sum = 0.0f, weight_sum = 0.0f;
+#pragma unroll 4
       for (uint32_t layer = 0; layer < p.num_layers; ++layer) {
         sum += weighted[static_cast<uint64_t>(layer) * plan.num_pairs + pair_index(r, s)];
         weight_sum += weights[layer];
@@ -250,7 +251,8 @@ RKSC_DEVICE void cluster(const SimilarityPlan& plan, smem<float> pairwise) {
 //   states         [num_layers, num_branches, hidden]  f32  read
 //   root           [num_layers, hidden]                f32  read
 //   layer_weights  [num_layers]                        f32  read, summing to 1
-//   to_root [num_branches] f32, above [num_branches] u32, pairwise [num_branches, num_branches] f32, labels [num_branches] u32: written
+//   to_root [num_branches] f32, above [num_branches] u32, pairwise [num_branches, num_branches] f32, labels [num_branches] u32:
+//   written
 //
 // Work      CTA = (slice of the columns, layer): all rows of a chunk of columns in shared memory, two chunks in flight; a thread
 //           takes 4 x 4 pairs of rows and every num_splits-th vector of columns. The layer's last CTA sums its slices and takes

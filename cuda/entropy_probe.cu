@@ -1,6 +1,6 @@
 // entropy_probe.cu -- final norm + unembedding + statistics of the softmax, for a few rows of one or of several layers, without ever
 // writing logits: over the vocabulary (three launches) or over a handful of candidate tokens (one).
-#include "mma.cuh"
+#include "gemm.cuh"
 #include "softmax_part.cuh"
 
 namespace {
@@ -25,24 +25,31 @@ namespace {
 //           candidates: CTA = row, warp = candidate, lanes along k.
 // Numerics  f32 sums, k ascending. Z is kept as Z - 1, without the largest term: ln Z = log1p(Z - 1) and the weighted sum then keep their
 //           relative precision however peaked the row is. Tiles are merged in a fixed order; a row's bits do not depend on other rows.
-// Traffic   2 vocab * hidden bytes per 64 rows (4 for f32, per 16 rows), + as much as a quarter of it for h, from L2;
+// Traffic   2 vocab * hidden bytes per 64 rows (4 for f32, per 16 rows), + up to a quarter of it for h, from L2;
 //           32 bytes per row and tile.
 // Bound     memory up to 64 rows: 64 FLOP per byte, a third of what tensor cores need. Not measured.
-// Limits    hidden % 8 == 0 (f32: % 4), hidden > 0; x, norm_weight, w, workspace aligned to 16 bytes; vocab < 2^24; candidates: at most 1024,
-//           hidden <= 24576.
+// Limits    hidden % 8 == 0 (f32: % 4), hidden > 0; x, norm_weight, w, workspace aligned to 16 bytes; vocab < 2^24;
+//           candidates: at most 1024, hidden <= 24576.
 // Oracle    testing::entropy_probe.   Bench  cargo bench --bench kernels -- entropy_probe
 
 constexpr uint32_t kOutputs = 256;  // of a CTA
 constexpr uint32_t kStageK = 64;    // k of a stage: 128 bytes of a row
 constexpr uint32_t kStages = 2;
+// CTAs of an SM: two where its shared memory holds them (72 to 80 KiB each), which leaves a thread 128 registers.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kCtasPerSm = 1;
+#else
+constexpr int kCtasPerSm = 2;
+#endif
 constexpr uint32_t kRowWords = kStageK / 2;
 constexpr uint32_t kThreads = 256, kWarps = kThreads / 32;
-// Floats of a row of logits in shared memory: 4 more than there are, so that the four rows a warp writes at a time (2t) are in different banks.
+// Floats of a row of logits in shared memory: 4 more than there are, so that the four rows a warp writes at a time (2t) are in
+// different banks.
 constexpr uint32_t kLogitStride = kOutputs + 4;
 constexpr uint32_t kMaxCandidates = 1024;
 constexpr uint32_t kRowsF32 = 16;
-// A workspace may be shared with linear, which keeps arrival counters in its first 16 KiB.
-constexpr size_t kReserved = 16384;
+// A workspace may be shared with linear, which keeps arrival counters at its start.
+constexpr size_t kReserved = kCounterBytes;
 
 // ---- workspace ------------------------------------------------------------------------------------------------------------------
 
@@ -137,8 +144,9 @@ RKSC_DEVICE void tile_stats(const rksc_entropy_probe_params& p, smem<const float
   }
 }
 
-// One stage holds 64 k of the CTA's outputs and rows, [kOutputs + rows, 8 pieces of 16 bytes]. Pieces of odd rows have their halves swapped:
-// eight lanes then read four pieces each of two neighbouring rows from 32 different banks. As in linear.cu a lane's 16 bytes serve two k-steps.
+// One stage holds 64 k of the CTA's outputs and rows, [kOutputs + rows, 8 pieces of 16 bytes]. Odd rows have the halves of their
+// pieces swapped: eight lanes then read four pieces each of two neighbouring rows from 32 different banks. As in linear.cu a lane's
+// 16 bytes serve two k-steps.
 template <typename T, int kTiles>
 struct ProbeTile {
   static constexpr uint32_t kRows = 8 * kTiles, kStageWords = (kOutputs + kRows) * kRowWords;
@@ -146,7 +154,7 @@ struct ProbeTile {
   static constexpr uint32_t kBytes = kStageBytes > kLogitBytes ? kStageBytes : kLogitBytes;
 
   smem<uint32_t> stages;
-  gptr<const uint32_t> w, h;  // first of 8 pieces of this thread's row; rows follow at `step`
+  gptr<const uint32_t> w, h;
   uint32_t first_output, first_row, num_outputs, num_rows, row_words;
 
   RKSC_DEVICE static uint32_t word_of(uint32_t row, uint32_t piece) { return row * kRowWords + 4 * (piece ^ (row % 2 * 4)); }
@@ -166,7 +174,8 @@ struct ProbeTile {
       const uint32_t r = i + threadIdx.x / 8, row = min(first_row + r, num_rows - 1);
       // 16 rows are half of what the threads cover.
       if (r >= kRows) continue;
-      cp_async_16<uint32_t>(stage + word_of(kOutputs + r, piece), h + (static_cast<uint64_t>(row) * row_words + (inside ? word : 0)), inside);
+      cp_async_16<uint32_t>(stage + word_of(kOutputs + r, piece), h + (static_cast<uint64_t>(row) * row_words + (inside ? word : 0)),
+                            inside);
     }
   }
 
@@ -175,12 +184,14 @@ struct ProbeTile {
     smem<const uint32_t> stage = stages + idx % kStages * kStageWords;
 #pragma unroll
     for (uint32_t j = 0; j < 2; ++j) {
+      // Eight rows further down a piece is where it is here: g's parity is theirs.
+      smem<const uint32_t> outputs = stage + word_of(32 * warp + g, 4 * j + t), rows = stage + word_of(kOutputs + g, 4 * j + t);
       vec<uint32_t, 4> a[4];
 #pragma unroll
-      for (uint32_t i = 0; i < 4; ++i) a[i] = load_vec<4>(stage + word_of(32 * warp + 8 * i + g, 4 * j + t));
+      for (uint32_t i = 0; i < 4; ++i) a[i] = load_vec<4>(outputs + 8 * i * kRowWords);
 #pragma unroll
       for (uint32_t n = 0; n < kTiles; ++n) {
-        const vec<uint32_t, 4> b = load_vec<4>(stage + word_of(kOutputs + 8 * n + g, 4 * j + t));
+        const vec<uint32_t, 4> b = load_vec<4>(rows + 8 * n * kRowWords);
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
 #pragma unroll
@@ -195,7 +206,7 @@ struct ProbeTile {
 };
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads, 2) probe_kernel(const __grid_constant__ rksc_entropy_probe_params p) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) probe_kernel(const __grid_constant__ rksc_entropy_probe_params p) {
   using Tile = ProbeTile<T, kTiles>;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   Tile tile;

@@ -13,7 +13,8 @@ constexpr uint32_t kSlotsPerPass = kThreads / kSliceVecs;
 constexpr uint32_t kPasses = 4;
 
 // One slice of the kept rows of K or V of a head.
-RKSC_DEVICE void move_rows(const rksc_kv_compact_params& p, gptr<uint32_t> cache, uint32_t head, uint32_t slice, uint32_t row_words) {
+RKSC_DEVICE void move_rows(const rksc_kv_compact_params& p, gptr<uint32_t> cache, uint32_t head, uint32_t slice,
+                           uint32_t row_words) {
   const gptr<const uint32_t> keep = global<const uint32_t>(p.keep) + static_cast<uint64_t>(head) * p.num_keep;
   const gptr<const uint32_t> blocks = global<const uint32_t>(p.blocks);
   const uint32_t word = (slice * kSliceVecs + threadIdx.x % kSliceVecs) * 4;

@@ -68,7 +68,8 @@ RKSC_DEVICE void group_logits(const ScoresPlan& plan, uint32_t head, smem<const 
 }
 
 template <>
-RKSC_DEVICE void group_logits<float>(const ScoresPlan& plan, uint32_t head, smem<const float> keys, uint32_t stride, smem<uint32_t> best) {
+RKSC_DEVICE void group_logits<float>(const ScoresPlan& plan, uint32_t head, smem<const float> keys, uint32_t stride,
+                                     smem<uint32_t> best) {
   const rksc_kv_scores_params& p = plan.p;
   const uint32_t slot = threadIdx.x % kTileSlots;
   const smem<const float> key = keys + slot * stride;
@@ -204,7 +205,8 @@ __global__ void __launch_bounds__(kScoreThreads) kv_mean_kernel(const __grid_con
   const rksc_kv_scores_params& p = plan.p;
   const uint32_t tile = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
   const uint64_t of_head = static_cast<uint64_t>(head) * plan.padded;
-  for (uint32_t d = thread; d < p.head_dim; d += kScoreThreads) key_sum[d] = global<const float>(plan.key_sum)[head * p.head_dim + d];
+  const gptr<const float> sum_of_head = global<const float>(plan.key_sum) + head * p.head_dim;
+  for (uint32_t d = thread; d < p.head_dim; d += kScoreThreads) key_sum[d] = sum_of_head[d];
   __syncthreads();
   for (uint32_t row = thread / 8; row < kTileSlots; row += kScoreThreads / 8) {
     const uint32_t slot = tile * kTileSlots + row;
@@ -287,7 +289,8 @@ __global__ void __launch_bounds__(256) kv_score_kernel(const __grid_constant__ S
 }
 
 // Lays the plan's arrays out from `base`; returns the bytes they take.
-size_t lay_out(ScoresPlan& plan, unsigned char* base, uint32_t num_slots, uint32_t window, uint32_t num_kv_heads, uint32_t head_dim) {
+size_t lay_out(ScoresPlan& plan, unsigned char* base, uint32_t num_slots, uint32_t window, uint32_t num_kv_heads,
+               uint32_t head_dim) {
   plan.num_tiles = div_up(num_slots, kTileSlots);
   plan.padded = plan.num_tiles * kTileSlots;
   size_t bytes = 0;

@@ -46,7 +46,8 @@ RKSC_DEVICE gptr<const T> key_row(const rksc_kv_scores_params& p, uint32_t head,
 // Starts the copy of a chunk of columns of a tile's keys to `dst`, rows of `stride` elements; zeros for slots past the last.
 // Needs cp_async_commit, cp_async_wait and a barrier.
 template <typename T>
-RKSC_DEVICE void load_keys(const rksc_kv_scores_params& p, uint32_t head, uint32_t tile, uint32_t chunk, smem<T> dst, uint32_t stride) {
+RKSC_DEVICE void load_keys(const rksc_kv_scores_params& p, uint32_t head, uint32_t tile, uint32_t chunk, smem<T> dst,
+                           uint32_t stride) {
   const uint32_t vec_in_row = threadIdx.x % kChunkVecs, col = (chunk * kChunkVecs + vec_in_row) * kVec<T>;
   if (col >= p.head_dim) return;
   for (uint32_t row = threadIdx.x / kChunkVecs; row < kTileSlots; row += kScoreThreads / kChunkVecs) {

@@ -30,7 +30,8 @@ RKSC_DEVICE void newest_up_to(gptr<const uint32_t> tile_newest, uint32_t num_til
 // Sums what the tiles of a head left: normalised keys over D, and the softmax of each window query. Tiles in ascending order.
 RKSC_DEVICE void fold_tiles(const ScoresPlan& plan, uint32_t head) {
   const rksc_kv_scores_params& p = plan.p;
-  const gptr<const float> tile_keys = global<const float>(plan.tile_keys) + static_cast<uint64_t>(head) * plan.num_tiles * p.head_dim;
+  const gptr<const float> tile_keys =
+      global<const float>(plan.tile_keys) + static_cast<uint64_t>(head) * plan.num_tiles * p.head_dim;
   for (uint32_t d = threadIdx.x; d < p.head_dim; d += kScoreThreads) {
     float sum = 0.0f;
 #pragma unroll 8
@@ -52,6 +53,78 @@ RKSC_DEVICE void fold_tiles(const ScoresPlan& plan, uint32_t head) {
   }
 }
 
+// The newest similar key each of a thread's 4 rows has seen among its own columns; key 0 is none.
+struct Nearest {
+  uint64_t key[4];
+  float link[4];
+};
+
+// Looks a tile's products through for similar keys and posts what is newer to best_of_row.
+template <typename T>
+RKSC_DEVICE void visit_tile(const PairTile<T>& pairs, Nearest& nearest, const float (&inv_norm_u)[4], float threshold,
+                            uint32_t u_start, uint32_t v_start, smem<const float> inv_norm_v, smem<const uint32_t> position_v,
+                            smem<float> link_to_first, smem<uint64_t> best_of_row) {
+  bool improved[4] = {false, false, false, false};
+#pragma unroll
+  for (uint32_t n = 0; n < 8; ++n) {
+    const uint32_t col = PairTile<T>::col(n), v = v_start + col;
+    const float inv_norm_col = inv_norm_v[col];
+#pragma unroll
+    for (uint32_t m = 0; m < 4; ++m) {
+      // Slots past the last are zero keys: similar to nothing.
+      const float link = pairs.at(m, n) * inv_norm_u[m] * inv_norm_col;
+      const uint32_t row = PairTile<T>::row(m);
+      if (v == 0) link_to_first[row] = link;
+      if (link > threshold && v != u_start + row) {
+        const uint64_t key = recency_key(position_v[col], v);
+        if (key > nearest.key[m]) {
+          nearest.key[m] = key;
+          nearest.link[m] = link;
+          improved[m] = true;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (uint32_t m = 0; m < 4; ++m)
+    if (improved[m]) atomic_max(best_of_row + PairTile<T>::row(m), nearest.key[m]);
+}
+
+// Whether every row has a similar key that is newer than all slots left, none of which is past position newest_left. At equal
+// positions the later slot counts as newer, and what is left has earlier slots. The same in all threads of a warp.
+RKSC_DEVICE bool all_found(smem<const uint64_t> best_of_row, uint32_t newest_left) {
+  bool found = true;
+  for (uint32_t row = threadIdx.x % 32; row < kTileSlots; row += 32) {
+    const uint64_t key = best_of_row[row];
+    found = found && key > static_cast<uint64_t>(newest_left) << 32;
+  }
+  return __all_sync(kFullMask, found);
+}
+
+// Adds the rows' protected links to their columns.
+template <typename T>
+RKSC_DEVICE void add_links(const Nearest& nearest, uint32_t u_start, smem<const uint64_t> best_of_row,
+                           smem<const float> link_to_first, gptr<uint64_t> links) {
+#pragma unroll
+  for (uint32_t m = 0; m < 4; ++m) {
+    const uint64_t key = best_of_row[PairTile<T>::row(m)];
+    // A key names its slot, so exactly one thread has it.
+    if (nearest.key[m] != 0 && nearest.key[m] == key) atomic_add(links + static_cast<uint32_t>(key - 1), to_fixed(nearest.link[m]));
+  }
+  // Where nothing is similar the link to slot 0 is dropped, as the published code does. Such a row made the walk reach tile 0.
+  // Without redundancy nearly all rows end here: one addition a warp.
+  if (threadIdx.x >= kTileSlots) return;
+  const uint64_t key = best_of_row[threadIdx.x];
+  uint64_t dropped = 0;
+  if (key == 0 && u_start + threadIdx.x != 0) {
+    const float link = link_to_first[threadIdx.x];
+    dropped = to_fixed(link);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) dropped += __shfl_xor_sync(kFullMask, dropped, step);
+  if (threadIdx.x % 32 == 0 && dropped != 0) atomic_add(links, dropped);
+}
+
 // kv_nearest
 //   v*(u) = the newest v != u with S[u, v] > threshold, S[u, v] = K_u K_v / ((|K_u| + 1e-8) (|K_v| + 1e-8)); 0 if there is none
 //   protected_links[v] = sum of S[u, v] over the u != v with v*(u) = v
@@ -64,7 +137,7 @@ RKSC_DEVICE void fold_tiles(const ScoresPlan& plan, uint32_t head) {
 //           first, two chunks of columns in flight, until all its rows have a similar key newer than all that is left. One CTA
 //           more per head folds the tiles' partial sums meanwhile.
 // Numerics  dot products of raw keys in f32 (tensor cores for 16-bit keys: products exact, f32 accumulation), then two f32 factors:
-//           a few 2^-24 off the exact cosine, never rounded to 16 bits. Sums over u are integers, so their order does not matter.
+//           about 2^-21 off the exact cosine at most, never rounded to 16 bits. Sums over u are of integers: any order will do.
 // Traffic   keys of the walked tiles per 64 rows, from L2: at worst num_slots^2 / 64 * D * sizeof(T) bytes a head; once from memory.
 // Bound     tensor cores at worst, 2 num_slots^2 D FLOP a head; redundant traces stop after a few tiles.
 // Limits    D % 16 == 0 (16 bits), D % 8 == 0 (f32), D <= 256; num_slots <= 2^17; threshold >= 0.
@@ -114,13 +187,13 @@ __global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_
   uint32_t tile = plan.num_tiles - 1, chunk = 0, stage = 0;
   load_v(tile, chunk, stage);
 
-  float inv_norm_u[4], best_link[4];
-  uint64_t best[4];
+  float inv_norm_u[4];
+  Nearest nearest;
 #pragma unroll
   for (uint32_t m = 0; m < 4; ++m) {
     inv_norm_u[m] = inv_norm[u_tile * kTileSlots + PairTile<T>::row(m)];
-    best[m] = 0;
-    best_link[m] = 0.0f;
+    nearest.key[m] = 0;
+    nearest.link[m] = 0.0f;
   }
   PairTile<T> pairs;
   pairs.clear();
@@ -132,43 +205,18 @@ __global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_
     const uint32_t next_chunk = last_chunk ? 0 : chunk + 1;
     if (!last_chunk || tile > 0) load_v(last_chunk ? tile - 1 : tile, next_chunk, 1 - stage);
     const uint32_t left = p.head_dim - chunk * kChunk;
-    pairs.accumulate(u_keys + chunk * kChunk, u_stride, v_keys + stage * kTileSlots * kStride, kStride, left < kChunk ? left : kChunk);
+    pairs.accumulate(u_keys + chunk * kChunk, u_stride, v_keys + stage * kTileSlots * kStride, kStride,
+                     left < kChunk ? left : kChunk);
     if (last_chunk) {
-      bool improved[4] = {false, false, false, false};
-#pragma unroll
-      for (uint32_t n = 0; n < 8; ++n) {
-        const uint32_t col = PairTile<T>::col(n), v = tile * kTileSlots + col;
-        const float inv_norm_col = inv_norm_v[tile % 2 * kTileSlots + col];
-#pragma unroll
-        for (uint32_t m = 0; m < 4; ++m) {
-          // Slots past the last are zero keys: similar to nothing.
-          const float link = pairs.at(m, n) * inv_norm_u[m] * inv_norm_col;
-          const uint32_t row = PairTile<T>::row(m);
-          if (v == 0) link_to_first[row] = link;
-          if (link > p.threshold && v != u_tile * kTileSlots + row) {
-            const uint64_t key = recency_key(position_v[tile % 2 * kTileSlots + col], v);
-            if (key > best[m]) {
-              best[m] = key;
-              best_link[m] = link;
-              improved[m] = true;
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (uint32_t m = 0; m < 4; ++m)
-        if (improved[m]) atomic_max(best_of_row + PairTile<T>::row(m), best[m]);
-      // All rows' best so far are known to all. They change again only after the next chunk's barrier, so all warps see the same.
+      const uint32_t half = tile % 2 * kTileSlots;
+      visit_tile<T>(pairs, nearest, inv_norm_u, p.threshold, u_tile * kTileSlots, tile * kTileSlots, inv_norm_v + half,
+                    position_v + half, link_to_first, best_of_row);
+      // All rows' best so far are known to all. They change again only behind the next chunk's barrier, so all warps see the same.
       __syncthreads();
       if (tile == 0) break;
-      const uint32_t newest_left = by_position ? newest[tile - 1] : tile * kTileSlots - 1;
-      bool found = true;
-      for (uint32_t row = thread % 32; row < kTileSlots; row += 32) {
-        const uint64_t key = best_of_row[row];
-        // At equal positions the later slot counts as newer, and what is left has earlier slots.
-        found = found && key > static_cast<uint64_t>(newest_left) << 32;
-      }
-      if (__all_sync(kFullMask, found)) break;
+      uint32_t newest_left = tile * kTileSlots - 1;
+      if (by_position) newest_left = newest[tile - 1];
+      if (all_found(best_of_row, newest_left)) break;
       pairs.clear();
       tile -= 1;
     }
@@ -177,22 +225,8 @@ __global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_
   }
   // No copy may outlive the CTA.
   cp_async_wait<0>();
-
-  const gptr<uint64_t> links = global<uint64_t>(plan.protected_links) + static_cast<uint64_t>(head) * plan.padded;
-#pragma unroll
-  for (uint32_t m = 0; m < 4; ++m) {
-    const uint64_t key = best_of_row[PairTile<T>::row(m)];
-    // A key names its slot, so exactly one thread has it.
-    if (best[m] != 0 && best[m] == key) atomic_add(links + static_cast<uint32_t>(key - 1), to_fixed(best_link[m]));
-  }
-  // Where nothing is similar the link to slot 0 is dropped, as the published code does. Such a row made the walk reach tile 0.
-  if (thread < kTileSlots) {
-    const uint64_t key = best_of_row[thread];
-    if (key == 0 && u_tile * kTileSlots + thread != 0) {
-      const float link = link_to_first[thread];
-      atomic_add(links, to_fixed(link));
-    }
-  }
+  add_links<T>(nearest, u_tile * kTileSlots, best_of_row, link_to_first,
+               global<uint64_t>(plan.protected_links) + static_cast<uint64_t>(head) * plan.padded);
 }
 
 template <typename T>

@@ -11,11 +11,12 @@ namespace {
 //   bias  [out]            f32  read, may be null
 //   y     [num_rows, out]  f32  write
 //
-// Work      CTA = 16 outputs x a slice of k; warp = units of 128 k, CTA's warps in turn. Per unit a lane has eight 16-byte loads of
-//           weights under way, four from each of two outputs.
+// Work      CTA = 16 or 32 outputs x a slice of k; warp = units of 128 k, CTA's warps in turn. Weights reach a warp by cp.async through
+//           four slots of its own, one per 32 k: a lane fetches, a unit ahead, what it will itself multiply, so that 3 to 4 KiB
+//           (6 to 8) of a warp are always under way, without a barrier. Plain loads would not do: ptxas moves them down to their uses.
 //           A lane's 16 bytes hold k0 + 8t .. k0 + 8t + 7. mma does not care which k are called 2t, 2t + 1, 2t + 8 and 2t + 9 as long as A
-//           and B agree, so the first four serve as one k-step and the last four as the next, in x as in w: no shuffle, no
-//           shared memory. x is not staged: the CTAs of an SM would each stage the same rows, whereas L1 keeps them for all of them.
+//           and B agree, so the first four serve as one k-step and the last four as the next, in x as in w: no shuffle, no layout.
+//           x is not staged: the CTAs of an SM would each stage the same rows, whereas L1 keeps them for all of them.
 // Numerics  f32 accumulators; order of k fixed by (in, out): a row's bits do not depend on the other rows. f32 inputs: fmaf.
 // Traffic   2 out * in bytes (4 for f32), + num_rows * in from L2 per SM, + 4 num_rows * out; slices add 8 num_rows * out * slices.
 // Bound     memory: num_rows FLOP per byte. Not measured.

@@ -22,8 +22,8 @@ namespace {
 //           are scaled by fmaf in f32. Fractional zeros: code - zero is rounded once to T. Integer zeros beyond 127 would be rounded in
 //           bf16; codes end at 15. Order of k fixed by (in, out): a row's bits do not depend on the other rows.
 // Traffic   out * in / 2 bytes + (2 to 4) out * in / group, + num_rows * in from L2 per SM; slices as in linear.cu.
-// Bound     memory. Per word 4 lop3, 3 shifts, 4 packed additions, 1 permute per 8 rows, half an mma per 8 rows: about half of the issue
-//           slots that an H200 has for a word at full bandwidth. Not measured.
+// Bound     memory, with issue slots close behind: some 22 instructions per word of eight codes and lane, of 28 (H200) to 35 (H100) that
+//           an SM can issue in the time a word takes at full bandwidth. Counted in sm_90a code for 8 rows; not measured.
 // Limits    T bf16 or f16; num_rows <= 16; group 32, 64 or 128; in % group == 0, in > 0; x, codes aligned to 16 bytes; workspace where
 //           the plan has slices. out any.
 // Oracle    testing::linear_w4::W4::linear_oracle.   Bench  cargo bench --bench kernels -- linear_w4

@@ -308,7 +308,7 @@ static_assert(shared_bytes<bf16, 256>() + 1536 <= 99 * 1024 && shared_bytes<floa
 
 // CTAs that fit an SM by shared memory on the larger GPUs; bounds the registers (65536 / (128 * n)).
 template <typename T, int kHeadDim>
-constexpr int kCtasPerSm = sizeof(T) == 2 && kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
+constexpr int kCtasPerSm = sizeof(T) == 4 ? 2 : kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, kCtasPerSm<T, kHeadDim>)

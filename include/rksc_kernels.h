@@ -293,7 +293,7 @@ typedef struct rksc_kv_scores_params {
   float* scores;             /* [Hkv, num_slots - window]: lambda * importance - (1 - lambda) * redundancy */
   float* importance;         /* [Hkv, num_slots - window] after pooling; null: not wanted */
   float* redundancy;         /* [Hkv, num_slots - window]; null: not wanted */
-  void* workspace;           /* rksc_kv_scores_workspace_bytes */
+  void* workspace;           /* rksc_kv_scores_workspace_bytes; any contents */
   uint32_t num_slots, window, pool_size, num_q_heads, num_kv_heads, head_dim, block_size, dtype;
   float sm_scale, lambda, threshold;
   uint32_t reserved;

@@ -1,4 +1,4 @@
-// collectives.cpp -- what the last lane to arrive computes for its warp; asynchronous copies.
+// collectives.cpp -- what the last lane to arrive computes for its warp.
 #include "simt.h"
 
 #include <bit>
@@ -42,11 +42,11 @@ void unpack(Collective op, uint32_t pair, float& low, float& high) {
   }
 }
 
-void complete_mma(Machine& m, Warp& w, Collective op) {
+void complete_mma(Warp& w, Collective op) {
   float a[16][16];
   f32x8 b[16];
   f32x8 c[16];
-  Fiber* lanes = &m.fibers[w.index * 32];
+  Fiber* lanes = w.lanes;
   for (uint32_t l = 0; l < 32; ++l) {
     const uint32_t g = l / 4, t = l % 4;
     const float* fc = static_cast<const float*>(lanes[l].pointers[0]);
@@ -82,8 +82,8 @@ void complete_mma(Machine& m, Warp& w, Collective op) {
   }
 }
 
-void complete_ldmatrix(Machine& m, Warp& w, uint32_t tiles, bool transposed) {
-  Fiber* lanes = &m.fibers[w.index * 32];
+void complete_ldmatrix(Warp& w, uint32_t tiles, bool transposed) {
+  Fiber* lanes = w.lanes;
   // Each row is read for other lanes: checked for the lane that names it, as a read by all.
   const Fiber* running = cur.fiber;
   const uint32_t me = cur.me;
@@ -107,8 +107,8 @@ void complete_ldmatrix(Machine& m, Warp& w, uint32_t tiles, bool transposed) {
   }
 }
 
-void complete_shuffle(Machine& m, Warp& w, uint32_t mask) {
-  Fiber* lanes = &m.fibers[w.index * 32];
+void complete_shuffle(Warp& w, uint32_t mask) {
+  Fiber* lanes = w.lanes;
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
     Fiber& f = lanes[__builtin_ctz(rest)];
     if (!(mask >> f.argument & 1)) fault_of(&f, "__shfl_sync reads lane %u, which its mask 0x%08x leaves out", f.argument, mask);
@@ -129,8 +129,8 @@ uint32_t reduce(Collective op, uint32_t a, uint32_t b) {
 
 }  // namespace
 
-void complete(Machine& m, Warp& w, Collective op, uint32_t mask) {
-  Fiber* lanes = &m.fibers[w.index * 32];
+void complete(Warp& w, Collective op, uint32_t mask) {
+  Fiber* lanes = w.lanes;
   const auto give_all = [&](uint64_t result) {
     for (uint32_t rest = mask; rest; rest &= rest - 1) lanes[__builtin_ctz(rest)].result = result;
   };
@@ -138,12 +138,12 @@ void complete(Machine& m, Warp& w, Collective op, uint32_t mask) {
     case Collective::kSyncWarp:
       // Lanes outside the mask have not taken part: a partial __syncwarp orders nothing as far as the shadow knows.
       if ((mask & w.live) == w.live) {
-        close_batches(m, w);
+        close_batches(w);
         ++w.phase;
         if (w.phase >= 1u << (31 - kPhaseShift)) fault("limit of the emulation: more than %u __syncwarp in a CTA", w.phase);
       }
       return;
-    case Collective::kShuffle: return complete_shuffle(m, w, mask);
+    case Collective::kShuffle: return complete_shuffle(w, mask);
     case Collective::kBallot:
     case Collective::kAny:
     case Collective::kAll: {
@@ -164,13 +164,13 @@ void complete(Machine& m, Warp& w, Collective op, uint32_t mask) {
       }
       return;
     case Collective::kMmaBf16:
-    case Collective::kMmaF16: return complete_mma(m, w, op);
-    case Collective::kLdmatrix1: return complete_ldmatrix(m, w, 1, false);
-    case Collective::kLdmatrix2: return complete_ldmatrix(m, w, 2, false);
-    case Collective::kLdmatrix4: return complete_ldmatrix(m, w, 4, false);
-    case Collective::kLdmatrix1Trans: return complete_ldmatrix(m, w, 1, true);
-    case Collective::kLdmatrix2Trans: return complete_ldmatrix(m, w, 2, true);
-    case Collective::kLdmatrix4Trans: return complete_ldmatrix(m, w, 4, true);
+    case Collective::kMmaF16: return complete_mma(w, op);
+    case Collective::kLdmatrix1: return complete_ldmatrix(w, 1, false);
+    case Collective::kLdmatrix2: return complete_ldmatrix(w, 2, false);
+    case Collective::kLdmatrix4: return complete_ldmatrix(w, 4, false);
+    case Collective::kLdmatrix1Trans: return complete_ldmatrix(w, 1, true);
+    case Collective::kLdmatrix2Trans: return complete_ldmatrix(w, 2, true);
+    case Collective::kLdmatrix4Trans: return complete_ldmatrix(w, 4, true);
     default: {
       uint32_t total = static_cast<uint32_t>(lanes[__builtin_ctz(mask)].value);
       for (uint32_t rest = mask & (mask - 1); rest; rest &= rest - 1) {
@@ -178,45 +178,6 @@ void complete(Machine& m, Warp& w, Collective op, uint32_t mask) {
       }
       return give_all(total);
     }
-  }
-}
-
-// ---- cp.async ---------------------------------------------------------------------------------------------------
-
-void cp_async(uint32_t at, const void* src, const Range* range, bool valid) {
-  GlobalAccess::read<__uint128_t>(src, range);
-  // The copy may land at any time from here on: it races with whatever a write here would race with.
-  if (cur.shared_write[at / 2] & kCopyPending) {
-    const uint32_t owner = cur.shared_write[at / 2] & kThreadMask;
-    // Two copies to one place in flight, even by one thread, land in no particular order.
-    fault("cp.async to byte %u of shared memory, where one of thread %u is still under way", at, owner);
-  }
-  shared_write_slow(at, 16);
-  for (uint32_t i = 0; i < 8; ++i) cur.shared_write[at / 2 + i] = kCopyPending | cur.fiber->id;
-  cur.fiber->copies.push_back({at, cur.fiber->copy_group, valid ? src : nullptr});
-}
-
-void cp_async_commit() { ++cur.fiber->copy_group; }
-
-void cp_async_wait(uint32_t pending_groups) {
-  Fiber& f = *cur.fiber;
-  // Groups [0, copy_group) are committed; the last `pending_groups` of them may stay under way.
-  const uint32_t landed = f.copy_group > pending_groups ? f.copy_group - pending_groups : 0;
-  while (f.first_copy < f.copies.size() && f.copies[f.first_copy].group < landed) {
-    const PendingCopy& copy = f.copies[f.first_copy++];
-    if (copy.src) {
-      __builtin_memcpy(cur.shared + copy.at, copy.src, 16);
-    } else {
-      __builtin_memset(cur.shared + copy.at, 0, 16);
-    }
-    for (uint32_t i = 0; i < 8; ++i) {
-      cur.shared_write[copy.at / 2 + i] = cur.me;
-      cur.shared_read[copy.at / 2 + i] = 0;
-    }
-  }
-  if (f.first_copy == f.copies.size()) {
-    f.copies.clear();
-    f.first_copy = 0;
   }
 }
 

@@ -48,11 +48,11 @@ struct Current {
   unsigned char* shared;   // the CTA's memory: dynamic at 0, static arrays behind it
   uint32_t* shared_write;  // shadows of it
   uint32_t* shared_read;
-  uint32_t me;             // entry of this thread now
-  uint32_t start;          // entries below are of earlier CTAs
-  uint32_t barrier;        // entries below lie behind the last barrier
-  uint32_t launch_base;    // batches below are of earlier launches
-  uint32_t batch;          // batch of this thread's global writes, 0 when the next write must open one
+  uint32_t me;           // entry of this thread now
+  uint32_t start;        // entries below are of earlier CTAs
+  uint32_t barrier;      // entries below lie behind the last barrier
+  uint32_t launch_base;  // batches below are of earlier launches
+  uint32_t batch;        // batch of this thread's global writes, 0 when the next write must open one
   uint32_t dynamic_bytes;
   Fiber* fiber;
   Machine* machine;
@@ -85,8 +85,26 @@ void shared_atomic(uint32_t at, uint32_t bytes);
 
 // Collectives. A lane waits until all of `mask` are in the same one; the last to come computes for all.
 enum class Collective : uint32_t {
-  kSyncWarp, kShuffle, kBallot, kAny, kAll, kReduceAdd, kReduceMin, kReduceMax, kReduceAnd, kReduceOr, kReduceXor, kMatchAny,
-  kMmaBf16, kMmaF16, kLdmatrix1, kLdmatrix2, kLdmatrix4, kLdmatrix1Trans, kLdmatrix2Trans, kLdmatrix4Trans,
+  kSyncWarp,
+  kShuffle,
+  kBallot,
+  kAny,
+  kAll,
+  kReduceAdd,
+  kReduceMin,
+  kReduceMax,
+  kReduceAnd,
+  kReduceOr,
+  kReduceXor,
+  kMatchAny,
+  kMmaBf16,
+  kMmaF16,
+  kLdmatrix1,
+  kLdmatrix2,
+  kLdmatrix4,
+  kLdmatrix1Trans,
+  kLdmatrix2Trans,
+  kLdmatrix4Trans,
 };
 void sync_warp(uint32_t mask);
 // For shuffles `argument` is the lane whose value is wanted.

@@ -1,4 +1,4 @@
-// memory.cpp -- registered memory, the shadows of global and shared memory, and what they find.
+// memory.cpp -- registered memory and the shadow of global memory.
 //
 // Global writes are tracked in batches (Batch): a word's shadow names the batch that wrote it last. Another CTA of the launch may read
 // or overwrite it only once the batch is published (its lanes fenced, or a later fence by the lane that then did an atomic)
@@ -58,6 +58,9 @@ void refine_shadow(Range& r, uint32_t bytes) {
   r.shift = shift;
 }
 
+}  // namespace
+
+// What reports say of an access.
 const char* verb(Access access) {
   switch (access) {
     case Access::kRead: return "reads";
@@ -65,8 +68,6 @@ const char* verb(Access access) {
     default: return "updates atomically";
   }
 }
-
-}  // namespace
 
 Range* find_range(const void* p, uint32_t alignment) {
   if (!p) return &null_range;
@@ -92,7 +93,8 @@ Range* find_range(const void* p, uint32_t alignment) {
 void global_fault(Access access, const void* p, const Range* range, uint32_t bytes) {
   if (range == &null_range) fault("%s %u bytes through a null pointer", verb(access), bytes);
   if (range == &misaligned_range) fault("%s %u bytes at %p: misaligned for the element type", verb(access), bytes, p);
-  if (range == &unknown_range) fault("%s %u bytes at %p: out of bounds, the pointer was made outside registered memory", verb(access), bytes, p);
+  if (range == &unknown_range)
+    fault("%s %u bytes at %p: out of bounds, the pointer was made outside registered memory", verb(access), bytes, p);
   fault("%s %u bytes at offset %lld of a range of %lld bytes at %p: out of bounds", verb(access), bytes,
         static_cast<long long>(reinterpret_cast<uintptr_t>(p) - range->begin), static_cast<long long>(range->bytes),
         reinterpret_cast<void*>(range->begin));
@@ -162,8 +164,10 @@ void check_order(Machine& m, Access access, const Range& r, int64_t at, uint32_t
   const char* race = access == Access::kRead ? "write-read" : "write-write";
   if (b->cta == m.cta) {
     if (b->warp != f.warp->index && b->epoch == m.epoch) {
-      fault("%s race in global memory: %s %u bytes at offset %lld of the range at %p, which warp %u wrote with no __syncthreads since", race,
-            verb(access), bytes, static_cast<long long>(at), reinterpret_cast<void*>(r.begin), b->warp);
+      fault(
+          "%s race in global memory: %s %u bytes at offset %lld of the range at %p, which warp %u wrote with no __syncthreads "
+          "since",
+          race, verb(access), bytes, static_cast<long long>(at), reinterpret_cast<void*>(r.begin), b->warp);
     }
     return;
   }
@@ -177,11 +181,13 @@ void check_order(Machine& m, Access access, const Range& r, int64_t at, uint32_t
   } else {
     snprintf(why, sizeof why, "this thread executed no __threadfence behind an atomic of its CTA");
   }
-  fault("%s race between CTAs in global memory: %s %u bytes at offset %lld of the range at %p, which CTA (%llu, %llu, %llu) warp %u wrote in this "
-        "launch: %s",
-        race, verb(access), bytes, static_cast<long long>(at), reinterpret_cast<void*>(r.begin),
-        static_cast<unsigned long long>(b->cta % g.x), static_cast<unsigned long long>(b->cta / g.x % g.y),
-        static_cast<unsigned long long>(b->cta / g.x / g.y), b->warp, why);
+  fault(
+      "%s race between CTAs in global memory: %s %u bytes at offset %lld of the range at %p, which CTA (%llu, %llu, %llu) warp %u "
+      "wrote in this "
+      "launch: %s",
+      race, verb(access), bytes, static_cast<long long>(at), reinterpret_cast<void*>(r.begin),
+      static_cast<unsigned long long>(b->cta % g.x), static_cast<unsigned long long>(b->cta / g.x % g.y),
+      static_cast<unsigned long long>(b->cta / g.x / g.y), b->warp, why);
 }
 
 }  // namespace
@@ -221,14 +227,16 @@ void global_atomic(Range* range, const void* p) {
   Machine& m = *cur.machine;
   Fiber& f = *cur.fiber;
   Warp& w = *f.warp;
-  if (++f.atomics > 100'000'000) fault("limit of the emulation: 100 million atomics in a thread; CTAs run one after the other, none can wait for another");
+  if (++f.atomics > 100'000'000)
+    fault("limit of the emulation: 100 million atomics in a thread; CTAs run one after the other, none can wait for another");
   if (m.atomic_epoch == kNever) m.atomic_epoch = m.epoch;
   if (w.atomic_phase == kNever) w.atomic_phase = w.phase;
   size_t kept = 0;
   for (const uint32_t id : m.unpublished) {
     Batch& b = *find_batch(m, id);
     const bool same_warp = b.warp == w.index;
-    const bool fenced = b.unfenced == 0 && (b.fence_epoch < m.epoch || (same_warp && (b.fence_phase < w.phase || b.writers == f.bit)));
+    const bool fenced =
+        b.unfenced == 0 && (b.fence_epoch < m.epoch || (same_warp && (b.fence_phase < w.phase || b.writers == f.bit)));
     // A fence is cumulative: it covers what a barrier ordered before it.
     const bool covered = f.fence_epoch != kNever && (b.epoch < f.fence_epoch || (same_warp && b.phase < f.fence_phase));
     if (fenced || covered) {
@@ -261,137 +269,11 @@ void thread_fence() {
   }
 }
 
-void close_batches(Machine& m, Warp& w) {
+void close_batches(Warp& w) {
   if (!w.batch) return;
   w.batch = 0;
-  for (uint32_t l = 0; l < 32; ++l) m.fibers[w.index * 32 + l].batch = 0;
+  for (uint32_t l = 0; l < 32; ++l) w.lanes[l].batch = 0;
   cur.batch = 0;
-}
-
-// ---- shared memory ----------------------------------------------------------------------------------------------
-
-uint32_t static_shared(const void* site, const char* name, uint32_t bytes) {
-  Machine& m = *cur.machine;
-  for (const StaticArray& a : m.statics) {
-    if (a.site == site) return a.at;
-  }
-  const uint32_t at = m.static_end;
-  m.static_end = at + (bytes + 15) / 16 * 16;
-  if (m.static_end - (cur.dynamic_bytes + 15) / 16 * 16 > kMaxStaticSharedBytes) {
-    fault("more than 48 KiB of static shared memory: out of bounds at %s", name);
-  }
-  if (m.static_end > kMaxSharedBytes) fault("more than 227 KiB of shared memory: out of bounds at %s", name);
-  m.statics.push_back({site, name, at, bytes});
-  return at;
-}
-
-namespace {
-
-// "byte 12 of scratch", "byte 4096 of dynamic shared memory".
-struct Place {
-  char text[96];
-  explicit Place(uint32_t at) {
-    for (const StaticArray& a : cur.machine->statics) {
-      if (at - a.at < a.bytes) {
-        snprintf(text, sizeof text, "byte %u of %s", at - a.at, a.name);
-        return;
-      }
-    }
-    snprintf(text, sizeof text, "byte %u of dynamic shared memory", at);
-  }
-};
-
-}  // namespace
-
-void shared_out_of_bounds(Access access, int32_t relative, uint32_t begin, int32_t size, uint32_t bytes) {
-  for (const StaticArray& a : cur.machine->statics) {
-    if (a.at == begin) {
-      fault("%s %u bytes at byte %d of %s, which has %u: out of bounds", verb(access), bytes, relative, a.name, a.bytes);
-    }
-  }
-  fault("%s %u bytes at byte %d behind byte %u of dynamic shared memory, which has %u: out of bounds", verb(access), bytes, relative, begin,
-        begin + static_cast<uint32_t>(size));
-}
-
-void shared_misaligned(Access access, uint32_t at, uint32_t bytes) {
-  fault("%s a vector of %u bytes at %s: misaligned", verb(access), bytes, Place(at).text);
-}
-
-void shared_byte(uint32_t at, bool write) {
-  uint32_t& w = cur.shared_write[at / 2];
-  if (w & kCopyPending) fault("%s %s, where a cp.async of thread %u is under way: before its wait", write ? "overwrites" : "reads", Place(at).text, w & kThreadMask);
-  if (write) {
-    w = cur.me;
-  } else if (w < cur.start) {
-    fault("reads unwritten shared memory: 1 byte at %s", Place(at).text);
-  }
-}
-
-void shared_read_slow(uint32_t at, uint32_t bytes) {
-  const uint32_t me = cur.me & ~kManyLanes, flags = cur.me & kManyLanes;
-  for (uint32_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
-    const uint32_t w = cur.shared_write[i];
-    if (w >= cur.barrier || w < cur.start) {
-      if (w & kCopyPending) fault("reads %s, where a cp.async of thread %u is under way: before its wait", Place(2 * i).text, w & kThreadMask);
-      if (w < cur.start) fault("reads unwritten shared memory: %u bytes at %s", bytes, Place(2 * i).text);
-      if (((w ^ me) & kThreadMask) >> 5) {
-        fault("write-read race: reads %s, which thread %u (warp %u) wrote with no __syncthreads since", Place(2 * i).text, w & kThreadMask,
-              (w & kThreadMask) >> 5);
-      }
-      if (((w ^ me) & kThreadMask || flags) && w >> kPhaseShift == me >> kPhaseShift) {
-        fault("write-read race within the warp: reads %s, which lane %u wrote with no __syncwarp since", Place(2 * i).text, w & 31);
-      }
-    }
-    uint32_t& r = cur.shared_read[i];
-    if (r < cur.barrier || r == me) {
-      r = me | flags;
-    } else if (r & kManyWarps) {
-    } else if (((r ^ me) & kThreadMask) >> 5) {
-      r |= kManyWarps;
-    } else if (r >> kPhaseShift != me >> kPhaseShift) {
-      r = me | flags;
-    } else {
-      r |= kManyLanes;
-    }
-  }
-}
-
-void shared_write_slow(uint32_t at, uint32_t bytes) {
-  const uint32_t me = cur.me;
-  for (uint32_t i = at / 2; i < (at + bytes + 1) / 2; ++i) {
-    const uint32_t w = cur.shared_write[i], r = cur.shared_read[i];
-    if (w >= cur.barrier) {
-      if (w & kCopyPending) fault("overwrites %s, where a cp.async of thread %u is under way: before its wait", Place(2 * i).text, w & kThreadMask);
-      if (((w ^ me) & kThreadMask) >> 5) {
-        fault("write-write race: writes %s, which thread %u (warp %u) wrote with no __syncthreads since", Place(2 * i).text, w & kThreadMask,
-              (w & kThreadMask) >> 5);
-      }
-      if ((w ^ me) & kThreadMask && w >> kPhaseShift == me >> kPhaseShift) {
-        fault("write-write race within the warp: writes %s, which lane %u wrote with no __syncwarp since", Place(2 * i).text, w & 31);
-      }
-    }
-    if (r >= cur.barrier) {
-      if (r & kManyWarps || ((r ^ me) & kThreadMask) >> 5) {
-        fault("read-write race: writes %s, which thread %u (warp %u)%s read with no __syncthreads since", Place(2 * i).text, r & kThreadMask,
-              (r & kThreadMask) >> 5, r & kManyWarps ? " and others" : "");
-      }
-      if ((r & kManyLanes || (r ^ me) & kThreadMask) && r >> kPhaseShift == me >> kPhaseShift) {
-        fault("read-write race within the warp: writes %s, which lane %u%s read with no __syncwarp since", Place(2 * i).text, r & 31,
-              r & kManyLanes ? " and others" : "");
-      }
-    }
-    cur.shared_write[i] = me;
-  }
-}
-
-void shared_atomic(uint32_t at, uint32_t bytes) {
-  if (cur.shared_write[at / 2] < cur.start) fault("updates unwritten shared memory: %u bytes at %s", bytes, Place(at).text);
-  for (uint32_t i = at / 2; i < (at + bytes) / 2; ++i) {
-    // Atomics do not race with each other.
-    const uint32_t w = cur.shared_write[i];
-    if (!(w >= cur.barrier && !(w & kCopyPending) && w & kAtomic && cur.shared_read[i] < cur.barrier)) shared_write_slow(2 * i, 2);
-    cur.shared_write[i] = cur.me | kAtomic;
-  }
 }
 
 // ---- launches and CTAs ------------------------------------------------------------------------------------------
@@ -419,23 +301,9 @@ void end_launch_memory(Machine& m) {
   m.batch_blocks.assign(1, last);
 }
 
-void begin_cta_memory(Machine& m) {
+void begin_cta_global(Machine& m) {
   m.unpublished.clear();
   m.atomic_epoch = m.acquired_epoch = kNever;
-  if (m.next_phase > 1u << (30 - kPhaseShift)) {
-    __builtin_memset(m.shared_write, 0, sizeof m.shared_write);
-    __builtin_memset(m.shared_read, 0, sizeof m.shared_read);
-    m.next_phase = 1;
-  }
-}
-
-void end_cta_memory(Machine& m) {
-  for (uint32_t i = 0; i < m.num_threads; ++i) {
-    Fiber& f = m.fibers[i];
-    for (size_t j = f.first_copy; j < f.copies.size(); ++j) {
-      __builtin_memset(m.shared_write + f.copies[j].at / 2, 0, 8 * sizeof(uint32_t));
-    }
-  }
 }
 
 }  // namespace simt

@@ -25,14 +25,14 @@ SIMT_INLINE void ldmatrix_row(Collective op, uint32_t* r, const smem<T>& row) {
 }  // namespace simt
 
 // Twice each, so that T may be deduced or given whether the view is const or not.
-#define SIMT_LDMATRIX(name, count, op)                               \
-  template <typename T>                                              \
-  SIMT_INLINE void name(uint32_t (&r)[count], smem<T> row) {         \
-    simt::ldmatrix_row(simt::Collective::op, r, row);                \
-  }                                                                  \
-  template <typename T>                                              \
-  SIMT_INLINE void name(uint32_t (&r)[count], smem<const T> row) {   \
-    simt::ldmatrix_row(simt::Collective::op, r, row);                \
+#define SIMT_LDMATRIX(name, count, op)                            \
+  template <typename T>                                           \
+  SIMT_INLINE void name(uint32_t(&r)[count], smem<T> row) {       \
+    simt::ldmatrix_row(simt::Collective::op, r, row);             \
+  }                                                               \
+  template <typename T>                                           \
+  SIMT_INLINE void name(uint32_t(&r)[count], smem<const T> row) { \
+    simt::ldmatrix_row(simt::Collective::op, r, row);             \
   }
 SIMT_LDMATRIX(ldmatrix_x2, 2, kLdmatrix2)
 SIMT_LDMATRIX(ldmatrix_x2_trans, 2, kLdmatrix2Trans)

@@ -24,7 +24,8 @@ struct GlobalAccess {
   template <typename T>
   static SIMT_INLINE int64_t check_bounds(Access access, const void* p, const Range* range) {
     const int64_t at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) - range->begin);
-    if (__builtin_expect(at < 0 || at > range->bytes - static_cast<int64_t>(sizeof(T)), 0)) global_fault(access, p, range, sizeof(T));
+    if (__builtin_expect(at < 0 || at > range->bytes - static_cast<int64_t>(sizeof(T)), 0))
+      global_fault(access, p, range, sizeof(T));
     return at;
   }
   template <typename T>
@@ -123,9 +124,9 @@ class Ref {
     return v;
   }
   SIMT_INLINE T operator=(const Ref& other) const { return *this = static_cast<T>(other); }
-#define SIMT_COMPOUND(op)                                     \
-  template <typename U>                                       \
-  SIMT_INLINE T operator op##=(const U& u) const {            \
+#define SIMT_COMPOUND(op)                                      \
+  template <typename U>                                        \
+  SIMT_INLINE T operator op##=(const U& u) const {             \
     return *this = static_cast<T>(static_cast<T>(*this) op u); \
   }
   SIMT_COMPOUND(+)
@@ -319,8 +320,8 @@ SIMT_INLINE gptr<T> global(const gptr<P>& p) {
 }
 
 // The tag is one object per kernel instantiation, as the array is on a GPU.
-#define RKSC_SHARED(T, name, count)       \
-  static char name##_site;                \
+#define RKSC_SHARED(T, name, count) \
+  static char name##_site;          \
   smem<T> name = simt::make_static_shared<T>(&name##_site, #name, count)
 
 namespace simt {

@@ -104,9 +104,10 @@ struct Scratch {
     similarity: Option<DeviceBuf<u8>>,
     /// Row numbers of `gather_rows`.
     row_ids: Option<DeviceBuf<u8>>,
-    /// Rows of `sample`, its tokens, its results.
+    /// Rows of `sample`, its tokens, the logits it changes for them, its results.
     sample_rows: Option<DeviceBuf<u8>>,
     history: Option<DeviceBuf<u8>>,
+    saved: Option<DeviceBuf<u8>>,
     sampled: Option<DeviceBuf<u8>>,
 }
 

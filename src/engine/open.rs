@@ -99,11 +99,8 @@ fn on_device(
     river: Option<&WeightStore>,
 ) -> Result<(Box<dyn Runner>, KvLayout, Option<String>)> {
     let cuda = |device: Device| {
-        let heads = Heads {
-            num_q_heads: model.num_q_heads,
-            num_kv_heads: model.num_kv_heads,
-            block_size: config.block_size,
-        };
+        let heads =
+            Heads { num_q_heads: model.num_q_heads, num_kv_heads: model.num_kv_heads, block_size: config.block_size };
         runner(Cuda::new(device, heads), config, model, store, river)
     };
     let cpu = || runner(Cpu::new(config.threads, config.simd.parse()?)?, config, model, store, river);

@@ -80,7 +80,7 @@ pub fn sample(logits: &[f32], request: &Request<'_>) -> u32 {
         kept.truncate(reaches(&kept, product.div_ceil(1 << 64).max(1)) + 1);
     }
     let uniform = u128::from(mix(mix(mix(params.seed) ^ request.key.path) ^ request.key.position) >> 11);
-    let target = (uniform * mass(&kept) >> 53) + 1;
+    let target = ((uniform * mass(&kept)) >> 53) + 1;
     kept.get(reaches(&kept, target)).map_or(0, |&(_, token, _)| token)
 }
 
@@ -138,8 +138,8 @@ impl Weight {
             return 0;
         }
         let f = octaves & 0xffff_ffff;
-        let p = POWERS[1..].iter().fold(u64::from(POWERS[0]), |p, &c| u64::from(c) - (p * f >> 32));
-        let power = (1 << 32) - (p * f >> 32);
+        let p = POWERS[1..].iter().fold(u64::from(POWERS[0]), |p, &c| u64::from(c) - ((p * f) >> 32));
+        let power = (1 << 32) - ((p * f) >> 32);
         ((power << (UNIT_BITS - 31) >> (octaves >> 32)) + 1) >> 1
     }
 }

@@ -348,6 +348,52 @@ fn paged_attention_matches_oracle() {
     }
 }
 
+/// `list` with one tile to an item: the most partials there can be, empty ones among them.
+fn split_to_tiles(list: &AttentionItems, block_size: usize) -> AttentionItems {
+    let mut out = AttentionItems { blocks: list.blocks.clone(), ..Default::default() };
+    for group in &list.groups {
+        let first = out.items.len();
+        for item in &list.items[group.item_start as usize..(group.item_start + group.num_items) as usize] {
+            for start in (0..item.num_slots).step_by(64) {
+                out.items.push(rksc_attention_item {
+                    slot_start: item.slot_start + start,
+                    num_slots: (item.num_slots - start).min(64),
+                    block_start: item.block_start + start / block_size as u32,
+                    partial_start: out.num_partials as u32,
+                    ..*item
+                });
+                out.num_partials += item.num_rows as usize;
+            }
+        }
+        let num_items = (out.items.len() - first) as u32;
+        out.groups.push(rksc_attention_group { item_start: first as u32, num_items, ..*group });
+    }
+    out
+}
+
+#[test]
+fn the_finest_split_matches_oracle() {
+    for shape in [
+        shape((2, 1), 32, 16, &[], &[(1300, 60)]),
+        shape((7, 1), 128, 32, &[34], &[(1130, 1), (1150, 3), (1100, 1)]),
+        shape((4, 2), 80, 16, &[8, 8], &[(300, 1), (270, 1), (290, 2), (400, 1)]),
+        shape((1, 1), 256, 16, &[], &[(70, 1), (2200, 1)]),
+    ] {
+        for dtype in DTYPES {
+            let world = World::new(&shape, dtype, 40);
+            let (plan, want) = (world.plan(), world.expected());
+            let whole = AttentionItems::new(&plan, &world.item_params(1, usize::MAX));
+            let list = split_to_tiles(&whole, shape.block_size);
+            let what = format!("paged_attention {dtype} {shape:?}, {} items of one tile", list.items.len());
+            for_each_device(&what, |dev| {
+                let (o, lse) = run(dev, &world, &plan, &list)?;
+                world.check(&what, &want, &o, &lse);
+                Ok(joined((o, lse)))
+            });
+        }
+    }
+}
+
 #[test]
 fn paged_attention_matches_oracle_on_long_sequences() {
     oracle_case(&shape((1, 1), 64, 16, &[], &[(4096, 1)]), DType::F32, 1);

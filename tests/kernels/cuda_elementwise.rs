@@ -177,7 +177,7 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
         dev.launch(dev.kernels().add_rms_norm, &params)?;
         let (x, y, similarity) = (dev.to_vec(&x)?, widened(dev, dtype, &y)?, dev.to_vec(&similarity)?);
         assert_eq!(x, after, "{what}");
-        for r in 0..rows {
+        for (r, &got) in similarity.iter().enumerate() {
             let part = r * hidden..(r + 1) * hidden;
             let row = wide(&after[part.clone()]);
             let mut want = vec![0.0; hidden];
@@ -187,7 +187,7 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
             oracle::assert_close(&format!("{what} row {r}"), dtype, 2e-6, &wide(&y[part.clone()]), &want);
             let against = if asked.reference { &reference } else { &before };
             let want = if asked.similarity { oracle::cosine(&wide(&against[part]), &row) } else { 0.0 };
-            assert!((f64::from(similarity[r]) - want).abs() < 2e-6, "{what} row {r}: {} {want}", similarity[r]);
+            assert!((f64::from(got) - want).abs() < 2e-6, "{what} row {r}: {got} {want}");
         }
         Ok([bits(&x), bits(&y), bits(&similarity)].concat())
     });
@@ -257,15 +257,15 @@ fn rope_case(dtype: DType, case: &Rope) {
         round_all(dtype, &oracle::rope(&x, positions[row], &inv_freq, 1.25))
     };
     let (mut want_q, mut want_k, mut want_v) = (Vec::new(), rounded(dtype, k_before), rounded(dtype, v_before));
-    for r in 0..rows {
+    for (r, &slot) in slots.iter().enumerate() {
         for h in 0..hq {
             want_q.extend(rotated(r, h, q_norm.then_some(&qw)));
         }
-        if slots[r] == RKSC_NO_SLOT {
+        if slot == RKSC_NO_SLOT {
             continue;
         }
         for h in 0..hkv {
-            let slot = slots[r] as usize;
+            let slot = slot as usize;
             let at = layout.elem(slot / block_size, h, slot % block_size);
             want_k[at..at + dim].copy_from_slice(&rotated(r, hq + h, k_norm.then_some(&kw)));
             want_v[at..at + dim].copy_from_slice(&round_all(dtype, &head(r, hq + hkv + h)));

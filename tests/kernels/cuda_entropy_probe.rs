@@ -133,7 +133,8 @@ impl Case {
             let (got, s) = (&stats[row], &want.stats);
             let size = want.logits.iter().fold(1.0f64, |a, l| a.max(l.abs()));
             let what = format!("{} row {row}: {got:?} {s:?}", self.what());
-            let near = |got: f32, want: f64, tol: f64| assert!((f64::from(got) - want).abs() <= tol, "{what}: {got} {want}");
+            let near =
+                |got: f32, want: f64, tol: f64| assert!((f64::from(got) - want).abs() <= tol, "{what}: {got} {want}");
             let tol = tol * size;
             assert_eq!(got.finite, 1, "{what}");
             if s.margin > 2.0 * tol || want.logits.len() == 1 {
@@ -225,7 +226,9 @@ fn with_logits(dtype: DType, logits: &[f32], rows: usize) -> Case {
 #[test]
 fn entropy_of_peaked_rows_keeps_its_relative_precision() {
     for dtype in DTYPES {
-        for (vocab, top) in [(4, 0.0), (4, 2.0), (4, 6.0), (4, 10.0), (300, 12.0), (700, 20.0), (600, 40.0), (513, 80.0)] {
+        for (vocab, top) in
+            [(4, 0.0), (4, 2.0), (4, 6.0), (4, 10.0), (300, 12.0), (700, 20.0), (600, 40.0), (513, 80.0)]
+        {
             let mut logits = vec![0.0; vocab];
             logits[vocab / 2] = top;
             let mut case = with_logits(dtype, &logits, 1);

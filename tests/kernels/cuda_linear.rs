@@ -101,7 +101,11 @@ impl Case {
         for (i, ((&g, &w), &size)) in got.iter().zip(&want).zip(&size).enumerate() {
             // A tensor core truncates where this rounds: allow each of its steps half a bit.
             let bound = 1e-5 * size + w.abs() * f64::from(f32::EPSILON);
-            assert!((f64::from(g) - w).abs() <= bound, "{}: index {i}: got {g}, want {w}, bound {bound:e}", self.what());
+            assert!(
+                (f64::from(g) - w).abs() <= bound,
+                "{}: index {i}: got {g}, want {w}, bound {bound:e}",
+                self.what()
+            );
         }
         assert_eq!(got.len(), want.len());
         let off = global_difference(got, &want);

@@ -1,9 +1,7 @@
 //! `linear_w4` on a device: values for every kind of zero and group, and the law that a row's bits depend on that row alone.
 
 use half::f16;
-use rksc::backend::cuda::bindings::{
-    RKSC_ZERO_FRACTIONAL, RKSC_ZERO_INTEGER, RKSC_ZERO_NONE, rksc_linear_w4_params,
-};
+use rksc::backend::cuda::bindings::{RKSC_ZERO_FRACTIONAL, RKSC_ZERO_INTEGER, RKSC_ZERO_NONE, rksc_linear_w4_params};
 use rksc::backend::cuda::device::{Device, DeviceBuf};
 use rksc::testing::fill::Fill;
 use rksc::testing::linear_w4::{W4, Zeros};
@@ -57,14 +55,17 @@ impl Case {
             group,
         };
         let x = round_to(&fill.normals(rows * in_features, 1.0), dtype);
-        let bias = (rows % 2 == 0).then(|| fill.normals(out_features, 1.0));
+        let bias = rows.is_multiple_of(2).then(|| fill.normals(out_features, 1.0));
         Self { rows, dtype, x, bias, w }
     }
 
     fn what(&self) -> String {
         let w = &self.w;
         let kind = ["none", "integer", "fractional"][self.kind() as usize];
-        format!("linear_w4 {} {}x{}x{} group {} zeros {kind}", self.dtype, self.rows, w.in_features, w.out_features, w.group)
+        format!(
+            "linear_w4 {} {}x{}x{} group {} zeros {kind}",
+            self.dtype, self.rows, w.in_features, w.out_features, w.group
+        )
     }
 
     fn kind(&self) -> u32 {
@@ -116,7 +117,11 @@ impl Case {
         let relative = if self.kind() == RKSC_ZERO_FRACTIONAL { epsilon(self.dtype) } else { 1e-5 };
         for (i, ((&g, &w), &size)) in got.iter().zip(&want).zip(&size).enumerate() {
             let bound = relative * size + w.abs() * f64::from(f32::EPSILON);
-            assert!((f64::from(g) - w).abs() <= bound, "{}: index {i}: got {g}, want {w}, bound {bound:e}", self.what());
+            assert!(
+                (f64::from(g) - w).abs() <= bound,
+                "{}: index {i}: got {g}, want {w}, bound {bound:e}",
+                self.what()
+            );
         }
         let off = global_difference(got, &want);
         assert!(off < 1e-3 * relative.sqrt(), "{}: global difference {off:e}", self.what());
@@ -176,11 +181,9 @@ fn integer_zeros_off_the_grid_and_negative_fractions_count_as_what_they_are() {
 
 #[test]
 fn a_rows_bits_do_not_depend_on_how_many_rows_of_w4_there_are() {
-    for (k, n, group, kind) in [
-        (384, 33, 128, RKSC_ZERO_NONE),
-        (896, 40, 32, RKSC_ZERO_INTEGER),
-        (6400, 20, 64, RKSC_ZERO_FRACTIONAL),
-    ] {
+    for (k, n, group, kind) in
+        [(384, 33, 128, RKSC_ZERO_NONE), (896, 40, 32, RKSC_ZERO_INTEGER), (6400, 20, 64, RKSC_ZERO_FRACTIONAL)]
+    {
         for dtype in DTYPES {
             let case = Case::new(16, k, n, group, kind, dtype);
             for_each_device(&case.what(), |dev| {

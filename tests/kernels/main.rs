@@ -1,19 +1,18 @@
-//! The CPU ops against float64 oracles, and the law that a row's bits depend on its own tokens alone.
+//! Every op against float64 oracles: on the CPU, where a row's bits depend on its own tokens alone, and the CUDA kernels
+//! on every device there is, which on the emulated one means three warp orders with the same bits.
 
 mod attention;
-#[cfg(all(rksc_op = "paged_attention", rksc_op = "attention_mass"))]
 mod cuda_attention;
-#[cfg(all(rksc_op = "silu_mul", rksc_op = "gather_rows"))]
+mod cuda_branch_similarity;
 mod cuda_device;
 mod cuda_elementwise;
+mod cuda_entropy_probe;
+mod cuda_kv;
+mod cuda_kv_compact;
+mod cuda_linear;
+mod cuda_linear_w4;
 mod cuda_row_stats;
 mod cuda_sample;
-#[cfg(rksc_op = "entropy_probe")]
-mod cuda_entropy_probe;
-#[cfg(rksc_op = "linear")]
-mod cuda_linear;
-#[cfg(rksc_op = "linear_w4")]
-mod cuda_linear_w4;
 #[allow(dead_code)]
 mod device;
 mod elementwise;

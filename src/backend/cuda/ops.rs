@@ -5,9 +5,9 @@ use std::ops::Range;
 use super::attention_items::ItemParams;
 use super::bindings::*;
 use super::cublas::{Cublas, Gemm};
-use super::inputs::CudaInputs;
 use super::device::{Device, DeviceBuf};
 use super::graphs::Mode;
+use super::inputs::CudaInputs;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow};
 use crate::backend::{
     AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
@@ -384,12 +384,14 @@ impl Backend for Cuda {
         let (device, graphs, scratch) = (&self.device, &mut self.graphs, &mut self.scratch);
         grow(device, graphs, &mut scratch.sample_rows, size_of_val(rows.as_slice()))?;
         grow(device, graphs, &mut scratch.history, 4 * history.len())?;
+        let saved = grow(device, graphs, &mut scratch.saved, 4 * history.len())?;
         let sampled = grow(device, graphs, &mut scratch.sampled, rows.len() * size_of::<rksc_sampled>())?;
         let params = rksc_sample_params {
             logits: p.logits.at_mut("sample", DType::F32, 0, rows.len() * p.vocab)?.cast(),
             rows: upload(&mut self.device, &mut scratch.sample_rows, bytemuck::cast_slice(&rows))?.cast(),
             history: upload(&mut self.device, &mut scratch.history, bytemuck::cast_slice(&history))?.cast(),
             sampled: sampled.cast(),
+            saved: saved.cast(),
             num_rows: rows.len() as u32,
             vocab: p.vocab as u32,
         };

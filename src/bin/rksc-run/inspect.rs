@@ -98,7 +98,11 @@ pub(crate) fn devices(args: &JsonFlag) -> anyhow::Result<()> {
     }
     say!("cpu     {cores} cores, kernels: {}", levels.join(", "));
     match gpus {
-        Ok(gpus) => gpus.iter().for_each(|gpu| say!("{}", describe(gpu))),
+        Ok(gpus) => {
+            for gpu in &gpus {
+                say!("{}", describe(gpu));
+            }
+        }
         Err(e) => say!("cuda    {e}"),
     }
     Ok(())
