@@ -27,10 +27,12 @@ const ORDERS: [WarpOrder; 3] = [WarpOrder::Forward, WarpOrder::Backward, WarpOrd
 static GPU: Mutex<Option<Device>> = Mutex::new(None);
 
 /// Runs `case` on the emulated device in three warp orders, and twice on GPU 0 where there is one. `case` checks its
-/// results and returns their bits, which must be the same in every run on one device.
+/// results and returns their bits, which must be the same in every run on one device. `RKSC_SKIP_EMULATION=1` leaves the
+/// emulation out, for a visit to a GPU.
 pub(crate) fn for_each_device(what: &str, case: impl Fn(&mut Device) -> Result<Vec<u32>>) {
     let mut first: Option<Vec<u32>> = None;
-    for order in ORDERS {
+    let orders = if is_set("RKSC_SKIP_EMULATION") { &[][..] } else { &ORDERS };
+    for &order in orders {
         let mut dev = Device::emulated().unwrap_or_else(|e| panic!("{what}: {e}"));
         dev.set_warp_order(order);
         let got = case(&mut dev).unwrap_or_else(|e| panic!("{what} in order {order:?}: {e}"));
@@ -51,7 +53,7 @@ fn on_gpu(case: impl FnOnce(&mut Device)) {
     if gpu.is_none() {
         match Device::gpu(0) {
             Ok(device) => *gpu = Some(device),
-            Err(e) if std::env::var_os("RKSC_REQUIRE_CUDA").is_some_and(|v| v == "1") => {
+            Err(e) if is_set("RKSC_REQUIRE_CUDA") => {
                 panic!("RKSC_REQUIRE_CUDA=1: {e}")
             }
             // Not through the macros, which the test runner keeps to itself.
@@ -67,6 +69,10 @@ fn on_gpu(case: impl FnOnce(&mut Device)) {
         case(&mut device);
         *gpu = Some(device);
     }
+}
+
+fn is_set(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|value| value == "1")
 }
 
 fn assert_same(what: &str, got: &[u32], want: &[u32]) {

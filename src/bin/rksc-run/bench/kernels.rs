@@ -130,12 +130,29 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// The device of a name.
-pub(super) fn open(name: &str) -> anyhow::Result<Device> {
+fn open(name: &str) -> anyhow::Result<Device> {
     match name.parse()? {
         DeviceChoice::Cuda(ordinal) => Ok(Device::gpu(ordinal)?),
         DeviceChoice::Emulated => Ok(Device::emulated()?),
         _ => anyhow::bail!("--device: {name} has no CUDA kernels; use cuda:N"),
     }
+}
+
+/// Bytes a second that a GPU copies, read and write counted.
+pub(super) fn copy_rate(device: &str) -> anyhow::Result<f64> {
+    let copied = silent(device)?.measure_copy()?;
+    copied.ok_or_else(|| anyhow::anyhow!("--device: {device} is no GPU"))
+}
+
+/// Operations a second of a GPU's large matrix products.
+pub(super) fn product_rate(device: &str) -> anyhow::Result<f64> {
+    matrices::product_rate(&mut silent(device)?)
+}
+
+fn silent(device: &str) -> anyhow::Result<Bench> {
+    let device = open(device)?;
+    let timed = !device.is_emulated();
+    Ok(Bench::new(device, timed, Sink { out: None, table: false }))
 }
 
 /// Row 2^20 of a source of one row.

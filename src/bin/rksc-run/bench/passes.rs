@@ -3,6 +3,7 @@
 //! *decode*: B branches share a context and generate one token each per step; every step is timed alone. Its floor is
 //! the time to read the counted bytes of weights and KV once at the measured memory rate; weights that stay in the
 //! caches (the bundled model's) can be faster than that.
+//! On a GPU that is its copy bandwidth, read and write counted.
 //! *prefill*: B prompts that share nothing. Arithmetic counted: two operations per weight and token, and attention's
 //! four per query element and slot; compared with what `linear` alone reaches at 1024 rows.
 
@@ -82,9 +83,7 @@ pub(crate) fn decode(args: &Args) -> anyhow::Result<()> {
     let longest = args.context.saturating_add(steps).saturating_add(WARM_UP_STEPS + 2);
     let max = engine.model().max_position_embeddings;
     anyhow::ensure!(longest <= max, "--context: {longest} tokens with its steps exceed the model's {max}");
-    eprintln!("measuring the memory");
-    let config = engine.config();
-    let read = MemoryRoof::measure(config.threads, config.simd.parse()?).read;
+    let read = memory_rate(&engine)?;
     let mut cases = Vec::new();
     for b in args.branches_or(&[1, 8, 64]) {
         eprintln!("{b} branches");
@@ -94,7 +93,7 @@ pub(crate) fn decode(args: &Args) -> anyhow::Result<()> {
         let head = serde_json::json!({"context": args.context, "steps": steps, "memory_read_gb_per_s": gb(read)});
         return print_cases("decode", &engine, head, &cases);
     }
-    say!("{} | context {} | memory read {:.1} GB/s", cpu_model(), args.context, gb(read));
+    say!("{} | context {} | memory {:.1} GB/s", machine(&engine), args.context, gb(read));
     let header =
         ["branches", "ms/step", "p10", "p90", "tokens/s", "weight MB", "GB/s", "KV MB", "floor ms", "of floor"];
     let mut table = Table::new(&header);
@@ -187,9 +186,7 @@ pub(crate) fn prefill(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(args.context <= max, "--context: {} tokens exceed the model's {max}", args.context);
     let repeats = args.steps.unwrap_or(5);
     anyhow::ensure!(repeats <= MAX_REPEATS, "--steps: must be at most {MAX_REPEATS}");
-    eprintln!("measuring linear at 1024 rows");
-    let config = engine.config();
-    let flops = linear_rate(&mut Cpu::new(config.threads, config.simd.parse()?)?, config.dtype, 1024)?;
+    let flops = arithmetic_rate(&engine)?;
     let mut cases = Vec::new();
     for prompts in args.branches_or(&[1]) {
         eprintln!("{prompts} prompts");
@@ -201,7 +198,7 @@ pub(crate) fn prefill(args: &Args) -> anyhow::Result<()> {
         });
         return print_cases("prefill", &engine, head, &cases);
     }
-    say!("{} | {} tokens a prompt | linear at 1024 rows {:.0} GFLOP/s", cpu_model(), args.context, flops / 1e9);
+    say!("{} | {} tokens a prompt | linear at 1024 rows {:.0} GFLOP/s", machine(&engine), args.context, flops / 1e9);
     let mut table = Table::new(&["prompts", "ms", "p10", "p90", "tokens/s", "GFLOP", "GFLOP/s", "of linear"]);
     for c in &cases {
         table.row(vec![
@@ -263,6 +260,39 @@ fn prompt_flops(m: &ModelConfig, tokens: usize) -> f64 {
     let linear = 2 * (tokens * m.num_layers * layer + m.hidden * m.vocab_size);
     let attention = 4 * m.num_layers * q * (tokens * (tokens + 1) / 2);
     (linear + attention) as f64
+}
+
+/// Bytes a second at most: what reading gives on the CPU, what copying gives on a GPU.
+fn memory_rate(engine: &Engine) -> anyhow::Result<f64> {
+    eprintln!("measuring the memory");
+    match gpu(engine) {
+        Some(device) => super::kernels::copy_rate(device),
+        None => {
+            let config = engine.config();
+            Ok(MemoryRoof::measure(config.threads, config.simd.parse()?).read)
+        }
+    }
+}
+
+/// Operations a second of a large product: `linear` on the CPU, cuBLASLt on a GPU.
+fn arithmetic_rate(engine: &Engine) -> anyhow::Result<f64> {
+    eprintln!("measuring linear at 1024 rows");
+    match gpu(engine) {
+        Some(device) => super::kernels::product_rate(device),
+        None => {
+            let config = engine.config();
+            Ok(linear_rate(&mut Cpu::new(config.threads, config.simd.parse()?)?, config.dtype, 1024)?)
+        }
+    }
+}
+
+/// The name of the GPU that the engine runs on.
+fn gpu(engine: &Engine) -> Option<&str> {
+    engine.info().device.split(',').next().filter(|name| name.starts_with("cuda:"))
+}
+
+fn machine(engine: &Engine) -> String {
+    gpu(engine).map_or_else(cpu_model, |_| engine.info().device.clone())
 }
 
 /// One step; what happened in it is of no interest here.

@@ -105,6 +105,13 @@ pub(super) struct Times {
     launches: usize,
 }
 
+impl Times {
+    /// Microseconds of a launch.
+    pub(super) fn median_us(&self) -> f64 {
+        self.us.p50
+    }
+}
+
 /// One case's line.
 #[derive(serde::Serialize)]
 pub(super) struct Report {
@@ -134,11 +141,13 @@ impl Bench {
         if self.timed {
             return ["qwen2.5-7b", "llama-3-8b"].map(|name| Ok((name, ModelConfig::shape(name)?))).into_iter().collect();
         }
-        Ok(vec![("tiny", ModelConfig { head_dim: 32, hidden: 128, ..ModelConfig::shape("tiny")? })])
+        let mut tiny = ModelConfig::shape("tiny")?;
+        (tiny.head_dim, tiny.hidden) = (32, 128);
+        Ok(vec![("tiny", tiny)])
     }
 
     /// `timed` where it counts, else `tiny`.
-    pub(super) fn sizes<'a, T>(&self, timed: &'a [T], tiny: &'a [T]) -> &'a [T] {
+    pub(super) fn sizes<'a>(&self, timed: &'a [usize], tiny: &'a [usize]) -> &'a [usize] {
         if self.timed { timed } else { tiny }
     }
 
@@ -412,7 +421,8 @@ impl fmt::Display for Report {
             return write!(f, "FAILED: {why}");
         }
         let number = |x: Option<f64>, digits: usize| x.map_or("-".into(), |x| format!("{x:.digits$}"));
-        let [p50, p10, p90] = [|u: &LatencyMs| u.p50, |u| u.p10, |u| u.p90].map(|part| number(self.us.as_ref().map(part), 2));
+        let us = |part: fn(&LatencyMs) -> f64| number(self.us.as_ref().map(part), 2);
+        let (p50, p10, p90) = (us(|u| u.p50), us(|u| u.p10), us(|u| u.p90));
         let of_copy = self.of_copy.map_or("-".into(), |x| format!("{:.0} %", x * 100.0));
         let error = self.error.map_or("NaN".into(), |e| format!("{e:.1e}"));
         write!(
