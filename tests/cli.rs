@@ -349,6 +349,45 @@ fn inspect_plan_and_devices_speak_json() {
     let simd = devices["devices"][0]["simd"].as_array().unwrap();
     let levels: Vec<&str> = simd.iter().map(|s| s.as_str().unwrap()).collect();
     assert_eq!(levels, simd_levels());
+    // A GPU, or one line that says why there is none.
+    let gpus = &devices["devices"].as_array().unwrap()[1..];
+    match devices["no_cuda"].as_str() {
+        Some(why) => assert!(gpus.is_empty() && why.starts_with("no CUDA device: ") && !why.contains('\n'), "{why}"),
+        None => assert!(!gpus.is_empty() && gpus.iter().all(|gpu| gpu["total_bytes"].as_u64() > Some(0)), "{devices}"),
+    }
+}
+
+/// On the emulated device an op is checked and counted, never timed.
+#[test]
+fn bench_kernels_checks_an_op() {
+    let dir = folder();
+    let report = json(
+        dir.path(),
+        &["bench", "kernels", "--device", "emulated", "--op", "sample", "--json", "--out", "cases.jsonl"],
+    );
+    let cases = report["cases"].as_array().unwrap();
+    assert!(cases.len() == 2 && report["timed"] == false && report["copy_gb_s"].is_null(), "{report}");
+    for case in cases {
+        assert!(case["op"] == "sample" && case["right"] == true && case["us"].is_null(), "{case}");
+        assert!(case["bytes"].as_u64() > Some(0) && case["error"] == 0.0, "{case}");
+    }
+    // The file holds the same: the head, then the cases.
+    let written = lines(&dir.path().join("cases.jsonl"));
+    assert_eq!(written[1..], cases[..]);
+    assert_eq!(written[0]["date"], report["date"]);
+    refused(dir.path(), &["bench", "kernels", "--device", "emulated", "--op", "fft"], 1, "row_stats");
+    refused(dir.path(), &["bench", "kernels", "--device", "cpu"], 1, "no CUDA kernels");
+    refused(dir.path(), &["bench", "kernels", "--device", "emulated", "--planted-fault"], 4, "out of bounds");
+}
+
+#[test]
+fn bench_agree_compares_devices() {
+    let dir = folder();
+    let args =
+        ["bench", "agree", "--device", "emulated", "--limit", "1", "-B", "2", "--kv-cache-memory", "8MiB", "--json"];
+    let report = json(dir.path(), &args);
+    assert_eq!((&report["branches"], &report["different"]), (&2.into(), &0.into()));
+    assert_eq!(report["problems"].as_array().unwrap().len(), 1);
 }
 
 /// A pack of one's own: other words around the problem, another form of answer, approaches from a file.
@@ -542,12 +581,15 @@ fn every_command_has_its_help() {
         "bench gemm",
         "bench decode",
         "bench prefill",
+        "bench agree",
     ] {
         let args: Vec<&str> = command.split(' ').chain(["--help"]).collect();
         let help = ok(dir.path(), &args);
         assert!(help.contains("--json") && help.contains("--dtype"), "{command}: {help}");
     }
-    assert!(ok(dir.path(), &["devices", "--help"]).contains("--json"));
+    for command in [&["devices", "--help"][..], &["bench", "kernels", "--help"]] {
+        assert!(ok(dir.path(), command).contains("--json"));
+    }
 }
 
 /// A reader that goes away early ends the command quietly.

@@ -90,7 +90,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             "same": sum(|a| a.same), "close_calls": close, "different": different, "problems": all,
         }))?;
     } else {
-        say!("{} of {branches} branches have the CPU's tokens, {close} more differ at a margin below {CLOSE}", sum(|a| a.same));
+        say!(
+            "{} of {branches} branches have the CPU's tokens, {close} more differ at a margin below {CLOSE}",
+            sum(|a| a.same)
+        );
     }
     anyhow::ensure!(different == 0, "{different} of {branches} branches differ from the CPU");
     Ok(())

@@ -136,10 +136,12 @@ fn attention_case(b: &mut Bench, m: &ModelConfig, shape: String, seqs: &Seqs) ->
         for (row, head) in [(0, 0), (t / 2, hq - 1), (t - 1, hq / 2)] {
             let (table, num_slots) = (&seqs.tables[row / seqs.rows], seqs.kv_len + 1 + row % seqs.rows - seqs.rows);
             let kv_head = head / (hq / m.num_kv_heads);
-            let (k, v) = (cache.rows(&cache.k, table, kv_head, num_slots), cache.rows(&cache.v, table, kv_head, num_slots));
+            let (k, v) =
+                (cache.rows(&cache.k, table, kv_head, num_slots), cache.rows(&cache.v, table, kv_head, num_slots));
             let at = row * hq + head;
             let scale = f64::from(params.sm_scale);
-            let (o_want, lse_want) = oracle::attention(COMPUTE, &q.wide(at * dim, dim), &slices(&k), &slices(&v), scale);
+            let (o_want, lse_want) =
+                oracle::attention(COMPUTE, &q.wide(at * dim, dim), &slices(&k), &slices(&v), scale);
             got.extend(b.read(COMPUTE, &o, at * dim, dim)?);
             want.extend(o_want);
             lse_error = lse_error.max(error(&b.read(DType::F32, &lse, at, 1)?, &[lse_want]));

@@ -139,7 +139,10 @@ impl Bench {
     /// The models whose shapes are run.
     pub(super) fn models(&self) -> anyhow::Result<Vec<(&'static str, ModelConfig)>> {
         if self.timed {
-            return ["qwen2.5-7b", "llama-3-8b"].map(|name| Ok((name, ModelConfig::shape(name)?))).into_iter().collect();
+            return ["qwen2.5-7b", "llama-3-8b"]
+                .map(|name| Ok((name, ModelConfig::shape(name)?)))
+                .into_iter()
+                .collect();
         }
         let mut tiny = ModelConfig::shape("tiny")?;
         (tiny.head_dim, tiny.hidden) = (32, 128);
@@ -237,7 +240,13 @@ impl Bench {
     }
 
     /// Elements `[start, start + len)`, widened.
-    pub(super) fn read(&mut self, dtype: DType, src: &DeviceBuf<u8>, start: usize, len: usize) -> anyhow::Result<Vec<f64>> {
+    pub(super) fn read(
+        &mut self,
+        dtype: DType,
+        src: &DeviceBuf<u8>,
+        start: usize,
+        len: usize,
+    ) -> anyhow::Result<Vec<f64>> {
         let size = dtype.size_bytes();
         let mut bytes = vec![0; len * size];
         self.dev.download(src, start * size, &mut bytes)?;
@@ -270,7 +279,8 @@ impl Bench {
         for _ in 0..WARM_UP {
             sample(dev, &graph)?;
         }
-        let us = (0..SAMPLES).map(|_| Ok(sample(dev, &graph)? / launches as f64)).collect::<rksc::Result<Vec<f64>>>()?;
+        let us =
+            (0..SAMPLES).map(|_| Ok(sample(dev, &graph)? / launches as f64)).collect::<rksc::Result<Vec<f64>>>()?;
         Ok(Some(Times { us: LatencyMs::of(&us), launches }))
     }
 

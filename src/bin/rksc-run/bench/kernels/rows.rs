@@ -75,8 +75,7 @@ pub(super) fn add_rms_norm(b: &mut Bench) -> anyhow::Result<()> {
                 b.dev.launch(b.dev.kernels().add_rms_norm, &params)?;
                 let last = (t - 1) * width;
                 let got = b.read(COMPUTE, &y, last, width)?;
-                let sum: Vec<f64> =
-                    (last..last + width).map(|i| f64::from(x.at(i) + delta.at(i))).collect();
+                let sum: Vec<f64> = (last..last + width).map(|i| f64::from(x.at(i) + delta.at(i))).collect();
                 let want = rounded(&oracle::rms_norm(&sum, &weight.wide(0, width), 1e-6));
                 let times = b.time(1, |dev, _| dev.launch(dev.kernels().add_rms_norm, &params))?;
                 let bytes = t * width * 14 + 4 * width;
@@ -242,8 +241,7 @@ pub(super) fn rope_append(b: &mut Bench) -> anyhow::Result<()> {
                 let (mut q, mut k) = (b.results(2 * t * hq * dim)?, b.results(2 * cache_len)?);
                 let mut v = b.results(2 * cache_len)?;
                 let ids = b.dev.buffer(&(0..t as u32).collect::<Vec<u32>>())?;
-                let inv_freq: Vec<f32> =
-                    (0..dim / 2).map(|i| 1e6f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+                let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 1e6f32.powf(-2.0 * i as f32 / dim as f32)).collect();
                 let inv_freq_buf = b.dev.buffer(&inv_freq)?;
                 let params = rksc_rope_append_params {
                     qkv: qkv.ptr(0).cast(),
