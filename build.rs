@@ -7,6 +7,7 @@
 //! - `regen-bindings`: src/backend/cuda/bindings.rs from include/rksc_kernels.h.
 //!
 //! An object is compiled again when its source, any header or the flags changed: editing one kernel costs one object.
+//! clippy links nothing and gets no objects.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -14,6 +15,7 @@ use std::fs;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::exit;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What a fat build holds. Within a major version a GPU runs code of a lower minor; `a` marks code for that GPU alone.
 const DEFAULT_ARCHITECTURES: &str = "80,86,89,90a,100,120";
@@ -34,10 +36,15 @@ fn main() {
     announce_ops();
     #[cfg(feature = "regen-bindings")]
     bindings::write();
+    // clippy links nothing, and does not share objects with the builds that do.
+    println!("cargo::rerun-if-env-changed=CLIPPY_ARGS");
+    println!("cargo::rerun-if-env-changed=RKSC_SKIP_NVCC");
+    if env::var_os("CLIPPY_ARGS").is_some() {
+        return;
+    }
     if feature("emulated-kernels") {
         emulated();
     }
-    println!("cargo::rerun-if-env-changed=RKSC_SKIP_NVCC");
     if feature("cuda") && env::var_os("RKSC_SKIP_NVCC").is_none() {
         nvcc::kernels();
     }
@@ -123,9 +130,7 @@ fn objects(build: &cc::Build, sources: &[PathBuf], name: &str, flags: &str) {
     }
     let mut archive = cc::Build::new();
     archive.cpp(true);
-    let mut stale = build.clone();
-    stale.out_dir(&out);
-    let mut stamps = Vec::new();
+    let mut stale = Vec::new();
     for source in sources {
         let mut key = shared.clone();
         read(source).hash(&mut key);
@@ -137,20 +142,29 @@ fn objects(build: &cc::Build, sources: &[PathBuf], name: &str, flags: &str) {
             Some((old, object)) if old == key && Path::new(object).exists() => {
                 archive.object(object);
             }
-            _ => {
-                stale.file(source);
-                stamps.push((stamp, key));
-            }
+            _ => stale.push((source, stamp, key)),
         }
     }
-    if !stamps.is_empty() {
-        for ((stamp, key), object) in stamps.into_iter().zip(stale.compile_intermediates()) {
-            if let Err(e) = fs::write(&stamp, format!("{key}\n{}", object.display())) {
-                fail(&format!("{}: {e}", stamp.display()));
-            }
-            archive.object(object);
+    // One file a compiler run: given several CUDA files at once, cc compiles them for the device linker.
+    let compile = |(source, stamp, key): &(&PathBuf, PathBuf, String)| {
+        let object = build.clone().out_dir(&out).file(source).compile_intermediates().remove(0);
+        if let Err(e) = fs::write(stamp, format!("{key}\n{}", object.display())) {
+            fail(&format!("{}: {e}", stamp.display()));
         }
-    }
+        object
+    };
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let one = || stale.get(next.fetch_add(1, Ordering::Relaxed)).map(compile);
+        std::iter::from_fn(one).collect::<Vec<_>>()
+    };
+    let num_workers = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1).min(stale.len());
+    let mut objects: Vec<PathBuf> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..num_workers).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().flat_map(|w| w.join().unwrap_or_else(|_| fail("a compiler thread failed"))).collect()
+    });
+    objects.sort();
+    archive.objects(objects);
     archive.compile(name);
 }
 
@@ -171,8 +185,11 @@ mod nvcc {
             )
         };
         let architectures = env::var("RKSC_CUDA_ARCH").unwrap_or_else(|_| DEFAULT_ARCHITECTURES.into());
+        tell_cc(&compiler);
         let mut build = cc::Build::new();
-        build.cuda(true).cudart("none").compiler(&compiler).std("c++20").opt_level(3).debug(false).warnings(false);
+        build.cuda(true).cudart("none").opt_level(3).debug(false).warnings(false);
+        // What cc sets itself goes to the host compiler; these are for nvcc.
+        build.flag("-std=c++20").flag("-O3");
         for flag in architecture_flags(&architectures) {
             build.flag(flag);
         }
@@ -193,6 +210,13 @@ mod nvcc {
         for name in ["dl", "rt", "pthread"] {
             println!("cargo::rustc-link-lib=dylib={name}");
         }
+    }
+
+    /// cc takes the path of nvcc from the environment alone.
+    #[allow(unsafe_code)]
+    fn tell_cc(compiler: &Path) {
+        // SAFETY: the build script has one thread until cc starts compiling.
+        unsafe { env::set_var("NVCC", compiler) };
     }
 
     fn find() -> Option<PathBuf> {
@@ -222,6 +246,8 @@ mod nvcc {
 
 #[cfg(feature = "regen-bindings")]
 mod bindings {
+    use std::panic::AssertUnwindSafe;
+
     use super::*;
 
     const HEAD: &str = "//! Made by bindgen from include/rksc_kernels.h: `cargo check --features regen-bindings`. Not edited by hand.\n\n";
@@ -265,11 +291,16 @@ mod bindings {
             .clang_arg("-DRKSC_EMULATED")
             .allowlist_function("rksc_emu_.*")
             .allowlist_recursively(false);
-        let text = |builder: bindgen::Builder| match builder.generate() {
-            Ok(bindings) => bindings.to_string(),
-            Err(e) => fail(&format!("bindgen: {e}")),
+        // bindgen panics where there is no libclang.
+        let text = |builder: bindgen::Builder| match std::panic::catch_unwind(AssertUnwindSafe(|| builder.generate())) {
+            Ok(Ok(bindings)) => bindings.to_string(),
+            Ok(Err(e)) => fail(&format!("bindgen: {e}")),
+            Err(_) => {
+                fail("feature `regen-bindings` needs libclang: set LIBCLANG_PATH to its folder (see .ci/bindings)")
+            }
         };
         let path = Path::new("src/backend/cuda/bindings.rs");
+        println!("cargo::rerun-if-changed={}", path.display());
         let all = format!("{HEAD}{}\n{}", text(native), text(emulated));
         // Written only when it changes, or every build would see a newer file.
         if fs::read_to_string(path).unwrap_or_default() != all

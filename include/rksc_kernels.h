@@ -242,11 +242,12 @@ typedef struct rksc_sampled {
 typedef struct rksc_sample_params {
   float* logits;               /* [num_rows, vocab]; scratch afterwards where a row has penalties or bans */
   const rksc_sample_row* rows; /* [num_rows] */
-  const uint32_t* history;     /* token ids */
+  const uint32_t* history;     /* token ids; rows with penalties or bans share no part of it */
+  float* saved;                /* [ids in history] scratch: logits before penalties; null where no row has penalties or bans */
   rksc_sampled* sampled;       /* [num_rows] */
   uint32_t num_rows, vocab;
 } rksc_sample_params;
-RKSC_LAYOUT(rksc_sample_params, 40);
+RKSC_LAYOUT(rksc_sample_params, 48);
 int32_t RKSC_FN(sample)(const rksc_sample_params* p, rksc_stream stream);
 
 /* ---- entropy_probe: final norm + unembedding + statistics, without writing logits --------------------------------- */

@@ -62,8 +62,10 @@ fn on_gpu(case: impl FnOnce(&mut Device)) {
             }
         }
     }
-    if let Some(device) = gpu.as_mut() {
-        case(device);
+    // A case that fails takes its device with it, which may be lost or in the middle of a capture.
+    if let Some(mut device) = gpu.take() {
+        case(&mut device);
+        *gpu = Some(device);
     }
 }
 

@@ -3,6 +3,9 @@
 mod attention;
 #[cfg(all(rksc_op = "silu_mul", rksc_op = "gather_rows"))]
 mod cuda_device;
+mod cuda_elementwise;
+mod cuda_row_stats;
+mod cuda_sample;
 #[allow(dead_code)]
 mod device;
 mod elementwise;

@@ -708,20 +708,22 @@ pub struct rksc_sample_params {
     pub logits: *mut f32,
     pub rows: *const rksc_sample_row,
     pub history: *const u32,
+    pub saved: *mut f32,
     pub sampled: *mut rksc_sampled,
     pub num_rows: u32,
     pub vocab: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_sample_params"][::core::mem::size_of::<rksc_sample_params>() - 40usize];
+    ["Size of rksc_sample_params"][::core::mem::size_of::<rksc_sample_params>() - 48usize];
     ["Alignment of rksc_sample_params"][::core::mem::align_of::<rksc_sample_params>() - 8usize];
     ["Offset of field: rksc_sample_params::logits"][::core::mem::offset_of!(rksc_sample_params, logits) - 0usize];
     ["Offset of field: rksc_sample_params::rows"][::core::mem::offset_of!(rksc_sample_params, rows) - 8usize];
     ["Offset of field: rksc_sample_params::history"][::core::mem::offset_of!(rksc_sample_params, history) - 16usize];
-    ["Offset of field: rksc_sample_params::sampled"][::core::mem::offset_of!(rksc_sample_params, sampled) - 24usize];
-    ["Offset of field: rksc_sample_params::num_rows"][::core::mem::offset_of!(rksc_sample_params, num_rows) - 32usize];
-    ["Offset of field: rksc_sample_params::vocab"][::core::mem::offset_of!(rksc_sample_params, vocab) - 36usize];
+    ["Offset of field: rksc_sample_params::saved"][::core::mem::offset_of!(rksc_sample_params, saved) - 24usize];
+    ["Offset of field: rksc_sample_params::sampled"][::core::mem::offset_of!(rksc_sample_params, sampled) - 32usize];
+    ["Offset of field: rksc_sample_params::num_rows"][::core::mem::offset_of!(rksc_sample_params, num_rows) - 40usize];
+    ["Offset of field: rksc_sample_params::vocab"][::core::mem::offset_of!(rksc_sample_params, vocab) - 44usize];
 };
 impl Default for rksc_sample_params {
     fn default() -> Self {

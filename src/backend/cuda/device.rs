@@ -12,6 +12,7 @@
 //! their every access against the memory alive, and on a GPU a wrong address harms device memory or loses the device.
 
 use std::cell::Cell;
+use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
@@ -43,8 +44,8 @@ pub struct DeviceInfo {
     pub num_sms: u32,
     /// Memory.
     pub total_bytes: u64,
-    /// Memory that was free when this was asked.
-    pub free_bytes: u64,
+    /// Memory that was free when this was asked; none where the GPU does not let us in.
+    pub free_bytes: Option<u64>,
     /// CUDA version of the driver, e.g. `13.0`; none for the emulation.
     pub driver: Option<String>,
 }
@@ -109,6 +110,24 @@ impl Device {
         {
             let _ = ordinal;
             Err(Error::CudaUnavailable { why: "this build has no CUDA backend (feature `cuda`)".into() })
+        }
+    }
+
+    /// The same on a stream of somebody else, a `cudaStream_t` or `CUstream`.
+    ///
+    /// # Safety
+    /// `stream` belongs to the primary context of GPU `ordinal` and outlives the device, its buffers and its graphs.
+    pub unsafe fn gpu_on_stream(ordinal: usize, stream: *mut c_void) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        {
+            // SAFETY: the caller's promise.
+            let (gpu, info) = unsafe { gpu::Gpu::on_stream(ordinal, stream) }?;
+            Ok(Self::new(Kind::Gpu(gpu), Kernels::native(), info))
+        }
+        #[cfg(not(feature = "cuda"))]
+        {
+            let _ = stream;
+            Self::gpu(ordinal)
         }
     }
 
@@ -267,7 +286,18 @@ impl Device {
         self.check(op, code)
     }
 
-    fn after(&mut self, op: &'static str) -> Result<()> {
+    /// The stream, a `cudaStream_t`, for work that is not a launch of ours, with its context current on this thread.
+    pub fn raw_stream(&self, op: &'static str) -> Result<*mut c_void> {
+        self.alive()?;
+        match &self.kind {
+            Kind::Emulated(_) => Err(Error::Unsupported { op, what: "the emulated device".into() }),
+            #[cfg(feature = "cuda")]
+            Kind::Gpu(d) => self.check(op, d.raw_stream()),
+        }
+    }
+
+    /// To be called behind every op.
+    pub(super) fn after(&mut self, op: &'static str) -> Result<()> {
         if self.sync && !self.capturing { self.wait(op) } else { Ok(()) }
     }
 

@@ -188,6 +188,10 @@ mod tests {
             stated += 1;
         }
         // rksc_block_copy and the items of attention are plain u32 fields: bindgen's own assertions cover them.
-        assert!(stated >= PARAMS.len() && structs <= ours.len(), "{stated} stated, {structs} structs, {} known", ours.len());
+        assert!(
+            stated >= PARAMS.len() && structs <= ours.len(),
+            "{stated} stated, {structs} structs, {} known",
+            ours.len()
+        );
     }
 }

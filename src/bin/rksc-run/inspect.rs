@@ -4,6 +4,7 @@ use std::io::Write;
 
 use clap::Args as ClapArgs;
 use rksc::backend::cpu::simd::SimdLevel;
+use rksc::backend::cuda::device::DeviceInfo;
 use rksc::model::family::ModelConfig;
 use rksc::model::weights::WeightStore;
 use rksc::{ModelSource, Result};
@@ -83,10 +84,34 @@ fn open(source: &ModelSource) -> Result<(ModelConfig, WeightStore)> {
 pub(crate) fn devices(args: &JsonFlag) -> anyhow::Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let levels: Vec<String> = SimdLevel::ALL.into_iter().filter(|l| l.is_available()).map(|l| l.to_string()).collect();
+    let gpus = rksc::backend::cuda::device::gpus();
     if args.json {
-        return print_json(&serde_json::json!({"devices": [{"name": "cpu", "cores": cores, "simd": levels}]}));
+        let mut devices = vec![serde_json::json!({"name": "cpu", "cores": cores, "simd": levels})];
+        let why = match &gpus {
+            Ok(gpus) => {
+                devices.extend(gpus.iter().map(|gpu| serde_json::json!(gpu)));
+                None
+            }
+            Err(e) => Some(e.to_string()),
+        };
+        return print_json(&serde_json::json!({"devices": devices, "no_cuda": why}));
     }
     println!("cpu     {cores} cores, kernels: {}", levels.join(", "));
-    println!("cuda    not in this build");
+    match gpus {
+        Ok(gpus) => gpus.iter().for_each(|gpu| println!("{}", describe(gpu))),
+        Err(e) => println!("cuda    {e}"),
+    }
     Ok(())
+}
+
+/// `cuda:0  NVIDIA H100, 79.6 GiB (78.9 GiB free), compute capability 9.0, 132 SMs, driver for CUDA 13.0`
+fn describe(gpu: &DeviceInfo) -> String {
+    let (major, minor) = gpu.compute_capability;
+    let free = gpu.free_bytes.map_or("in use".into(), |free| format!("{} free", human_bytes(free)));
+    let driver = gpu.driver.as_deref().unwrap_or("none");
+    let total = human_bytes(gpu.total_bytes);
+    format!(
+        "{}  {}, {total} ({free}), compute capability {major}.{minor}, {} SMs, driver for CUDA {driver}",
+        gpu.device, gpu.name, gpu.num_sms
+    )
 }

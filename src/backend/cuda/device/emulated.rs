@@ -48,7 +48,7 @@ impl Emulated {
             compute_capability: (8, 0),
             num_sms: 16,
             total_bytes: memory,
-            free_bytes: memory,
+            free_bytes: Some(memory),
             driver: None,
         };
         (Self { order: WarpOrder::Forward, recording: None }, info)

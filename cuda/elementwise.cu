@@ -1,0 +1,143 @@
+// elementwise.cu -- embed, silu_mul and gather_rows: rows that are read once, changed element by element, written once.
+#include "common.cuh"
+
+namespace {
+
+constexpr uint32_t kThreads = 256;
+
+// kWidth values as f32, as few vectors as they fit.
+template <int kWidth>
+RKSC_DEVICE void store_floats(gptr<float> to, const vec<float, kWidth>& x) {
+  constexpr int kPart = kWidth < 4 ? kWidth : 4;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kPart) {
+    vec<float, kPart> part;
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) part[j] = x[i + j];
+    store_vec(to + i, part);
+  }
+}
+
+template <int kWidth>
+RKSC_DEVICE vec<float, kWidth> load_floats(gptr<const float> from) {
+  constexpr int kPart = kWidth < 4 ? kWidth : 4;
+  vec<float, kWidth> x;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kPart) {
+    const vec<float, kPart> part = load_vec<kPart>(from + i);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) x[i + j] = part[j];
+  }
+  return x;
+}
+
+// embed
+//   x[t, i] = table[ids[t], i], widened to f32
+//
+//   table [vocab, hidden] T, ids [num_rows] u32   read
+//   x     [num_rows, hidden] f32                  write
+//
+// Work      CTA = (row, kThreads vectors of it); a thread moves kWidth neighbours.
+// Numerics  exact. An id at or past vocab yields NaN, which row_stats reports, and reads nothing.
+// Traffic   num_rows * hidden * (sizeof(T) + 4) bytes.
+// Bound     memory; at decode sizes the launch.
+// Limits    hidden > 0; rows of whole 16-byte vectors of T take the vector path, others move single elements.
+// Oracle    the rows themselves (tests/kernels/cuda_elementwise.rs).   Bench  cargo bench --bench kernels -- embed
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__ rksc_embed_params p) {
+  const uint32_t row = blockIdx.x, i = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
+  if (i >= p.hidden) return;
+  const uint32_t id = global<const uint32_t>(p.ids)[row];
+  vec<float, kWidth> x;
+  if (id < p.vocab) {
+    const vec<T, kWidth> from = load_vec<kWidth>(global<const T>(p.table) + static_cast<uint64_t>(id) * p.hidden + i);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) x[e] = to_float(from[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) x[e] = __uint_as_float(0x7fc00000u);
+  }
+  store_floats(global<float>(p.x) + static_cast<uint64_t>(row) * p.hidden + i, x);
+}
+
+// silu_mul
+//   y[t, i] = g / (1 + e^-g) * u,  g = gate_up[t, i],  u = gate_up[t, intermediate + i]
+//
+//   gate_up [num_rows, 2 * intermediate] f32   read
+//   y       [num_rows, intermediate] T         write
+//
+// Work      CTA = (row, kThreads vectors of it); a thread makes one 16-byte vector of y.
+// Numerics  f32; e^-g may overflow to infinity, where the quotient is the right 0; one rounding to T.
+// Traffic   num_rows * intermediate * (8 + sizeof(T)) bytes.
+// Bound     memory: about 20 instructions an element against 10 or 12 bytes.
+// Limits    none; intermediate of whole 16-byte vectors of T takes the vector path, others single elements.
+// Oracle    testing::oracle::silu_mul.   Bench  cargo bench --bench kernels -- silu_mul
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) silu_mul_kernel(const __grid_constant__ rksc_silu_mul_params p) {
+  const uint32_t row = blockIdx.x, i = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
+  if (i >= p.intermediate) return;
+  gptr<const float> gate = global<const float>(p.gate_up) + static_cast<uint64_t>(row) * 2 * p.intermediate + i;
+  const vec<float, kWidth> g = load_floats<kWidth>(gate);
+  const vec<float, kWidth> u = load_floats<kWidth>(gate + p.intermediate);
+  vec<T, kWidth> y;
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) y[e] = from_float<T>(g[e] / (1.0f + expf(-g[e])) * u[e]);
+  store_vec(global<T>(p.y) + static_cast<uint64_t>(row) * p.intermediate + i, y);
+}
+
+// gather_rows
+//   dst[i] = src[rows[i]]
+//
+//   rows [num_rows] u32, src [.., width] f32   read
+//   dst  [num_rows, width] f32                 write, no overlap with src
+//
+// Work      CTA = (row, kThreads vectors of it).
+// Numerics  exact.
+// Traffic   8 * num_rows * width bytes.
+// Bound     memory; at decode sizes the launch.
+// Limits    none; width % 4 == 0 takes the vector path.
+// Oracle    the rows themselves (tests/kernels/cuda_elementwise.rs).   Bench  cargo bench --bench kernels -- gather_rows
+template <int kWidth>
+__global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_constant__ rksc_gather_rows_params p) {
+  const uint32_t row = blockIdx.x, i = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
+  if (i >= p.width) return;
+  const uint32_t from = global<const uint32_t>(p.rows)[row];
+  const vec<float, kWidth> x = load_vec<kWidth>(global<const float>(p.src) + static_cast<uint64_t>(from) * p.width + i);
+  store_vec(global<float>(p.dst) + static_cast<uint64_t>(row) * p.width + i, x);
+}
+
+// Rows in x, where a grid may be large; a row's vectors in y.
+dim3 grid_of(uint32_t num_rows, uint32_t width, uint32_t vector) { return dim3(num_rows, div_up(width, kThreads * vector)); }
+
+}  // namespace
+
+// ---- launchers --------------------------------------------------------------------------------------------------
+
+extern "C" int32_t RKSC_FN(embed)(const rksc_embed_params* p, rksc_stream stream) {
+  RKSC_REQUIRE(p->hidden > 0);
+  if (p->num_rows == 0) return 0;
+  return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] {
+    if (p->hidden % kVec<T> == 0) {
+      return launch(embed_kernel<T, kVec<T>>, grid_of(p->num_rows, p->hidden, kVec<T>), dim3(kThreads), 0, stream, *p);
+    }
+    return launch(embed_kernel<T, 1>, grid_of(p->num_rows, p->hidden, 1), dim3(kThreads), 0, stream, *p);
+  });
+}
+
+extern "C" int32_t RKSC_FN(silu_mul)(const rksc_silu_mul_params* p, rksc_stream stream) {
+  if (p->num_rows == 0 || p->intermediate == 0) return 0;
+  return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] {
+    if (p->intermediate % kVec<T> == 0) {
+      return launch(silu_mul_kernel<T, kVec<T>>, grid_of(p->num_rows, p->intermediate, kVec<T>), dim3(kThreads), 0, stream, *p);
+    }
+    return launch(silu_mul_kernel<T, 1>, grid_of(p->num_rows, p->intermediate, 1), dim3(kThreads), 0, stream, *p);
+  });
+}
+
+extern "C" int32_t RKSC_FN(gather_rows)(const rksc_gather_rows_params* p, rksc_stream stream) {
+  if (p->num_rows == 0 || p->width == 0) return 0;
+  if (p->width % 4 == 0) {
+    return launch(gather_rows_kernel<4>, grid_of(p->num_rows, p->width, 4), dim3(kThreads), 0, stream, *p);
+  }
+  return launch(gather_rows_kernel<1>, grid_of(p->num_rows, p->width, 1), dim3(kThreads), 0, stream, *p);
+}

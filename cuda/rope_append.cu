@@ -1,0 +1,148 @@
+// rope_append.cu -- fused qkv rows become rotated q, and k and v in their cache slots.
+#include "common.cuh"
+
+namespace {
+
+constexpr uint32_t kThreads = 128;
+constexpr uint32_t kWarps = kThreads / 32;
+constexpr uint32_t kMaxHalf = 128;
+
+// Lanes that share a head: the least power of two with a vector of pairs each, so that butterflies stay inside.
+RKSC_DEVICE uint32_t head_lanes(uint32_t half, uint32_t width) {
+  uint32_t lanes = 32;
+  while (lanes > 1 && lanes / 2 * width >= half) lanes /= 2;
+  return lanes;
+}
+
+// rope_append
+//   q and k heads: x normed first where a weight is given (x * rsqrt(mean(x^2) + eps) * w), then for i < D / 2, with
+//   a = float(positions[t]) * inv_freq[i], c = cos(a) * rope_scale, s = sin(a) * rope_scale:
+//     y[i] = x[i] c - x[i + D / 2] s,   y[i + D / 2] = x[i + D / 2] c + x[i] s;   v heads as they are
+//
+//   qkv       [num_rows, (Hq + 2 Hkv) * D] f32                  read: q heads, k heads, v heads
+//   positions, slots [num_rows] u32, inv_freq [D / 2] f32       read
+//   q_norm, k_norm   [D] f32                                    read, or null
+//   q         [num_rows, Hq, D] T                               write
+//   k_cache, v_cache [num_blocks, Hkv, block_size, D] T         write at slots; nothing for RKSC_NO_SLOT
+//
+// Work      CTA = (row, run of heads). head_lanes lanes a head, kWidth pairs (i, i + D / 2) a lane at a time: 2 heads of 128
+//           or 4 of 64 to the warp. A head's values are loaded before the barrier behind which the CTA's table of D / 2
+//           cosines and sines stands, so that the two latencies overlap.
+// Numerics  the angle is one f32 product, cosine and sine of that f32 within 2 ulp for any position; f32 throughout, one
+//           rounding to T. The norm's sum is a butterfly in an order fixed by D.
+// Traffic   num_rows * (Hq + 2 Hkv) * D * (4 + sizeof(T)) bytes.
+// Bound     memory; at decode sizes latency.
+// Limits    head_dim even, <= 256; head_dim % 8 == 0 takes the vector path (kWidth 4), others single pairs.
+//           block_size > 0; no slot named twice.
+// Oracle    testing::oracle::rope, rms_norm.   Bench  cargo bench --bench kernels -- rope_append
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) rope_append_kernel(const __grid_constant__ rksc_rope_append_params p) {
+  // With 32 lanes a head, kTurns vectors of pairs cover kMaxHalf.
+  constexpr int kTurns = kMaxHalf / (32 * kWidth);
+  RKSC_SHARED(float, cosines, kMaxHalf);
+  RKSC_SHARED(float, sines, kMaxHalf);
+  const uint32_t row = blockIdx.x, half = p.head_dim / 2, hq = p.num_q_heads, hkv = p.num_kv_heads;
+  const uint32_t lanes = head_lanes(half, kWidth), per_warp = 32 / lanes;
+  const uint32_t head = (blockIdx.y * kWarps + threadIdx.x / 32) * per_warp + threadIdx.x % 32 / lanes;
+  const uint32_t first = threadIdx.x % lanes * kWidth, stride = lanes * kWidth;
+  const bool is_q = head < hq, is_v = head >= hq + hkv;
+  const bool there = head < hq + 2 * hkv;
+
+  vec<float, kWidth> low[kTurns], high[kTurns];
+  float squares = 0.0f;
+  gptr<const float> x = global<const float>(p.qkv) + (static_cast<uint64_t>(row) * (hq + 2 * hkv) + head) * p.head_dim;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const uint32_t i = first + turn * stride;
+    if (!there || i >= half) continue;
+    low[turn] = load_vec<kWidth>(x + i);
+    high[turn] = load_vec<kWidth>(x + half + i);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) squares += low[turn][e] * low[turn][e] + high[turn][e] * high[turn][e];
+  }
+  const uint32_t slot = global<const uint32_t>(p.slots)[row];
+  const float position = static_cast<float>(global<const uint32_t>(p.positions)[row]);
+  for (uint32_t i = threadIdx.x; i < half; i += kThreads) {
+    const float inv_freq = global<const float>(p.inv_freq)[i];
+    float sine, cosine;
+    sincosf(position * inv_freq, &sine, &cosine);
+    cosines[i] = cosine * p.rope_scale;
+    sines[i] = sine * p.rope_scale;
+  }
+  // Every head reads the whole table.
+  __syncthreads();
+
+  const float* norm_weight = is_q ? p.q_norm : p.k_norm;
+  if (p.q_norm != nullptr || p.k_norm != nullptr) {
+    // All lanes take part, those of heads without a norm for nothing.
+    for (uint32_t step = lanes / 2; step > 0; step /= 2) squares += __shfl_xor_sync(kFullMask, squares, step);
+    if (there && !is_v && norm_weight != nullptr) {
+      gptr<const float> w = global<const float>(norm_weight);
+      const float inv = rsqrtf(squares / static_cast<float>(p.head_dim) + (is_q ? p.q_norm_eps : p.k_norm_eps));
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const uint32_t i = first + turn * stride;
+        if (i >= half) continue;
+        const vec<float, kWidth> w_low = load_vec<kWidth>(w + i), w_high = load_vec<kWidth>(w + half + i);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          low[turn][e] = low[turn][e] * inv * w_low[e];
+          high[turn][e] = high[turn][e] * inv * w_high[e];
+        }
+      }
+    }
+  }
+  if (!there || (!is_q && slot == RKSC_NO_SLOT)) return;
+
+  gptr<T> to = global<T>(p.q) + (static_cast<uint64_t>(row) * hq + head) * p.head_dim;
+  if (!is_q) {
+    const uint32_t kv_head = is_v ? head - hq - hkv : head - hq, block = slot / p.block_size;
+    const uint64_t at = (static_cast<uint64_t>(block) * hkv + kv_head) * p.block_size + slot % p.block_size;
+    to = global<T>(is_v ? p.v_cache : p.k_cache) + at * p.head_dim;
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const uint32_t i = first + turn * stride;
+    if (i >= half) continue;
+    vec<T, kWidth> y_low, y_high;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      float c = 1.0f, s = 0.0f;
+      if (!is_v) {
+        c = cosines[i + e];
+        s = sines[i + e];
+      }
+      // v is stored as it is: 0 * infinity would not be.
+      y_low[e] = from_float<T>(is_v ? low[turn][e] : low[turn][e] * c - high[turn][e] * s);
+      y_high[e] = from_float<T>(is_v ? high[turn][e] : high[turn][e] * c + low[turn][e] * s);
+    }
+    store_vec(to + i, y_low);
+    store_vec(to + half + i, y_high);
+  }
+}
+
+// Heads of a CTA: what head_lanes leaves room for in every warp.
+uint32_t heads_per_cta(uint32_t half, uint32_t width) {
+  uint32_t lanes = 32;
+  while (lanes > 1 && lanes / 2 * width >= half) lanes /= 2;
+  return kWarps * (32 / lanes);
+}
+
+}  // namespace
+
+// ---- launcher ---------------------------------------------------------------------------------------------------
+
+extern "C" int32_t RKSC_FN(rope_append)(const rksc_rope_append_params* p, rksc_stream stream) {
+  RKSC_REQUIRE(p->head_dim > 0 && p->head_dim % 2 == 0 && p->head_dim <= 2 * kMaxHalf);
+  RKSC_REQUIRE(p->num_q_heads > 0 && p->num_kv_heads > 0 && p->block_size > 0);
+  if (p->num_rows == 0) return 0;
+  const uint32_t half = p->head_dim / 2, num_heads = p->num_q_heads + 2 * p->num_kv_heads;
+  return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] {
+    if (half % 4 == 0) {
+      const dim3 grid(p->num_rows, div_up(num_heads, heads_per_cta(half, 4)));
+      return launch(rope_append_kernel<T, 4>, grid, dim3(kThreads), 0, stream, *p);
+    }
+    const dim3 grid(p->num_rows, div_up(num_heads, heads_per_cta(half, 1)));
+    return launch(rope_append_kernel<T, 1>, grid, dim3(kThreads), 0, stream, *p);
+  });
+}
