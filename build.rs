@@ -27,13 +27,11 @@ fn main() {
     if target("ARCH") == "x86_64" && env::var_os("RKSC_PORTABLE_ONLY").is_none() {
         println!("cargo::rustc-cfg=x86_kernels");
     }
-    println!("cargo::rustc-check-cfg=cfg(rksc_op, values(any()))");
     if !(feature("emulated-kernels") || feature("cuda") || feature("regen-bindings")) {
         return;
     }
     println!("cargo::rerun-if-changed=cuda");
     println!("cargo::rerun-if-changed=include");
-    announce_ops();
     #[cfg(feature = "regen-bindings")]
     bindings::write();
     // clippy links nothing, and does not share objects with the builds that do.
@@ -78,20 +76,6 @@ fn files(dir: &str, extensions: &[&str]) -> Vec<PathBuf> {
         .collect();
     found.sort();
     found
-}
-
-/// Says which launchers the sources define, so that the launcher tables name no others.
-fn announce_ops() {
-    for source in files("cuda", &["cu"]) {
-        let text = String::from_utf8_lossy(&read(&source)).into_owned();
-        for part in text.split("RKSC_FN(").skip(1) {
-            if let Some((name, rest)) = part.split_once(')')
-                && rest.starts_with('(')
-            {
-                println!("cargo::rustc-cfg=rksc_op=\"{name}\"");
-            }
-        }
-    }
 }
 
 /// The kernels for the host.

@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_
     }
   }
   if (p.positions != nullptr && thread < 32) {
-    const gptr<const uint32_t> positions = global<const uint32_t>(p.positions) + static_cast<uint64_t>(head) * p.num_slots;
+    const gptr<const uint32_t> positions = global<const uint32_t>(p.positions) + static_cast<uint64_t>(head) * p.position_stride;
     uint32_t newest = 0;
     for (uint32_t s = tile * kTileSlots + lane; s < p.num_slots && s < (tile + 1) * kTileSlots; s += 32) {
       const uint32_t position = positions[s];
@@ -344,6 +344,7 @@ extern "C" int32_t RKSC_FN(kv_scores)(const rksc_kv_scores_params* p, rksc_strea
   RKSC_REQUIRE(p->head_dim >= 8 && p->head_dim <= 256 && p->head_dim % (p->dtype == RKSC_F32 ? 8 : 16) == 0);
   RKSC_REQUIRE(p->num_kv_heads <= 65535);
   // Below 0 a key would be similar to itself, and to the zeros past the last slot.
+  RKSC_REQUIRE(p->positions == nullptr || p->position_stride >= p->num_slots);
   RKSC_REQUIRE(p->threshold >= 0.0f);
   if (p->num_slots == p->window || p->num_kv_heads == 0) return 0;
   RKSC_REQUIRE(p->num_q_heads >= p->num_kv_heads && p->num_q_heads % p->num_kv_heads == 0);

@@ -129,7 +129,7 @@ RKSC_DEVICE void add_links(const Nearest& nearest, uint32_t u_start, smem<const 
 //   v*(u) = the newest v != u with S[u, v] > threshold, S[u, v] = K_u K_v / ((|K_u| + 1e-8) (|K_v| + 1e-8)); 0 if there is none
 //   protected_links[v] = sum of S[u, v] over the u != v with v*(u) = v
 //
-//   k_cache [num_blocks, Hkv, block_size, D] T, blocks [slots], positions [Hkv, num_slots] or null: read
+//   k_cache [num_blocks, Hkv, block_size, D] T, blocks [slots], positions [Hkv, position_stride] or null: read
 //   inv_norm, tile_newest and, for the fold, tile_keys, tile_max, tile_sum: read, as kv_prepare left them
 //   protected_links: added to; key_sum [Hkv, D], row_max, row_sum [Hkv, window]: written
 //
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_
   const smem<uint32_t> newest =
       dynamic_shared<uint32_t>((kTileSlots * u_stride + 2 * kTileSlots * kStride) * static_cast<uint32_t>(sizeof(T)));
   const gptr<const float> inv_norm = global<const float>(plan.inv_norm) + static_cast<uint64_t>(head) * plan.padded;
-  const gptr<const uint32_t> positions = global<const uint32_t>(p.positions) + static_cast<uint64_t>(head) * p.num_slots;
+  const gptr<const uint32_t> positions = global<const uint32_t>(p.positions) + static_cast<uint64_t>(head) * p.position_stride;
   const bool by_position = p.positions != nullptr;
   const uint32_t u_tile = blockIdx.x - 1, thread = threadIdx.x;
 

@@ -289,14 +289,14 @@ typedef struct rksc_kv_scores_params {
   const void* queries;       /* [window, Hq, D] dtype: the last post-RoPE queries, oldest first */
   const void* k_cache;       /* one layer */
   const uint32_t* blocks;    /* the sequence's table */
-  const uint32_t* positions; /* [Hkv, num_slots] for recency; null: slot order */
+  const uint32_t* positions; /* [Hkv, position_stride] of the slots, for recency; null: slot order */
   float* scores;             /* [Hkv, num_slots - window]: lambda * importance - (1 - lambda) * redundancy */
   float* importance;         /* [Hkv, num_slots - window] after pooling; null: not wanted */
   float* redundancy;         /* [Hkv, num_slots - window]; null: not wanted */
   void* workspace;           /* rksc_kv_scores_workspace_bytes; any contents */
   uint32_t num_slots, window, pool_size, num_q_heads, num_kv_heads, head_dim, block_size, dtype;
   float sm_scale, lambda, threshold;
-  uint32_t reserved;
+  uint32_t position_stride; /* slots from one head to the next in positions */
 } rksc_kv_scores_params;
 RKSC_LAYOUT(rksc_kv_scores_params, 112);
 int32_t RKSC_FN(kv_scores)(const rksc_kv_scores_params* p, rksc_stream stream);

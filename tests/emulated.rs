@@ -23,10 +23,10 @@ fn on(device: &str, change: impl FnOnce(&mut EngineConfig)) -> Engine {
 /// The tokens of every branch of a problem, all in one batch.
 fn solve(engine: &mut Engine, task: &dyn Task, params: &GenerateParams) -> Vec<Vec<u32>> {
     let root_tokens = task.root();
-    let root = engine.prefill(&root_tokens, uncached()).unwrap();
+    let root = engine.prefill(root_tokens, uncached()).unwrap();
     let branches: Vec<BranchId> = (0..BRANCHES).map(|_| fork(engine, root)).collect();
     for (i, &branch) in branches.iter().enumerate() {
-        engine.append(branch, &task.branch(i).unwrap()).unwrap();
+        engine.append(branch, task.branch(i).unwrap()).unwrap();
         engine.start(branch, params.clone()).unwrap();
     }
     common::run_all(engine);
@@ -130,7 +130,7 @@ fn a_replayed_step_reads_back_once_and_counts_like_the_cpu() {
     let mut counters = Vec::new();
     for device in ["cpu", "emulated"] {
         let mut engine = on(device, |_| ());
-        let root = engine.prefill(&tasks[0].root(), uncached()).unwrap();
+        let root = engine.prefill(tasks[0].root(), uncached()).unwrap();
         engine.start(root, common::greedy(8)).unwrap();
         (0..4).for_each(|_| drop(engine.step().unwrap()));
         engine.reset_counters();

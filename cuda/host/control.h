@@ -29,7 +29,7 @@ enum rksc_emu_order { RKSC_EMU_FORWARD = 0, RKSC_EMU_BACKWARD = 1, RKSC_EMU_SEED
 /* Returns 0, or 1 for an unknown order. The seed counts for RKSC_EMU_SEEDED alone. */
 int32_t rksc_emu_set_order(int32_t order, uint64_t seed);
 
-/* What the last launch on this thread that failed was stopped for; empty if none was. Valid until the next launch on this thread. */
+/* Why the last launch on this thread was stopped or refused; empty if it was not. Valid until the next launch on this thread. */
 const char* rksc_emu_last_fault(void);
 /* Forgets it. */
 void rksc_emu_clear_fault(void);

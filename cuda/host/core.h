@@ -29,10 +29,12 @@ extern Range null_range, unknown_range, misaligned_range;
 
 struct Fiber;
 struct Machine;
+struct SharedPlace;
 
 // Shared-memory shadow, one entry for reads and one for writes per 2 bytes:
-//   phase << 12 | flags | thread. A warp's phase grows at each of its __syncwarp; at a barrier all warps go on with a common, larger one.
-// So an access lies behind the last barrier when its entry is < Current::barrier, and belongs to this CTA when it is >= Current::start.
+//   phase << 12 | flags | thread. A warp's phase grows at each of its __syncwarp; at a barrier all warps go on with a common,
+// larger one. So an access lies behind the last barrier when its entry is < Current::barrier, and belongs to this CTA when it is
+// >= Current::start.
 constexpr uint32_t kPhaseShift = 12;
 constexpr uint32_t kThreadMask = 0x3ff;      // warp * 32 + lane
 constexpr uint32_t kManyLanes = 1u << 10;    // reads: several lanes of the warp in this phase
@@ -116,9 +118,9 @@ void thread_fence();
 
 // c, a, b: 4 floats, 4 and 2 registers of this lane.
 void mma(Collective op, float* c, const uint32_t* a, const uint32_t* b);
-// The row this lane names, [at, at + 16).
-void ldmatrix(Collective op, uint32_t* r, uint32_t at);
-void cp_async(uint32_t at, const void* src, const Range* range, bool valid);
+// The row this lane names, 16 bytes.
+void ldmatrix(Collective op, uint32_t* r, SharedPlace row);
+void cp_async(SharedPlace dst, const void* src, const Range* range, bool valid);
 void cp_async_commit();
 void cp_async_wait(uint32_t pending_groups);
 

@@ -1,5 +1,5 @@
-// faults.cu -- patterns of cuda/ in small, each clean (n = 0) and with one fault planted (n = 1, 2, ...), for the tests of the emulation
-// itself. Built for the emulation alone.
+// faults.cu -- patterns of cuda/ in small, each clean (n = 0) and with one fault planted (n = 1, 2, ...), for the tests of the
+// emulation itself. Built for the emulation alone.
 //
 // A launcher brings its own memory. It returns what the launch returned, or 1 where a clean pattern computed something wrong.
 #include "../mma.cuh"

@@ -1,8 +1,8 @@
 // memory.cpp -- registered memory and the shadow of global memory.
 //
-// Global writes are tracked in batches (Batch): a word's shadow names the batch that wrote it last. Another CTA of the launch may read
-// or overwrite it only once the batch is published (its lanes fenced, or a later fence by the lane that then did an atomic)
-// and the reading thread has acquired (its CTA did an atomic, then fenced). Within a CTA, warps need a barrier between.
+// Global writes are tracked in batches (Batch): a word's shadow names the batch that wrote it last. Another CTA of the launch
+// may read or overwrite it only once the batch is published (its lanes fenced, or a later fence by the lane that then did an
+// atomic) and the reading thread has acquired (its CTA did an atomic, then fenced). Within a CTA, warps need a barrier between.
 #include "simt.h"
 
 #include <stdio.h>
@@ -26,7 +26,8 @@ namespace {
 std::shared_mutex registry_mutex;
 std::map<uintptr_t, std::unique_ptr<Range>> registry;
 
-// Batch ids are given out in blocks, across machines, so that an id in a shadow tells its launch: ids below a launch's base are older.
+// Batch ids are given out in blocks, across machines, so that an id in a shadow tells its launch: ids below a launch's base are
+// older.
 constexpr uint32_t kBatchBlock = 1024;
 std::atomic<uint32_t> next_batch_block{1};
 

@@ -15,12 +15,7 @@ namespace simt {
 template <typename T>
 SIMT_INLINE void ldmatrix_row(Collective op, uint32_t* r, const smem<T>& row) {
   static_assert(sizeof(T) == 2);
-  const int32_t relative = static_cast<int32_t>(row.at() - row.begin());
-  if (__builtin_expect(relative < 0 || relative > row.size() - 16, 0)) {
-    shared_out_of_bounds(Access::kRead, relative, row.begin(), row.size(), 16);
-  }
-  if (__builtin_expect(row.at() % 16 != 0, 0)) shared_misaligned(Access::kRead, row.at(), 16);
-  ldmatrix(op, r, row.at());
+  ldmatrix(op, r, row.place());
 }
 }  // namespace simt
 
@@ -44,15 +39,7 @@ SIMT_LDMATRIX(ldmatrix_x4_trans, 4, kLdmatrix4Trans)
 template <typename T, typename S>
 SIMT_INLINE void cp_async_16(smem<T> dst, gptr<S> src, bool valid) {
   static_assert(std::is_same_v<T, std::remove_const_t<S>>);
-  const int32_t relative = static_cast<int32_t>(dst.at() - dst.begin());
-  if (__builtin_expect(relative < 0 || relative > dst.size() - 16, 0)) {
-    simt::shared_out_of_bounds(simt::Access::kWrite, relative, dst.begin(), dst.size(), 16);
-  }
-  if (__builtin_expect(dst.at() % 16 != 0, 0)) simt::shared_misaligned(simt::Access::kWrite, dst.at(), 16);
-  if (__builtin_expect(reinterpret_cast<uintptr_t>(src.raw()) % 16 != 0, 0)) {
-    simt::global_misaligned(simt::Access::kRead, src.raw(), 16);
-  }
-  simt::cp_async(dst.at(), src.raw(), src.range(), valid);
+  simt::cp_async(dst.place(), src.raw(), src.range(), valid);
 }
 SIMT_INLINE void cp_async_commit() { simt::cp_async_commit(); }
 template <int N>

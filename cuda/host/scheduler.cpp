@@ -291,10 +291,11 @@ void mma(Collective op, float* c, const uint32_t* a, const uint32_t* b) {
   arrive(op, 0xffffffffu);
 }
 
-void ldmatrix(Collective op, uint32_t* r, uint32_t at) {
+void ldmatrix(Collective op, uint32_t* r, SharedPlace row) {
+  row.check_vector(Access::kRead);
   Fiber& self = *cur.fiber;
   self.pointers[0] = r;
-  self.argument = at;
+  self.argument = row.at;
   arrive(op, 0xffffffffu);
 }
 

@@ -151,7 +151,10 @@ void shared_atomic(uint32_t at, uint32_t bytes) {
 
 // ---- cp.async ---------------------------------------------------------------------------------------------------
 
-void cp_async(uint32_t at, const void* src, const Range* range, bool valid) {
+void cp_async(SharedPlace dst, const void* src, const Range* range, bool valid) {
+  dst.check_vector(Access::kWrite);
+  if (reinterpret_cast<uintptr_t>(src) % 16 != 0) global_misaligned(Access::kRead, src, 16);
+  const uint32_t at = dst.at;
   GlobalAccess::read<__uint128_t>(src, range);
   // The copy may land at any time from here on: it races with whatever a write here would race with.
   if (cur.shared_write[at / 2] & kCopyPending) {

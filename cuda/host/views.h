@@ -180,6 +180,11 @@ struct SharedPlace {
       shared_out_of_bounds(access, relative, begin, size, sizeof(T));
     }
   }
+  // 16 bytes, aligned.
+  SIMT_INLINE void check_vector(Access access) const {
+    check<__uint128_t>(access);
+    if (at % 16 != 0) shared_misaligned(access, at, 16);
+  }
   template <typename T>
   SIMT_INLINE T read() const {
     check<T>(Access::kRead);

@@ -157,7 +157,10 @@ impl Sequence {
         let k_cache = narrowed(dev, self.dtype, &cache)?;
         let queries = narrowed(dev, self.dtype, &self.queries)?;
         let blocks = dev.buffer(&blocks[..num_blocks - 2])?;
-        let positions = self.positions.as_ref().map(|p| dev.buffer(p)).transpose()?;
+        // Heads lie further apart than there are slots, as in a cache with room to grow.
+        let stride = n + 3;
+        let apart = |p: &Vec<u32>| p.chunks(n).flat_map(|head| [head, &[u32::MAX; 3]].concat()).collect::<Vec<u32>>();
+        let positions = self.positions.as_ref().map(|p| dev.buffer(&apart(p))).transpose()?;
         let bytes = dev.kernels().kv_scores_workspace_bytes(n, self.window, hq, self.num_kv_heads, d);
         let mut workspace = dev.alloc::<u8>(bytes)?;
         let len = self.num_kv_heads * (n - self.window);
@@ -182,7 +185,7 @@ impl Sequence {
             sm_scale: self.sm_scale,
             lambda: self.lambda,
             threshold: self.threshold,
-            reserved: 0,
+            position_stride: stride as u32,
         };
         dev.launch(dev.kernels().kv_scores, &params)?;
         let all = Output {

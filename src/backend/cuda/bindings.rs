@@ -868,7 +868,7 @@ pub struct rksc_kv_scores_params {
     pub sm_scale: f32,
     pub lambda: f32,
     pub threshold: f32,
-    pub reserved: u32,
+    pub position_stride: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -911,8 +911,8 @@ const _: () = {
         [::core::mem::offset_of!(rksc_kv_scores_params, lambda) - 100usize];
     ["Offset of field: rksc_kv_scores_params::threshold"]
         [::core::mem::offset_of!(rksc_kv_scores_params, threshold) - 104usize];
-    ["Offset of field: rksc_kv_scores_params::reserved"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, reserved) - 108usize];
+    ["Offset of field: rksc_kv_scores_params::position_stride"]
+        [::core::mem::offset_of!(rksc_kv_scores_params, position_stride) - 108usize];
 };
 impl Default for rksc_kv_scores_params {
     fn default() -> Self {

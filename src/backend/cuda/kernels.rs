@@ -38,28 +38,6 @@ impl<P> Launcher<P> {
     }
 }
 
-/// Stands in for a launcher whose kernel file is not there: `cudaErrorNotSupported`.
-#[cfg(any(feature = "cuda", feature = "emulated-kernels"))]
-#[allow(dead_code)]
-unsafe extern "C" fn missing<P>(_: *const P, _: rksc_stream) -> i32 {
-    801
-}
-
-/// `$function` where a kernel file defines `$op`, else `$instead`.
-#[cfg(any(feature = "cuda", feature = "emulated-kernels"))]
-macro_rules! defined {
-    ($op:tt, $function:expr, $instead:expr) => {{
-        #[cfg(rksc_op = $op)]
-        {
-            $function
-        }
-        #[cfg(not(rksc_op = $op))]
-        {
-            $instead
-        }
-    }};
-}
-
 /// `u32`, once per argument.
 macro_rules! u32_for {
     ($argument:ident) => {
@@ -70,7 +48,7 @@ macro_rules! u32_for {
 macro_rules! kernels {
     (
         launchers { $($op:tt $field:ident($params:ident) $native:ident $emulated:ident;)* }
-        workspaces { $($size_op:tt $size:ident($($argument:ident),*) $native_size:ident $emulated_size:ident;)* }
+        workspaces { $($size:ident($($argument:ident),*) $native_size:ident $emulated_size:ident;)* }
     ) => {
         /// One launcher per op, and what its scratch needs.
         pub struct Kernels {
@@ -86,8 +64,8 @@ macro_rules! kernels {
             #[cfg(feature = "cuda")]
             pub fn native() -> Self {
                 Self {
-                    $($field: Launcher { op: $op, function: defined!($op, $native, missing) },)*
-                    $($size: defined!($size_op, $native_size, { no_workspace!($($argument),*) }),)*
+                    $($field: Launcher { op: $op, function: $native },)*
+                    $($size: $native_size,)*
                 }
             }
 
@@ -95,8 +73,8 @@ macro_rules! kernels {
             #[cfg(feature = "emulated-kernels")]
             pub fn emulated() -> Self {
                 Self {
-                    $($field: Launcher { op: $op, function: defined!($op, $emulated, missing) },)*
-                    $($size: defined!($size_op, $emulated_size, { no_workspace!($($argument),*) }),)*
+                    $($field: Launcher { op: $op, function: $emulated },)*
+                    $($size: $emulated_size,)*
                 }
             }
 
@@ -115,18 +93,6 @@ macro_rules! kernels {
         #[cfg(test)]
         const PARAMS: &[(&str, usize)] = &[$((stringify!($params), size_of::<$params>())),*];
     };
-}
-
-/// The size of the scratch of an op that is not there.
-#[cfg(any(feature = "cuda", feature = "emulated-kernels"))]
-#[allow(unused_macros)]
-macro_rules! no_workspace {
-    ($($argument:ident),*) => {{
-        unsafe extern "C" fn none($(_: u32_for!($argument)),*) -> usize {
-            0
-        }
-        none
-    }};
 }
 
 kernels! {
@@ -149,15 +115,15 @@ kernels! {
         "kv_compact" kv_compact(rksc_kv_compact_params) rksc_kv_compact rksc_emu_kv_compact;
     }
     workspaces {
-        "linear_workspace_bytes" linear_workspace_bytes(num_rows, in_features, out_features)
+        linear_workspace_bytes(num_rows, in_features, out_features)
             rksc_linear_workspace_bytes rksc_emu_linear_workspace_bytes;
-        "row_stats_workspace_bytes" row_stats_workspace_bytes(num_rows, vocab)
+        row_stats_workspace_bytes(num_rows, vocab)
             rksc_row_stats_workspace_bytes rksc_emu_row_stats_workspace_bytes;
-        "entropy_probe_workspace_bytes" entropy_probe_workspace_bytes(num_rows, hidden, num_outputs)
+        entropy_probe_workspace_bytes(num_rows, hidden, num_outputs)
             rksc_entropy_probe_workspace_bytes rksc_emu_entropy_probe_workspace_bytes;
-        "branch_similarity_workspace_bytes" branch_similarity_workspace_bytes(num_layers, num_branches)
+        branch_similarity_workspace_bytes(num_layers, num_branches)
             rksc_branch_similarity_workspace_bytes rksc_emu_branch_similarity_workspace_bytes;
-        "kv_scores_workspace_bytes" kv_scores_workspace_bytes(num_slots, window, num_q_heads, num_kv_heads, head_dim)
+        kv_scores_workspace_bytes(num_slots, window, num_q_heads, num_kv_heads, head_dim)
             rksc_kv_scores_workspace_bytes rksc_emu_kv_scores_workspace_bytes;
     }
 }
