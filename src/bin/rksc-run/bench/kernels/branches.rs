@@ -90,7 +90,7 @@ pub(super) fn kv_scores(b: &mut Bench) -> anyhow::Result<()> {
                     sm_scale: 1.0 / (dim as f32).sqrt(),
                     lambda: 0.1,
                     threshold: 0.95,
-                    reserved: 0,
+                    position_stride: 0,
                 };
                 b.dev.launch(b.dev.kernels().kv_scores, &params)?;
                 // The last kv head.
