@@ -80,8 +80,10 @@ def model(folder, peers):
 
 
 def checks(folder):
-    results = [line["result"] for line in lines(folder, "check") if "result" in line]
-    if results:
+    found = lines(folder, "check")
+    listed = [device for line in found if "devices" in line for device in line["devices"]["devices"]]
+    results = [line["result"] for line in found if "result" in line]
+    if results and any("compute_capability" in device for device in listed):
         print(f"Kernel tests on the GPU: {results.count('ok')} passed, {results.count('FAILED')} failed.\n")
     rows = [[line["tool"], line["control"], str(line.get("errors", "-"))] for line in lines(folder, "sanitize") if "tool" in line]
     table(["compute-sanitizer", "planted fault", "errors"], rows)
