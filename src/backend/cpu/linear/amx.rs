@@ -202,6 +202,24 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
     }
 }
 
+/// Fetches the lines of y that [`store_block`] will write: its rows lie pages apart, where no prefetcher follows.
+///
+/// # Safety
+/// The calling thread owns the outputs.
+#[inline]
+unsafe fn prefetch_block(job: &Job<'_, Line, bf16>, group: usize, outs: Range<usize>) {
+    let first_row = group * GROUP;
+    let (start, end) = (job.first_out + outs.start, job.first_out + outs.end);
+    for row in first_row..job.rows.min(first_row + 2 * GROUP) {
+        // SAFETY: handed on to the caller.
+        let y = unsafe { job.out.row(row, start..end) };
+        for line in y.chunks(GROUP) {
+            // SAFETY: a prefetch may name any address.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast()) };
+        }
+    }
+}
+
 /// Writes the four tiles of C of two groups of rows from `group` to y, transposed.
 ///
 /// # Safety

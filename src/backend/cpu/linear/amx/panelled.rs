@@ -21,7 +21,9 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{C_LINES, GROUP, Job, Line, OUTS, STEP, Tiles, copy_step, group_lines, num_groups, store_block};
+use super::{
+    C_LINES, GROUP, Job, Line, OUTS, STEP, Tiles, copy_step, group_lines, num_groups, prefetch_block, store_block,
+};
 
 /// Steps of k in one panel, at most: the longer, the fewer runs of W, until panels and x crowd the L2. Measured on 2 cores
 /// of a Xeon with AMX, 256 rows, W from memory: at 1536 -> 17920, 12 take 7.4 ms, 32 6.5 ms, 64 6.1 ms; at 3584 -> 4608,
@@ -141,6 +143,10 @@ pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
                 let is_pair = group + 1 < num_groups;
                 let c = &mut c[(first_c + block) * C_LINES..][..C_LINES];
                 let b = job.x[group * group_lines + (range.start + slice.start) * GROUP..].as_ptr();
+                if is_last {
+                    // SAFETY: handed on to the caller.
+                    unsafe { prefetch_block(job, group, outs.clone()) };
+                }
                 let mut operands =
                     Operands { a: now[slice.start..].as_ptr(), b, b_second: b.wrapping_add(group_lines) };
                 // SAFETY: tiles are configured. The panel holds `range`; the group, and the next one if `is_pair`, have all
