@@ -1,7 +1,8 @@
-//! `linear` at the layer shapes of real models, weights rotated through at least 256 MB so that they come from memory.
+//! `linear` at the layer shapes of real models, weights rotated through memory: through at least 256 MB, and twice
+//! the L3 that is visible.
 //!
 //! ```text
-//! cargo bench --bench linear -- [--rows 1,8,256] [--simd avx512] [--threads 2] [--filter 7b] [--compute bf16] [--json FILE]
+//! cargo bench --bench linear -- [--rows 1,8,256] [--simd avx512] [--threads 2] [--filter 7b] [--compute bf16] [--rotate-mib 1024] [--json FILE]
 //! ```
 //! One line a case: `op | shape | rows | us | p10 us | GB/s of weights | GFLOP/s`, median and 10th percentile.
 //! `benches/peers/torch_linear.py` prints the same cases for PyTorch.
@@ -13,7 +14,9 @@ use rksc::DType;
 use rksc::backend::cpu::linear::{Activations, LinearArgs, LinearScratch, linear};
 use rksc::backend::cpu::matrix::CpuMatrix;
 use rksc::backend::cpu::pool::ThreadPool;
+use rksc::backend::cpu::roof::MemoryRoof;
 use rksc::backend::cpu::simd::SimdLevel;
+use rksc::model::weights::{Tensor, TensorData};
 use rksc::testing::{fill, tensor};
 
 /// (model and layer, in, out)
@@ -29,7 +32,8 @@ const SHAPES: &[(&str, usize, usize)] = &[
     ("qwen2.5-7b gate_up", 3584, 37888),
     ("qwen2.5-7b down", 18944, 3584),
 ];
-const ROTATE_BYTES: usize = 256 << 20;
+/// Weights rotate through at least this much, and twice the L3 that is visible: they are to come from memory.
+const MIN_ROTATE_MIB: usize = 256;
 const MIN_TIME: Duration = Duration::from_millis(600);
 
 struct Options {
@@ -38,6 +42,7 @@ struct Options {
     threads: usize,
     filter: String,
     compute: DType,
+    rotate_mib: usize,
     json: Option<String>,
 }
 
@@ -49,6 +54,7 @@ impl Options {
             threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
             filter: String::new(),
             compute: DType::Bf16,
+            rotate_mib: MIN_ROTATE_MIB.max(2 * l3_mib()),
             json: None,
         };
         let mut args = std::env::args().skip(1);
@@ -63,12 +69,19 @@ impl Options {
                 "--threads" => options.threads = value.parse()?,
                 "--filter" => options.filter = value,
                 "--compute" => options.compute = value.parse()?,
+                "--rotate-mib" => options.rotate_mib = value.parse()?,
                 "--json" => options.json = Some(value),
                 _ => anyhow::bail!("{arg} is unknown"),
             }
         }
         Ok(options)
     }
+}
+
+/// The last-level cache as the system tells it; 0 if it does not.
+fn l3_mib() -> usize {
+    let size = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").unwrap_or_default();
+    size.trim().trim_end_matches('K').parse::<usize>().map_or(0, |kib| kib >> 10)
 }
 
 fn main() -> anyhow::Result<()> {
@@ -78,9 +91,14 @@ fn main() -> anyhow::Result<()> {
     let mut cases = Vec::new();
     for &(name, k, n) in SHAPES.iter().filter(|(name, ..)| name.contains(&options.filter)) {
         let bytes = n * k * options.compute.size_bytes();
-        let values = fill(1, n * k);
-        let matrix = || CpuMatrix::new(&[tensor(name, options.compute, &[n, k], &values)], options.compute);
-        let weights = (0..ROTATE_BYTES.div_ceil(bytes)).map(|_| matrix()).collect::<Result<Vec<_>, _>>()?;
+        let first = tensor(name, options.compute, &[n, k], &fill(1, n * k));
+        let copy = || Tensor {
+            data: TensorData::Owned(first.bytes().as_chunks::<4>().0.iter().map(|&b| u32::from_ne_bytes(b)).collect()),
+            ..first.clone()
+        };
+        let num_copies = (options.rotate_mib << 20).div_ceil(bytes).max(2);
+        let weights =
+            (0..num_copies).map(|_| CpuMatrix::new(&[copy()], options.compute)).collect::<Result<Vec<_>, _>>()?;
         for &rows in &options.rows {
             let x = fill(2, rows * k);
             let x_bf16: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
@@ -113,7 +131,14 @@ fn main() -> anyhow::Result<()> {
     }
     if let Some(path) = options.json {
         let engine = format!("rksc {} {} {} threads", options.compute, options.level, options.threads);
-        std::fs::write(path, serde_json::to_string_pretty(&serde_json::json!({ "engine": engine, "cases": cases }))?)?;
+        // What plain reading gives in this very run: the floor under every case with few rows.
+        let read = MemoryRoof::measure(options.threads, options.level).read;
+        std::fs::write(
+            path,
+            serde_json::to_string_pretty(
+                &serde_json::json!({ "engine": engine, "read_gb_per_s": read / 1e9, "cases": cases }),
+            )?,
+        )?;
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The cases of `benches/linear.rs` through PyTorch's `F.linear` in bf16, weights rotated through at least 256 MB.
+"""The cases of `benches/linear.rs` through PyTorch's `F.linear` in bf16, weights rotated through memory.
 
     OMP_NUM_THREADS=2 python benches/peers/torch_linear.py [--rows 1,8,256] [--json FILE]
 
@@ -26,13 +26,24 @@ SHAPES = [
     ("qwen2.5-7b gate_up", 3584, 37888),
     ("qwen2.5-7b down", 18944, 3584),
 ]
-ROTATE_BYTES = 256 << 20
+# Weights rotate through at least this much, and twice the L3 that is visible: they are to come from memory.
+MIN_ROTATE_MIB = 256
+
+
+def l3_mib():
+    """Size of the last-level cache as the system tells it; 0 if it does not."""
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as f:
+            return int(f.read().strip().rstrip("K")) >> 10
+    except (OSError, ValueError):
+        return 0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,8,64,256,512")
     parser.add_argument("--filter", default="")
+    parser.add_argument("--rotate-mib", type=int, default=max(MIN_ROTATE_MIB, 2 * l3_mib()))
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -40,7 +51,7 @@ def main():
     for name, k, n in SHAPES:
         if args.filter not in name:
             continue
-        copies = max(1, -(-ROTATE_BYTES // (n * k * 2)))
+        copies = max(2, -(-(args.rotate_mib << 20) // (n * k * 2)))
         weights = [torch.randn(n, k).bfloat16() for _ in range(min(copies, 4))]
         weights += [weights[i % 4].clone() for i in range(copies - len(weights))]
         for rows in map(int, args.rows.split(",")):

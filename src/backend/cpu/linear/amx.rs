@@ -10,10 +10,8 @@
 //!    outs 16-31 tmm2      tmm3       tmm5
 //! ```
 //!
-//! Many rows: 32 outs of one stretch of k are copied next to each other (rows of a mapped file seldom begin on a cache line,
-//! and a tile load that straddles lines takes twice as long), and all rows pass over them; C waits in memory between
-//! stretches, which costs no rounding. Few rows: weights stream once, prefetched one block of 32 outs ahead in the order
-//! in which they lie in memory. A tail of k (`in % 32`) is multiplied from copies filled up with zeros.
+//! Many rows: `panelled`. Few rows: weights stream once, prefetched one block of 32 outs ahead in the order in which they
+//! lie in memory. A tail of k (`in % 32`) is multiplied from copies filled up with zeros.
 //!
 //! `C[i][j]` is summed by the same instruction over the same 32 k at a time whatever the other elements of its tile are.
 #![allow(unsafe_code)]
@@ -26,6 +24,8 @@ use half::bf16;
 
 use super::{Job, Line, Output};
 
+mod panelled;
+
 /// Outputs of one block: two tiles.
 const OUTS: usize = 32;
 pub(super) const GRAIN: usize = OUTS;
@@ -35,11 +35,6 @@ const GROUP: usize = 16;
 const STEP: usize = 32;
 const TILE_LINES: usize = 16;
 const C_LINES: usize = 4 * TILE_LINES;
-/// Steps of k that 32 outs keep in the L1 (2 KiB each).
-const MAX_STRETCH: usize = 32;
-/// Blocks of outs that share a stretch of x from the L2 before the next stretch begins.
-const SUPER_BLOCKS: usize = 4;
-
 /// The next 32 rows of W are prefetched into the L2 if they take no more than this, else `AHEAD_STEPS` of the same rows.
 const MAX_AHEAD_BYTES: usize = 512 << 10;
 const AHEAD_STEPS: usize = 24;
@@ -54,10 +49,9 @@ pub(super) fn group_lines(rows: usize, in_features: usize) -> usize {
     in_features.div_ceil(STEP) * num_columns(rows)
 }
 
-/// Lines each thread needs: the tail of k of one block of weights, its copied stretch, and C of the blocks in flight.
+/// Lines each thread needs; for few rows the tail of k of one block of weights, and C.
 pub(super) fn thread_lines(rows: usize, in_features: usize) -> usize {
-    let blocks = if num_stretches(rows, in_features) == 1 { 1 } else { SUPER_BLOCKS * rows.div_ceil(2 * GROUP) };
-    blocks * C_LINES + OUTS + if is_panelled(rows) { MAX_STRETCH * OUTS } else { 0 }
+    if is_panelled(rows) { panelled::thread_lines(rows, in_features) } else { OUTS + C_LINES }
 }
 
 /// Whether there are enough rows to pay for copying each block of W.
@@ -67,10 +61,6 @@ fn is_panelled(rows: usize) -> bool {
 
 fn num_columns(rows: usize) -> usize {
     rows.min(GROUP)
-}
-
-fn num_stretches(rows: usize, in_features: usize) -> usize {
-    if !is_panelled(rows) { 1 } else { in_features.div_ceil(STEP).div_ceil(MAX_STRETCH).max(1) }
 }
 
 /// Packs rows `[16 group, 16 group + 16)` of x `[rows, in]`; missing rows and the tail of k become zero.
@@ -150,120 +140,100 @@ unsafe fn transpose(sources: &[*const f32; 16]) -> [__m512; 16] {
 /// the calling thread owns the outputs of `job`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) unsafe fn multiply(job: &Job<'_, Line, bf16>, own: &mut [Line]) {
+    if is_panelled(job.rows) {
+        // SAFETY: handed on to the caller.
+        return unsafe { panelled::multiply(job, own) };
+    }
     let k = job.in_features;
     let (steps, whole_steps) = (k.div_ceil(STEP), k / STEP);
     let columns = num_columns(job.rows);
-    let num_groups = num_groups(job.rows);
-    let num_row_blocks = num_groups.div_ceil(2);
-    let num_stretches = num_stretches(job.rows, k);
-    let super_outs = if num_stretches == 1 { OUTS } else { OUTS * SUPER_BLOCKS };
     let group_lines = group_lines(job.rows, k);
-    let is_panelled = is_panelled(job.rows);
-    let (tail, own) = own.split_at_mut(OUTS);
-    let (panel, c) = own.split_at_mut(if is_panelled { MAX_STRETCH * OUTS } else { 0 });
+    let is_pair = job.rows > GROUP;
+    let (tail, c) = own.split_at_mut(OUTS);
     let row_bytes = k * size_of::<bf16>();
-    let stretch_start = |stretch: usize| steps * stretch / num_stretches;
+    let ahead_in_row = OUTS * row_bytes > MAX_AHEAD_BYTES;
     // SAFETY: the caller vouches for AMX.
     let mut tiles = unsafe { Tiles::new() };
 
-    for first in (0..job.num_outs).step_by(super_outs) {
-        let end = job.num_outs.min(first + super_outs);
-        for stretch in 0..num_stretches {
-            let range = stretch_start(stretch)..stretch_start(stretch + 1);
-            let is_last = stretch + 1 == num_stretches;
-            for out in (first..end).step_by(OUTS) {
-                let num_outs = OUTS.min(end - out);
-                // SAFETY: as above.
-                unsafe { tiles.configure(num_outs, columns) };
-                let has_tail = is_last && whole_steps < steps && !is_panelled;
-                if is_panelled {
-                    for (step, tiles) in range.clone().zip(panel.chunks_exact_mut(OUTS)) {
-                        copy_step(job, out..out + num_outs, step, tiles);
-                    }
-                } else if has_tail {
-                    copy_step(job, out..out + num_outs, whole_steps, tail);
-                }
-                // What is read after this: the next block of this stretch, the first one of the next, or the next blocks.
-                let (next_out, next_step) = if out + OUTS < end {
-                    (out + OUTS, range.start)
-                } else if is_last {
-                    (end, 0)
-                } else {
-                    (first, range.end)
-                };
-                // A second tile that does not exist is computed as a copy of the first one and not stored.
-                let second = if num_outs > GROUP { GROUP } else { 0 };
-                let in_place = range.end.min(if is_panelled { steps } else { whole_steps }) - range.start;
-                for block in 0..num_row_blocks {
-                    let group = 2 * block;
-                    let is_pair = group + 1 < num_groups;
-                    let c_at =
-                        if num_stretches == 1 { 0 } else { (out - first) / OUTS * num_row_blocks + block } * C_LINES;
-                    let c = &mut c[c_at..c_at + C_LINES];
-                    let b = &job.x[group * group_lines + range.start * columns..];
-                    let (a, a_stride, a_step) = if is_panelled {
-                        (panel.as_ptr().cast::<bf16>(), 64, 2048)
-                    } else {
-                        (job.w[out * k + range.start * STEP..].as_ptr(), row_bytes, 64)
-                    };
-                    // Each block of rows prefetches its share of the next 32 rows of W. A single one whose rows are
-                    // long runs ahead in the same rows.
-                    let block_quads = (OUTS / 4).div_ceil(num_row_blocks);
-                    let ahead_in_row = num_row_blocks == 1 && OUTS * row_bytes > MAX_AHEAD_BYTES;
-                    let (ahead, quads) = if ahead_in_row {
-                        (out * k + AHEAD_STEPS * STEP, num_outs / 4)
-                    } else if next_out < job.num_outs {
-                        let done = block * block_quads;
-                        ((next_out + done * 4) * k + next_step * STEP, block_quads.min((OUTS / 4).saturating_sub(done)))
-                    } else {
-                        (0, 0)
-                    };
-                    let mut operands = Operands {
-                        a,
-                        a_second: a.wrapping_byte_add(second * a_stride),
-                        a_stride,
-                        a_step,
-                        row_bytes,
-                        b: b.as_ptr(),
-                        b_second: b.as_ptr().wrapping_add(group_lines),
-                        b_stride: columns * size_of::<u32>(),
-                        ahead: job.w.as_ptr().wrapping_add(ahead),
-                        quads,
-                        ahead_is_down: ahead_in_row || num_stretches > 1,
-                    };
-                    // SAFETY: tiles are configured. `whole` steps of `num_outs` rows of W lie in `job.w`; the group, and the
-                    // next one if `is_pair`, have `steps` packed steps; `tail` has a line for every row; `c` has four tiles.
-                    unsafe {
-                        if stretch == 0 {
-                            tiles.zero()
-                        } else {
-                            tiles.load(c)
-                        }
-                        tiles.multiply(&mut operands, in_place, is_pair);
-                        if has_tail {
-                            operands.a = tail.as_ptr().cast();
-                            operands.a_second = tail.as_ptr().wrapping_add(second).cast();
-                            operands.a_stride = size_of::<Line>();
-                            operands.quads = 0;
-                            tiles.multiply(&mut operands, 1, is_pair);
-                        }
-                        tiles.store(c);
-                    }
-                    if is_last {
-                        for (i, tile) in c.chunks_exact(TILE_LINES).enumerate() {
-                            let (first_row, first_out) = ((group + i % 2) * GROUP, i / 2 * GROUP);
-                            if first_row < job.rows && first_out < num_outs {
-                                let num_rows = GROUP.min(job.rows - first_row);
-                                let width = GROUP.min(num_outs - first_out);
-                                // SAFETY: handed on to the caller.
-                                unsafe {
-                                    store(job.out, tile, first_row, num_rows, job.first_out + out + first_out, width)
-                                };
-                            }
-                        }
-                    }
-                }
+    for out in (0..job.num_outs).step_by(OUTS) {
+        let num_outs = OUTS.min(job.num_outs - out);
+        // SAFETY: as above.
+        unsafe { tiles.configure(num_outs, columns) };
+        if whole_steps < steps {
+            copy_step(job, out..out + num_outs, whole_steps, tail);
+        }
+        // A second tile that does not exist is computed as a copy of the first one and not stored.
+        let second = if num_outs > GROUP { GROUP } else { 0 };
+        let a = job.w[out * k..].as_ptr();
+        let (ahead, quads) = if ahead_in_row {
+            (out * k + AHEAD_STEPS * STEP, num_outs / 4)
+        } else {
+            ((out + OUTS) * k, if out + OUTS < job.num_outs { OUTS / 4 } else { 0 })
+        };
+        let mut operands = Operands {
+            a,
+            a_second: a.wrapping_byte_add(second * row_bytes),
+            a_stride: row_bytes,
+            a_step: size_of::<Line>(),
+            row_bytes,
+            b: job.x.as_ptr(),
+            b_second: job.x.as_ptr().wrapping_add(group_lines),
+            b_stride: columns * size_of::<u32>(),
+            ahead: job.w.as_ptr().wrapping_add(ahead),
+            quads,
+            ahead_is_down: ahead_in_row,
+        };
+        // SAFETY: tiles are configured. `whole` steps of `num_outs` rows of W lie in `job.w`; the group, and the next one
+        // if `is_pair`, have `steps` packed steps; `tail` has a line for every row; `c` has four tiles.
+        unsafe {
+            tiles.zero();
+            tiles.multiply(&mut operands, whole_steps, is_pair);
+            if whole_steps < steps {
+                operands.a = tail.as_ptr().cast();
+                operands.a_second = tail.as_ptr().wrapping_add(second).cast();
+                operands.a_stride = size_of::<Line>();
+                operands.quads = 0;
+                tiles.multiply(&mut operands, 1, is_pair);
             }
+            tiles.store(c);
+        }
+        // SAFETY: handed on to the caller.
+        unsafe { store_block(job, c, 0, out..out + num_outs) };
+    }
+}
+
+/// Fetches the lines of y that [`store_block`] will write: its rows lie pages apart, where no prefetcher follows.
+///
+/// # Safety
+/// The calling thread owns the outputs.
+#[inline]
+unsafe fn prefetch_block(job: &Job<'_, Line, bf16>, group: usize, outs: Range<usize>) {
+    let first_row = group * GROUP;
+    let (start, end) = (job.first_out + outs.start, job.first_out + outs.end);
+    for row in first_row..job.rows.min(first_row + 2 * GROUP) {
+        // SAFETY: handed on to the caller.
+        let y = unsafe { job.out.row(row, start..end) };
+        for line in y.chunks(GROUP) {
+            // SAFETY: a prefetch may name any address.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast()) };
+        }
+    }
+}
+
+/// Writes the four tiles of C of two groups of rows from `group` to y, transposed.
+///
+/// # Safety
+/// AVX-512 is there; the calling thread owns the outputs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn store_block(job: &Job<'_, Line, bf16>, c: &[Line], group: usize, outs: Range<usize>) {
+    for (i, tile) in c.chunks_exact(TILE_LINES).enumerate() {
+        let (first_row, first_out) = ((group + i % 2) * GROUP, outs.start + i / 2 * GROUP);
+        if first_row < job.rows && first_out < outs.end {
+            let num_rows = GROUP.min(job.rows - first_row);
+            let width = GROUP.min(outs.end - first_out);
+            // SAFETY: handed on to the caller.
+            unsafe { store(job.out, tile, first_row, num_rows, job.first_out + first_out, width) };
         }
     }
 }
