@@ -26,15 +26,15 @@ def main():
                 q = torch.randn(branches, m["q"], 1, m["dim"], device="cuda", dtype=torch.bfloat16)
                 k, v = tensors(sets, branches, m["kv"], slots, m["dim"]), tensors(sets, branches, m["kv"], slots, m["dim"])
                 run = lambda i: F.scaled_dot_product_attention(q, k[i], v[i], enable_gqa=True)
-                for kind in ["own"] + ["shared"] * (branches > 1 and prefix > 0):
-                    out.case("SDPA", "paged_attention", f"{name} B={branches} P={prefix} own={OWN} {kind}", run, sets)
+                kinds = ["own"] + ["shared"] * (branches > 1 and prefix > 0)
+                out.case("SDPA", "paged_attention", [f"{name} B={branches} P={prefix} own={OWN} {kind}" for kind in kinds], run, sets)
                 del q, k, v
         rows = 1024
         sets = copies(4 * rows * m["kv"] * m["dim"])
         q = torch.randn(1, m["q"], rows, m["dim"], device="cuda", dtype=torch.bfloat16)
         k, v = tensors(sets, 1, m["kv"], rows, m["dim"]), tensors(sets, 1, m["kv"], rows, m["dim"])
         run = lambda i: F.scaled_dot_product_attention(q, k[i], v[i], is_causal=True, enable_gqa=True)
-        out.case("SDPA", "paged_attention", f"{name} prompt of {rows}", run, sets)
+        out.case("SDPA", "paged_attention", [f"{name} prompt of {rows}"], run, sets)
 
 
 if __name__ == "__main__":

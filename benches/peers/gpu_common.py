@@ -32,14 +32,16 @@ class Out:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
-    def case(self, peer, op, shape, run, copies=1):
-        """`run(i)` launches with the i-th set of inputs. A failure is a line too."""
+    def case(self, peer, op, shapes, run, copies=1):
+        """`run(i)` launches with the i-th set of inputs; it stands for all of `shapes`. A failure is a line too."""
         try:
             us, launches = timed(run, copies)
-            self.write(peer=peer, op=op, shape=shape, us=percentiles(us), launches_a_sample=launches)
+            found = dict(us=percentiles(us), launches_a_sample=launches)
         except Exception as error:  # out of memory, an unsupported shape: the next case may do
-            self.write(peer=peer, op=op, shape=shape, failed=str(error).splitlines()[0])
+            found = dict(failed=(str(error).splitlines() or [repr(error)])[0])
             torch.cuda.empty_cache()
+        for shape in shapes:
+            self.write(peer=peer, op=op, shape=shape, **found)
 
 
 def copies(num_bytes):

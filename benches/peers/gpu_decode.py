@@ -67,7 +67,7 @@ def main():
             try:
                 out.write(**case, ms=percentiles(decode(made, branches)))
             except Exception as error:
-                out.write(**case, failed=str(error).splitlines()[0])
+                out.write(**case, failed=(str(error).splitlines() or [repr(error)])[0])
             torch._dynamo.reset()
         del made
         torch.cuda.empty_cache()

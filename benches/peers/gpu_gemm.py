@@ -27,11 +27,11 @@ def main():
                 y = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
                 run = lambda i: torch.mm(x, weights[i].T, out=y)
                 op = "linear" if rows <= 16 else "linear_cublas"
-                out.case("torch.mm", op, f"{name} {matrix} {rows} x {k} -> {n}", run, sets)
+                out.case("torch.mm", op, [f"{name} {matrix} {rows} x {k} -> {n}"], run, sets)
             if matrix == "lm_head":
                 for rows in (8, 32, 104):
                     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
-                    out.case("torch", "entropy_probe", f"{name} {rows} rows over {n}", lambda i: statistics(x, weights[i]), sets)
+                    out.case("torch", "entropy_probe", [f"{name} {rows} rows over {n}"], lambda i: statistics(x, weights[i]), sets)
             del weights
 
 

@@ -8,6 +8,7 @@ mod attention;
 mod branches;
 mod harness;
 mod matrices;
+mod report;
 mod rows;
 
 use std::fs::File;
@@ -20,7 +21,8 @@ use rksc::backend::cuda::bindings::rksc_gather_rows_params;
 use rksc::backend::cuda::device::Device;
 use rksc::config::DeviceChoice;
 
-use self::harness::{Bench, Report, Sink};
+use self::harness::Bench;
+use self::report::{Report, Sink};
 use super::gb;
 use crate::common::print_json;
 

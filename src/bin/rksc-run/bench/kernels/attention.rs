@@ -11,7 +11,8 @@ use rksc::testing::attention::attention_mass as mass_oracle;
 use rksc::testing::fill::Fill;
 use rksc::testing::oracle;
 
-use super::harness::{Bench, COMPUTE, Measured, Noise, error};
+use super::harness::{Bench, COMPUTE, Noise};
+use super::report::{Measured, error};
 use super::rows::layout;
 
 /// As the backend has it.

@@ -6,7 +6,8 @@ use rksc::testing::branch_similarity::{branch_similarity as similarity_oracle, l
 use rksc::testing::fill::Fill;
 use rksc::testing::kv_scores::{Head, kv_scores as scores_oracle};
 
-use super::harness::{Bench, COMPUTE, Measured, error};
+use super::harness::{Bench, COMPUTE};
+use super::report::{Measured, error};
 use super::rows::layout;
 
 /// bytes: states and root 4 layers (branches + 1) hidden

@@ -1,4 +1,4 @@
-//! What the cases have in common: data on the device whose values the host knows, the clock, the report.
+//! What the cases have in common: data on the device whose values the host knows, and the clock.
 //!
 //! *Time.* A case's launches are captured in a graph, `copies` sets of inputs in turn, so many times over that a sample
 //! lasts half a millisecond at least; a sample is the time between two events around one replay, divided by its
@@ -9,9 +9,6 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::fmt;
-use std::fs::File;
-use std::io::Write;
 use std::rc::Rc;
 
 use half::{bf16, f16};
@@ -21,6 +18,8 @@ use rksc::model::family::ModelConfig;
 use rksc::report::LatencyMs;
 use rksc::testing::fill::Fill;
 use rksc::testing::round_to;
+
+use super::report::{Measured, Report, Sink, Times};
 
 /// What activations, weights and KV are rounded to.
 pub(super) const COMPUTE: DType = DType::Bf16;
@@ -32,24 +31,6 @@ const WARM_UP: usize = 3;
 /// Elements after which data repeats; a prime.
 const PERIOD: usize = 1_048_573;
 const COPY_BYTES: usize = 1 << 30;
-
-/// Where reports go as they come.
-pub(super) struct Sink {
-    pub(super) out: Option<File>,
-    pub(super) table: bool,
-}
-
-impl Sink {
-    /// One line of the file.
-    pub(super) fn line(&mut self, value: &impl serde::Serialize) -> anyhow::Result<()> {
-        if let Some(out) = &mut self.out {
-            let mut bytes = serde_json::to_vec(value)?;
-            bytes.push(b'\n');
-            out.write_all(&bytes)?;
-        }
-        Ok(())
-    }
-}
 
 pub(super) struct Bench {
     pub(super) dev: Device,
@@ -88,47 +69,6 @@ pub(super) struct Words {
     pub(super) memory: DeviceBuf<u8>,
     words: Rc<Vec<u32>>,
     shift: usize,
-}
-
-/// What a case found.
-pub(super) struct Measured {
-    pub(super) bytes: usize,
-    /// 0 where arithmetic cannot matter.
-    pub(super) flops: usize,
-    pub(super) error: f64,
-    pub(super) tolerance: f64,
-    pub(super) times: Option<Times>,
-}
-
-pub(super) struct Times {
-    us: LatencyMs,
-    launches: usize,
-}
-
-impl Times {
-    /// Microseconds of a launch.
-    pub(super) fn median_us(&self) -> f64 {
-        self.us.p50
-    }
-}
-
-/// One case's line.
-#[derive(serde::Serialize)]
-pub(super) struct Report {
-    op: &'static str,
-    shape: String,
-    dtype: DType,
-    us: Option<LatencyMs>,
-    samples: usize,
-    launches_a_sample: usize,
-    bytes: usize,
-    gb_per_s: Option<f64>,
-    of_copy: Option<f64>,
-    flops: usize,
-    tflops: Option<f64>,
-    error: Option<f64>,
-    pub(super) right: bool,
-    failed: Option<String>,
 }
 
 impl Bench {
@@ -281,7 +221,7 @@ impl Bench {
         }
         let us =
             (0..SAMPLES).map(|_| Ok(sample(dev, &graph)? / launches as f64)).collect::<rksc::Result<Vec<f64>>>()?;
-        Ok(Some(Times { us: LatencyMs::of(&us), launches }))
+        Ok(Some(Times { us: LatencyMs::of(&us), launches, samples: SAMPLES }))
     }
 
     /// The device's copy bandwidth, where times count.
@@ -372,76 +312,5 @@ fn widened(dtype: DType, bytes: &[u8]) -> Vec<f64> {
         DType::F32 => bytes.chunks_exact(4).map(|b| f64::from(f32::from_ne_bytes([b[0], b[1], b[2], b[3]]))).collect(),
         DType::Bf16 => halves().map(|b| bf16::from_ne_bytes(b).to_f64()).collect(),
         DType::F16 => halves().map(|b| f16::from_ne_bytes(b).to_f64()).collect(),
-    }
-}
-
-/// The norm of the difference over the norm of `want`; not a number where `got` holds none.
-pub(super) fn error(got: &[f64], want: &[f64]) -> f64 {
-    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let off = norm(&mut got.iter().zip(want).map(|(g, w)| g - w));
-    if off == 0.0 && got.len() == want.len() { 0.0 } else { off / norm(&mut want.iter().copied()) }
-}
-
-impl Report {
-    fn of(op: &'static str, shape: String, dtype: DType) -> Self {
-        Self {
-            op,
-            shape,
-            dtype,
-            us: None,
-            samples: 0,
-            launches_a_sample: 0,
-            bytes: 0,
-            gb_per_s: None,
-            of_copy: None,
-            flops: 0,
-            tflops: None,
-            error: None,
-            right: false,
-            failed: None,
-        }
-    }
-
-    fn fill(&mut self, m: Measured, copy: Option<f64>) {
-        (self.bytes, self.flops) = (m.bytes, m.flops);
-        self.error = m.error.is_finite().then_some(m.error);
-        self.right = m.error <= m.tolerance;
-        let Some(Times { us, launches }) = m.times else { return };
-        (self.samples, self.launches_a_sample) = (SAMPLES, launches);
-        let rate = m.bytes as f64 / us.p50 * 1e6;
-        self.gb_per_s = Some(rate / 1e9);
-        self.of_copy = copy.map(|copy| rate / copy);
-        self.tflops = (m.flops > 0).then(|| m.flops as f64 / us.p50 / 1e6);
-        self.us = Some(us);
-    }
-
-    /// What stands above the lines.
-    pub(super) fn header() -> String {
-        format!(
-            "{:<17} | {:<44} | {:>9} {:>9} {:>9} | {:>11} | {:>7} | {:>6} | {:>7} | {:>8}",
-            "op", "shape", "us", "p10", "p90", "bytes", "GB/s", "copy", "TFLOP/s", "error"
-        )
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<17} | {:<44} | ", self.op, self.shape)?;
-        if let Some(why) = &self.failed {
-            return write!(f, "FAILED: {why}");
-        }
-        let number = |x: Option<f64>, digits: usize| x.map_or("-".into(), |x| format!("{x:.digits$}"));
-        let us = |part: fn(&LatencyMs) -> f64| number(self.us.as_ref().map(part), 2);
-        let (p50, p10, p90) = (us(|u| u.p50), us(|u| u.p10), us(|u| u.p90));
-        let of_copy = self.of_copy.map_or("-".into(), |x| format!("{:.0} %", x * 100.0));
-        let error = self.error.map_or("NaN".into(), |e| format!("{e:.1e}"));
-        write!(
-            f,
-            "{p50:>9} {p10:>9} {p90:>9} | {:>11} | {:>7} | {of_copy:>6} | {:>7} | {error:>8}{}",
-            self.bytes,
-            number(self.gb_per_s, 0),
-            number(self.tflops, 1),
-            if self.right { "" } else { "  WRONG" }
-        )
     }
 }

@@ -8,7 +8,8 @@ use rksc::model::family::ModelConfig;
 use rksc::testing::linear_w4::{W4, Zeros};
 use rksc::testing::oracle;
 
-use super::harness::{Bench, COMPUTE, Measured, error};
+use super::harness::{Bench, COMPUTE};
+use super::report::{Measured, error};
 
 /// f32 sums of exact products.
 const SUM_TOLERANCE: f64 = 1e-5;
@@ -153,7 +154,7 @@ pub(super) fn linear_cublas(b: &mut Bench) -> anyhow::Result<()> {
 /// Operations a second at 1024 rows, as `linear_rate` has it for the CPU.
 pub(super) fn product_rate(b: &mut Bench) -> anyhow::Result<f64> {
     let measured = product(b, 1024, 3584, 4608)?;
-    let us = measured.times.map_or(f64::NAN, |times| times.median_us());
+    let us = measured.times.map_or(f64::NAN, |times| times.us.p50);
     Ok(measured.flops as f64 / us * 1e6)
 }
 

@@ -7,7 +7,8 @@ use rksc::sampler::{DrawKey, SamplingParams};
 use rksc::testing::oracle;
 use rksc::testing::sample::{Request, sample as sample_oracle};
 
-use super::harness::{Bench, COMPUTE, Measured, error};
+use super::harness::{Bench, COMPUTE};
+use super::report::{Measured, error};
 
 /// One rounding to bf16 that may fall the other way.
 const ROUNDED: f64 = 4e-3;
