@@ -14,7 +14,7 @@
 // Traffic   Hkv * kv_len * D * sizeof(T) of K; the queries again for every tile, from L2.
 // Bound     decode: memory. Long chunks: f32 arithmetic (an op for compression and reports, not for every step).
 // Limits    D % 8 == 0, D <= 256; block_size 16 or 32; Hq % Hkv == 0; 16-byte aligned q and k; at most 65535 sequences and heads.
-// Oracle    testing::attention.   Bench  bench kernels attention_mass
+// Oracle    testing::attention.   Bench  rksc-run bench kernels --op attention_mass
 #include "attention.cuh"
 
 namespace {

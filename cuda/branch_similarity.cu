@@ -263,7 +263,7 @@ RKSC_DEVICE void cluster(const SimilarityPlan& plan, smem<float> pairwise) {
 // Bound     latency: 28 layers * 9 rows * 3584 columns are 3.6 MB, about 1 us of an H100, under the two last-arriver hand-overs.
 //           At 64 branches 26 MB, 6 us, against 0.2 G fused multiply-adds.
 // Limits    1 <= num_branches <= 64 (0 is empty work), num_layers >= 1, hidden >= 1; states and root aligned to 16 bytes.
-// Oracle    testing/branch_similarity.rs.   Bench  cargo bench --bench kernels -- branch_similarity
+// Oracle    testing/branch_similarity.rs.   Bench  rksc-run bench kernels --op branch_similarity
 __global__ void __launch_bounds__(kThreads) branch_similarity_kernel(const __grid_constant__ SimilarityPlan plan) {
   RKSC_SHARED(uint32_t, last, 1);
   const uint32_t slice = blockIdx.x, layer = blockIdx.y;

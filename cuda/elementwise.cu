@@ -42,7 +42,7 @@ RKSC_DEVICE vec<float, kWidth> load_floats(gptr<const float> from) {
 // Traffic   num_rows * hidden * (sizeof(T) + 4) bytes.
 // Bound     memory; at decode sizes the launch.
 // Limits    hidden > 0; rows of whole 16-byte vectors of T take the vector path, others move single elements.
-// Oracle    the rows themselves (tests/kernels/cuda_elementwise.rs).   Bench  cargo bench --bench kernels -- embed
+// Oracle    the rows themselves (tests/kernels/cuda_elementwise.rs).   Bench  rksc-run bench kernels --op embed
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__ rksc_embed_params p) {
   const uint32_t row = blockIdx.x, i = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
 // Traffic   num_rows * intermediate * (8 + sizeof(T)) bytes.
 // Bound     memory: about 20 instructions an element against 10 or 12 bytes.
 // Limits    none; intermediate of whole 16-byte vectors of T takes the vector path, others single elements.
-// Oracle    testing::oracle::silu_mul.   Bench  cargo bench --bench kernels -- silu_mul
+// Oracle    testing::oracle::silu_mul.   Bench  rksc-run bench kernels --op silu_mul
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const __grid_constant__ rksc_silu_mul_params p) {
   const uint32_t row = blockIdx.x, i = (blockIdx.y * kThreads + threadIdx.x) * kWidth;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(const __grid_constan
 // Traffic   8 * num_rows * width bytes.
 // Bound     memory; at decode sizes the launch.
 // Limits    none; width % 4 == 0 takes the vector path.
-// Oracle    the rows themselves (tests/kernels/cuda_elementwise.rs).   Bench  cargo bench --bench kernels -- gather_rows
+// Oracle    the rows themselves (tests/kernels/cuda_elementwise.rs).   Bench  rksc-run bench kernels --op gather_rows
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads) gather_rows_kernel(const __grid_constant__ rksc_gather_rows_params p) {
   const uint32_t row = blockIdx.x, i = (blockIdx.y * kThreads + threadIdx.x) * kWidth;

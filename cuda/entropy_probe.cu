@@ -30,7 +30,7 @@ namespace {
 // Bound     memory up to 64 rows: 64 FLOP per byte, a third of what tensor cores need. Not measured.
 // Limits    hidden % 8 == 0 (f32: % 4), hidden > 0; x, norm_weight, w, workspace aligned to 16 bytes; vocab < 2^24;
 //           candidates: at most 1024, hidden <= 24576.
-// Oracle    testing::entropy_probe.   Bench  cargo bench --bench kernels -- entropy_probe
+// Oracle    testing::entropy_probe.   Bench  rksc-run bench kernels --op entropy_probe
 
 constexpr uint32_t kOutputs = 256;  // of a CTA
 constexpr uint32_t kStageK = 64;    // k of a stage: 128 bytes of a row

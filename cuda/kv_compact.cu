@@ -83,7 +83,7 @@ RKSC_DEVICE void move_positions(const rksc_kv_compact_params& p, uint32_t head) 
 // Traffic   4 * Hkv * D * sizeof(T) bytes for each kept slot that moves, 8 * Hkv more with positions.
 // Bound     memory, but latency for short lists: 2 * Hkv * D * sizeof(T) / 64 CTAs with 16 KiB in flight each.
 // Limits    D * sizeof(T) a multiple of 16; first_slot + num_keep <= capacity; blocks belong to this sequence alone.
-// Oracle    testing/kv_compact.rs.   Bench  cargo bench --bench kernels -- kv_compact
+// Oracle    testing/kv_compact.rs.   Bench  rksc-run bench kernels --op kv_compact
 __global__ void __launch_bounds__(kThreads) kv_compact_kernel(const __grid_constant__ rksc_kv_compact_params p) {
   const uint32_t row_words = p.head_dim * (p.dtype == RKSC_F32 ? 4 : 2) / 4;
   const uint32_t num_slices = div_up_device(row_words, kSliceVecs * 4);

@@ -18,7 +18,7 @@ constexpr uint32_t kThreads = 128;
 // Bound     memory; at one copy a branch the launch.
 // Limits    num_slots <= block_size (larger is cut to it); slots of whole 16-byte vectors take the vector path, others move
 //           words or half words.
-// Oracle    the slots themselves (tests/kernels/cuda_elementwise.rs).   Bench  cargo bench --bench kernels -- kv_copy_blocks
+// Oracle    the slots themselves (tests/kernels/cuda_elementwise.rs).   Bench  rksc-run bench kernels --op kv_copy_blocks
 template <typename Word, int kCount>
 __global__ void __launch_bounds__(kThreads) kv_copy_blocks_kernel(const __grid_constant__ rksc_kv_copy_blocks_params p) {
   const uint32_t head = blockIdx.x % p.num_kv_heads;

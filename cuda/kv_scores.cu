@@ -102,7 +102,7 @@ RKSC_DEVICE void group_logits<float>(const ScoresPlan& plan, uint32_t head, smem
 // Traffic   Hkv * num_slots * (D * sizeof(T) + 4 * (window + 3)) bytes; queries from L2.
 // Bound     memory: 2 * window * group FLOP an element of K.
 // Limits    see the launcher.
-// Oracle    testing/kv_scores.rs.   Bench  cargo bench --bench kernels -- kv_scores
+// Oracle    testing/kv_scores.rs.   Bench  rksc-run bench kernels --op kv_scores
 template <typename T>
 __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_constant__ ScoresPlan plan) {
   RKSC_SHARED(float, inv_norms, kTileSlots);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_
 // Traffic   Hkv * num_slots * (D * sizeof(T) + 4 * (window + 5)) bytes.
 // Bound     memory (L2: keys were read by the kernels before).
 // Limits    see the launcher.
-// Oracle    testing/kv_scores.rs.   Bench  cargo bench --bench kernels -- kv_scores
+// Oracle    testing/kv_scores.rs.   Bench  rksc-run bench kernels --op kv_scores
 template <typename T>
 __global__ void __launch_bounds__(kScoreThreads) kv_mean_kernel(const __grid_constant__ ScoresPlan plan) {
   RKSC_SHARED(float, exps, kTileSlots);
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_mean_kernel(const __grid_con
 // Traffic   Hkv * num_candidates * 20 bytes.
 // Bound     launch.
 // Limits    see the launcher.
-// Oracle    testing/kv_scores.rs.   Bench  cargo bench --bench kernels -- kv_scores
+// Oracle    testing/kv_scores.rs.   Bench  rksc-run bench kernels --op kv_scores
 __global__ void __launch_bounds__(256) kv_score_kernel(const __grid_constant__ ScoresPlan plan) {
   RKSC_SHARED(float, scratch, 32);
   const rksc_kv_scores_params& p = plan.p;

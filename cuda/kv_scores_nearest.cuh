@@ -141,7 +141,7 @@ RKSC_DEVICE void add_links(const Nearest& nearest, uint32_t u_start, smem<const 
 // Traffic   keys of the walked tiles per 64 rows, from L2: at worst num_slots^2 / 64 * D * sizeof(T) bytes a head; once from memory.
 // Bound     tensor cores at worst, 2 num_slots^2 D FLOP a head; redundant traces stop after a few tiles.
 // Limits    D % 16 == 0 (16 bits), D % 8 == 0 (f32), D <= 256; num_slots <= 2^17; threshold >= 0.
-// Oracle    testing/kv_scores.rs.   Bench  cargo bench --bench kernels -- kv_scores
+// Oracle    testing/kv_scores.rs.   Bench  rksc-run bench kernels --op kv_scores
 template <typename T>
 __global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_constant__ ScoresPlan plan) {
   const rksc_kv_scores_params& p = plan.p;

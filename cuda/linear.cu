@@ -21,7 +21,7 @@ namespace {
 // Traffic   2 out * in bytes (4 for f32), + num_rows * in from L2 per SM, + 4 num_rows * out; slices add 8 num_rows * out * slices.
 // Bound     memory: num_rows FLOP per byte. Not measured.
 // Limits    num_rows <= 16; in % 8 == 0 (f32: % 4), in > 0; x, w aligned to 16 bytes; workspace where the plan has slices. out any.
-// Oracle    testing::linear_oracle.   Bench  cargo bench --bench kernels -- linear
+// Oracle    testing::linear_oracle.   Bench  rksc-run bench kernels --op linear
 constexpr int kChunks = kUnit / 32;  // of a unit: what a lane's 16 bytes cover
 // 16-byte slots of a lane: one per chunk and output.
 template <int kMTiles>

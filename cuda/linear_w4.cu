@@ -26,7 +26,7 @@ namespace {
 //           an SM can issue in the time a word takes at full bandwidth. Counted in sm_90a code for 8 rows; not measured.
 // Limits    T bf16 or f16; num_rows <= 16; group 32, 64 or 128; in % group == 0, in > 0; x, codes aligned to 16 bytes; workspace where
 //           the plan has slices. out any.
-// Oracle    testing::linear_w4::W4::linear_oracle.   Bench  cargo bench --bench kernels -- linear_w4
+// Oracle    testing::linear_w4::W4::linear_oracle.   Bench  rksc-run bench kernels --op linear_w4
 
 constexpr int kMTiles = 2, kHalves = 2 * kMTiles;  // a lane reads outputs g, g + 8, g + 16, g + 24
 constexpr int kChunks = kUnit / 32;                // of a unit: a word of every lane's outputs

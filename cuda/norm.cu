@@ -74,7 +74,7 @@ RKSC_DEVICE void store_similarity(const rksc_add_rms_norm_params& p, uint32_t ro
 // Traffic   num_rows * hidden * (8 + 4 + sizeof(T)) bytes with delta, + 4 * num_rows * hidden with reference; weight from L2.
 // Bound     memory; at decode sizes latency: one load, one barrier, one store.
 // Limits    hidden % 4 == 0 and hidden <= 8192; others take add_rms_norm_long_kernel. hidden > 0.
-// Oracle    testing::oracle::rms_norm, cosine.   Bench  cargo bench --bench kernels -- add_rms_norm
+// Oracle    testing::oracle::rms_norm, cosine.   Bench  rksc-run bench kernels --op add_rms_norm
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const __grid_constant__ rksc_add_rms_norm_params p) {
   RKSC_SHARED(float, scratch, 96);

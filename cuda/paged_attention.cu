@@ -20,7 +20,7 @@
 // Traffic   2 * sum over items of slots * Hkv * D * sizeof(T), + 2 T Hq D sizeof(T), + 2 * 4 * partials Hq (D + 2).
 // Bound     decode: memory (2 flops per byte and query that shares). Prefill and wide sharing: tensor cores.
 // Limits    D of 32, 64, 80, 96, 128, 256; block_size 16 or 32; Hq % Hkv == 0; group <= 64; sm_scale > 0; 16-byte aligned buffers.
-// Oracle    testing::attention.   Bench  bench kernels paged_attention
+// Oracle    testing::attention.   Bench  rksc-run bench kernels --op paged_attention
 #include "paged_attention_f32.cuh"
 
 namespace {

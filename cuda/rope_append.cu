@@ -34,7 +34,7 @@ RKSC_DEVICE uint32_t head_lanes(uint32_t half, uint32_t width) {
 // Bound     memory; at decode sizes latency.
 // Limits    head_dim even, <= 256; head_dim % 8 == 0 takes the vector path (kWidth 4), others single pairs.
 //           block_size > 0; no slot named twice.
-// Oracle    testing::oracle::rope, rms_norm.   Bench  cargo bench --bench kernels -- rope_append
+// Oracle    testing::oracle::rope, rms_norm.   Bench  rksc-run bench kernels --op rope_append
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(const __grid_constant__ rksc_rope_append_params p) {
   // With 32 lanes a head, kTurns vectors of pairs cover kMaxHalf.

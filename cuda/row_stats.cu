@@ -174,7 +174,7 @@ RKSC_DEVICE void clear(gptr<Part> parts, uint32_t num_slices) {
 // Traffic   4 * num_rows * vocab bytes, + 48 a slice.
 // Bound     memory; about 20 instructions a logit. For one row latency: two loads and two barriers deep, and the merge.
 // Limits    vocab > 0; vocab % 4 == 0 takes the vector path, others load single logits.
-// Oracle    testing::oracle::row_stats.   Bench  cargo bench --bench kernels -- row_stats
+// Oracle    testing::oracle::row_stats.   Bench  rksc-run bench kernels --op row_stats
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads) row_stats_kernel(const __grid_constant__ rksc_row_stats_params p) {
   RKSC_SHARED(uint32_t, arrived, 1);

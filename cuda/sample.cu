@@ -383,7 +383,7 @@ RKSC_DEVICE uint32_t draw(const Row& row, const Extremes& e, const rksc_sample_p
 //           10 in the others. 152064 logits: 0.1 ms expected on an H100-class SM (derived, not measured), rows in parallel;
 //           penalties add about 15 passes over the history.
 // Limits    0 < vocab <= 2^19; saved where a row has penalties or bans.
-// Oracle    testing::sample, sampler::sample.   Bench  cargo bench --bench kernels -- sample
+// Oracle    testing::sample, sampler::sample.   Bench  rksc-run bench kernels --op sample
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ rksc_sample_params p) {
   const uint64_t start = static_cast<uint64_t>(blockIdx.x) * p.vocab;
   const uint64_t address = reinterpret_cast<uintptr_t>(p.logits) / sizeof(float) + start;

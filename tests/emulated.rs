@@ -142,3 +142,14 @@ fn a_replayed_step_reads_back_once_and_counts_like_the_cpu() {
     counters[1].graph_replays = 0;
     assert_eq!(counters[0], counters[1]);
 }
+
+#[test]
+fn a_head_dim_without_a_kernel_is_refused_by_name() {
+    let config = EngineConfig {
+        model: rksc::ModelSource::Random { shape: "tiny".into(), seed: 0 },
+        device: "emulated".into(),
+        ..EngineConfig::default()
+    };
+    let error = Engine::open(config).err().unwrap().to_string();
+    assert!(error.contains("head_dim 16") && error.contains("--device cpu"), "{error}");
+}

@@ -35,6 +35,9 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::weights::Tensor;
 
+/// Head dims that `paged_attention` is compiled for.
+const HEAD_DIMS: [usize; 6] = [32, 64, 80, 96, 128, 256];
+
 /// Device memory of one element type.
 pub struct CudaBuf {
     memory: DeviceBuf<u8>,
@@ -124,6 +127,18 @@ impl Cuda {
             cublas: None,
             counters: Counters::default(),
         }
+    }
+
+    /// Refuses attention heads that no kernel was made for.
+    pub fn check_heads(head_dim: usize, gqa_group: usize) -> Result<()> {
+        let refuse = |what: String| Err(Error::Unsupported { op: "paged_attention on a CUDA device", what });
+        if !HEAD_DIMS.contains(&head_dim) {
+            return refuse(format!("head_dim {head_dim} (it takes {HEAD_DIMS:?}; use --device cpu)"));
+        }
+        if gqa_group > bindings::RKSC_ATTENTION_MAX_ROWS as usize {
+            return refuse(format!("{gqa_group} query heads per kv head"));
+        }
+        Ok(())
     }
 
     /// What the device is.

@@ -99,6 +99,7 @@ fn on_device(
     river: Option<&WeightStore>,
 ) -> Result<(Box<dyn Runner>, KvLayout, Option<String>)> {
     let cuda = |device: Device| {
+        Cuda::check_heads(model.head_dim, model.num_q_heads / model.num_kv_heads.max(1))?;
         let heads =
             Heads { num_q_heads: model.num_q_heads, num_kv_heads: model.num_kv_heads, block_size: config.block_size };
         runner(Cuda::new(device, heads), config, model, store, river)

@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn dates() {
-        let after = |days| date(UNIX_EPOCH + Duration::from_secs(days * 86_400 + 86_399));
+        let after = |days: u64| date(UNIX_EPOCH + Duration::from_secs(days * 86_400 + 86_399));
         assert_eq!(
             [after(0), after(59), after(11_016), after(20_512)],
             ["1970-01-01", "1970-03-01", "2000-02-29", "2026-02-28"]
