@@ -210,6 +210,29 @@ fn rows_past_one_run_have_the_same_bits() {
     }
 }
 
+/// y of more than 24 MiB, which AMX writes in another way; with x of more than 2 MiB too.
+#[test]
+fn a_large_y_has_the_same_bits() {
+    let shapes = [(300, 40, 21_011, levels()), (491, 2177, 12_850, vec![SimdLevel::Amx])];
+    for (rows, k, n, levels) in shapes {
+        let case = Case::new(rows, k, n, DType::Bf16);
+        let w = case.matrix(&[n - 1003, 1003], DType::Bf16);
+        for level in levels.into_iter().filter(|level| level.is_available()) {
+            for bias in [false, true] {
+                let all = bits(&case.run(2, level, &w, 0..rows, bias));
+                for t in [0, 15, 16, 17, 31, 32, 255, 287, 288, rows - 1] {
+                    let one = bits(&case.run(1, level, &w, t..t + 1, bias));
+                    assert!(
+                        one[t * n..(t + 1) * n] == all[t * n..(t + 1) * n],
+                        "{level}, [{rows}, {k}] -> {n}, row {t}"
+                    );
+                }
+                assert!(all.iter().all(|&b| f32::from_bits(b).is_finite()), "{level}, [{rows}, {k}] -> {n}");
+            }
+        }
+    }
+}
+
 #[test]
 fn threads_and_stacking_change_no_bit() {
     for compute in DTYPES {

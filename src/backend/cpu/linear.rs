@@ -214,7 +214,7 @@ impl Run<'_> {
             SimdLevel::Amx => {
                 let groups = amx::num_groups(self.rows);
                 let group_lines = amx::group_lines(self.rows, self.in_features);
-                let thread_lines = amx::thread_lines(self.rows, self.in_features);
+                let thread_lines = amx::thread_lines(self.rows, self.in_features, out.out_features);
                 grow(&mut scratch.x, groups * group_lines);
                 grow(&mut scratch.threads, thread_lines * pool.num_threads());
                 self.prepare(pool, &mut scratch.x, groups, group_lines, |group, lines| {

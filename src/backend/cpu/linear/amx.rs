@@ -50,8 +50,8 @@ pub(super) fn group_lines(rows: usize, in_features: usize) -> usize {
 }
 
 /// Lines each thread needs; for few rows the tail of k of one block of weights, and C.
-pub(super) fn thread_lines(rows: usize, in_features: usize) -> usize {
-    if is_panelled(rows) { panelled::thread_lines(rows, in_features) } else { OUTS + C_LINES }
+pub(super) fn thread_lines(rows: usize, in_features: usize, out_features: usize) -> usize {
+    if is_panelled(rows) { panelled::thread_lines(rows, in_features, out_features) } else { OUTS + C_LINES }
 }
 
 /// Whether there are enough rows to pay for copying each block of W.
@@ -261,14 +261,8 @@ fn copy_step(job: &Job<'_, Line, bf16>, outs: Range<usize>, step: usize, lines: 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn store(out: &Output<'_>, tile: &[Line], first_row: usize, num_rows: usize, first_out: usize, width: usize) {
-    // SAFETY: every source is a line.
-    let rows = unsafe { transpose(&starts(tile)) };
-    let mask = |len: usize| ((1u32 << len) - 1) as __mmask16;
-    let bias = out.bias.map(|bias| {
-        let bias = &bias[first_out..first_out + width];
-        // SAFETY: the mask names the elements of `bias`.
-        unsafe { _mm512_maskz_loadu_ps(mask(bias.len()), bias.as_ptr()) }
-    });
+    // SAFETY: every source is a line; the rest is handed on to the caller.
+    let (rows, bias) = unsafe { (transpose(&starts(tile)), load_bias(out, first_out, width)) };
     if num_rows == GROUP {
         // The usual case: a loop of known length keeps all rows in registers.
         for (row, &sums) in rows.iter().enumerate() {
@@ -281,6 +275,20 @@ unsafe fn store(out: &Output<'_>, tile: &[Line], first_row: usize, num_rows: usi
             unsafe { store_row(out, first_row + row, first_out, width, sums, bias) };
         }
     }
+}
+
+/// The bias of `width` outs.
+///
+/// # Safety
+/// AVX-512 is there.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load_bias(out: &Output<'_>, first_out: usize, width: usize) -> Option<__m512> {
+    out.bias.map(|bias| {
+        let bias = &bias[first_out..first_out + width];
+        // SAFETY: the mask names the elements of `bias`.
+        unsafe { _mm512_maskz_loadu_ps(((1u32 << bias.len()) - 1) as __mmask16, bias.as_ptr()) }
+    })
 }
 
 /// y\[row, first_out..first_out + width\] = sums + bias.
