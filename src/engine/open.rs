@@ -108,7 +108,14 @@ fn on_device(
     let with_note = |note: Option<String>| move |(runner, layout): Placed| (runner, layout, note);
     match config.device.parse()? {
         DeviceChoice::Cpu => cpu().map(with_note(None)),
-        DeviceChoice::Cuda(ordinal) => cuda(Device::gpu(ordinal)?).map(with_note(None)),
+        DeviceChoice::Cuda(ordinal) => {
+            // Who asked for a GPU by name is told the way out; `auto` takes it.
+            let device = Device::gpu(ordinal).map_err(|error| match error {
+                Error::CudaUnavailable { why } => Error::CudaUnavailable { why: format!("{why}; use --device cpu") },
+                other => other,
+            })?;
+            cuda(device).map(with_note(None))
+        }
         DeviceChoice::Emulated => cuda(Device::emulated()?).map(with_note(None)),
         DeviceChoice::Auto => match Device::gpu(0) {
             Ok(device) => cuda(device).map(with_note(None)),
