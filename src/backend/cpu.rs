@@ -106,6 +106,11 @@ impl CpuBuf {
     }
 }
 
+/// What a KV cache may take here: a quarter of the free memory, for weights are mapped, and this machine is not ours alone.
+pub(crate) fn kv_budget() -> Option<u64> {
+    available_memory().map(|free| free / 4)
+}
+
 /// See the module text.
 pub struct Cpu {
     pool: ThreadPool,
@@ -165,9 +170,8 @@ impl Backend for Cpu {
         Self::describe(self)
     }
 
-    /// A quarter of the free memory: weights are mapped, and this machine is not ours alone.
     fn kv_budget(&self, _resident_bytes: u64) -> Option<u64> {
-        available_memory().map(|free| free / 4)
+        kv_budget()
     }
 
     fn alloc(&self, dtype: DType, len: usize) -> Result<CpuBuf> {

@@ -60,7 +60,7 @@ pub struct Cuda {
     graphs: Graphs,
     /// Heads, for the work lists of attention.
     heads: Heads,
-    /// The shape that rows and queries of the pass under way are rounded up to; `None` when it is not repeatable.
+    /// How rows of the pass under way are rounded up; `None` when it is not a step that may be recorded.
     padding: Option<Padding>,
     scratch: Scratch,
     /// For products of many rows; loaded when the first comes.
@@ -79,13 +79,11 @@ pub struct Heads {
     pub block_size: usize,
 }
 
-/// How the counts of a repeatable pass are rounded up.
+/// How the rows of a decode step are rounded up; every row is queried, so there are as many queries.
 #[derive(Clone, Copy)]
 struct Padding {
     num_rows: usize,
     rows: usize,
-    num_queries: usize,
-    queries: usize,
 }
 
 /// Memory of single ops, as large as the largest call so far. The parts marked so are zeroed once, and left zeroed.
@@ -155,7 +153,6 @@ impl Cuda {
     fn padded(&self, num_rows: usize) -> usize {
         match self.padding {
             Some(p) if num_rows == p.num_rows => p.rows,
-            Some(p) if num_rows == p.num_queries => p.queries,
             _ => num_rows,
         }
     }
@@ -179,6 +176,15 @@ fn grow(device: &Device, graphs: &mut Graphs, slot: &mut Option<DeviceBuf<u8>>, 
         graphs.forget();
     }
     Ok(slot.as_mut().map_or(std::ptr::null_mut(), DeviceBuf::ptr_mut))
+}
+
+/// Copies `bytes` to the start of scratch, which is made larger when it is too small.
+fn put(device: &mut Device, graphs: &mut Graphs, slot: &mut Option<DeviceBuf<u8>>, bytes: &[u8]) -> Result<*const u8> {
+    let at = grow(device, graphs, slot, bytes.len())?;
+    if let Some(buf) = slot {
+        device.upload(buf, 0, bytes)?;
+    }
+    Ok(at)
 }
 
 impl CudaBuf {

@@ -98,8 +98,9 @@ fn on_device(
     store: &WeightStore,
     river: Option<&WeightStore>,
 ) -> Result<(Box<dyn Runner>, KvLayout, Option<String>)> {
+    let check_heads = || Cuda::check_heads(model.head_dim, model.num_q_heads / model.num_kv_heads.max(1));
     let cuda = |device: Device| {
-        Cuda::check_heads(model.head_dim, model.num_q_heads / model.num_kv_heads.max(1))?;
+        check_heads()?;
         let heads =
             Heads { num_q_heads: model.num_q_heads, num_kv_heads: model.num_kv_heads, block_size: config.block_size };
         runner(Cuda::new(device, heads), config, model, store, river)
@@ -117,7 +118,7 @@ fn on_device(
             cuda(device).map(with_note(None))
         }
         DeviceChoice::Emulated => cuda(Device::emulated()?).map(with_note(None)),
-        DeviceChoice::Auto => match Device::gpu(0) {
+        DeviceChoice::Auto => match Device::gpu(0).and_then(|device| check_heads().map(|()| device)) {
             Ok(device) => cuda(device).map(with_note(None)),
             Err(why) => cpu().map(with_note(Some(why.to_string()))),
         },

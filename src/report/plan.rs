@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use crate::config::{EngineConfig, available_memory};
+use crate::backend::cpu;
+use crate::config::EngineConfig;
 use crate::engine::kv_layout;
 use crate::error::Result;
 use crate::model::family::ModelConfig;
@@ -33,7 +34,7 @@ impl MemoryPlan {
     /// Plans for branches of `own` tokens each that share `prefix` tokens.
     pub fn new(config: &EngineConfig, model: &ModelConfig, prefix: usize, own: usize) -> Result<Self> {
         config.validate()?;
-        let layout = kv_layout(config, model, available_memory().map(|free| free / 4))?;
+        let layout = kv_layout(config, model, cpu::kv_budget())?;
         let block_bytes = layout.block_bytes(model.num_layers);
         // One more: the copy of the prefix's shared tail.
         let own_blocks = own.div_ceil(layout.block_size) + 1;

@@ -5,10 +5,9 @@ use std::ops::Range;
 use super::attention_items::ItemParams;
 use super::bindings::*;
 use super::cublas::{Cublas, Gemm};
-use super::device::{Device, DeviceBuf};
 use super::graphs::Mode;
 use super::inputs::CudaInputs;
-use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow};
+use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow, put};
 use crate::backend::{
     AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
     RowIds, RowStats, RowStatsOp, Sample, SampleRow, SiluMul,
@@ -113,12 +112,7 @@ impl Backend for Cuda {
 
     fn begin_pass(&mut self, inputs: &CudaInputs, repeatable: bool) -> Result<()> {
         let is_decode = repeatable && inputs.num_rows == inputs.num_queries;
-        self.padding = is_decode.then_some(Padding {
-            num_rows: inputs.num_rows,
-            rows: inputs.shape.rows,
-            num_queries: inputs.num_queries,
-            queries: inputs.shape.queries,
-        });
+        self.padding = is_decode.then_some(Padding { num_rows: inputs.num_rows, rows: inputs.shape.rows });
         match is_decode {
             true => self.graphs.begin(&mut self.device, inputs.shape),
             false => self.graphs.abandon(&mut self.device),
@@ -345,9 +339,8 @@ impl Backend for Cuda {
                 (inputs.query_rows().wrapping_add(start), self.padded(end - start))
             }
             RowIds::Given(ids) => {
-                grow(&self.device, &mut self.graphs, &mut self.scratch.row_ids, 4 * ids.len())?;
-                let at = upload(&mut self.device, &mut self.scratch.row_ids, bytemuck::cast_slice(ids))?;
-                (at.cast(), ids.len())
+                let bytes = bytemuck::cast_slice(ids);
+                (put(&mut self.device, &mut self.graphs, &mut self.scratch.row_ids, bytes)?.cast(), ids.len())
             }
         };
         let params = rksc_gather_rows_params {
@@ -381,17 +374,13 @@ impl Backend for Cuda {
         self.launched().read_backs += 1;
         let mut history = Vec::new();
         let rows: Vec<rksc_sample_row> = p.rows.iter().map(|row| sample_row(row, &mut history)).collect();
-        let (device, graphs, scratch) = (&self.device, &mut self.graphs, &mut self.scratch);
-        grow(device, graphs, &mut scratch.sample_rows, size_of_val(rows.as_slice()))?;
-        grow(device, graphs, &mut scratch.history, 4 * history.len())?;
-        let saved = grow(device, graphs, &mut scratch.saved, 4 * history.len())?;
-        let sampled = grow(device, graphs, &mut scratch.sampled, rows.len() * size_of::<rksc_sampled>())?;
+        let (device, graphs, scratch) = (&mut self.device, &mut self.graphs, &mut self.scratch);
         let params = rksc_sample_params {
             logits: p.logits.at_mut("sample", DType::F32, 0, rows.len() * p.vocab)?.cast(),
-            rows: upload(&mut self.device, &mut scratch.sample_rows, bytemuck::cast_slice(&rows))?.cast(),
-            history: upload(&mut self.device, &mut scratch.history, bytemuck::cast_slice(&history))?.cast(),
-            sampled: sampled.cast(),
-            saved: saved.cast(),
+            rows: put(device, graphs, &mut scratch.sample_rows, bytemuck::cast_slice(&rows))?.cast(),
+            history: put(device, graphs, &mut scratch.history, bytemuck::cast_slice(&history))?.cast(),
+            sampled: grow(device, graphs, &mut scratch.sampled, rows.len() * size_of::<rksc_sampled>())?.cast(),
+            saved: grow(device, graphs, &mut scratch.saved, 4 * history.len())?.cast(),
             num_rows: rows.len() as u32,
             vocab: p.vocab as u32,
         };
@@ -464,13 +453,6 @@ impl Cuda {
         };
         self.launch(self.device.kernels().linear, &params)
     }
-}
-
-/// Copies `bytes` to the start of scratch that is large enough.
-fn upload(device: &mut Device, slot: &mut Option<DeviceBuf<u8>>, bytes: &[u8]) -> Result<*const u8> {
-    let Some(buf) = slot else { return Ok(std::ptr::null()) };
-    device.upload(buf, 0, bytes)?;
-    Ok(buf.ptr())
 }
 
 /// One row's params, with its tokens appended to `history`.
