@@ -468,7 +468,7 @@ fn gather_rows(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
     let mut dst = h.cpu.alloc(DType::F32, rows * HIDDEN)?;
     let order: Vec<u32> = (0..rows as u32).rev().collect();
     let run = |cpu: &mut Cpu, dst: &mut CpuBuf| {
-        cpu.gather_rows(GatherRows { rows: RowIds::Given(&order), src: &src, dst, width: HIDDEN })
+        cpu.gather_rows(GatherRows { rows: RowIds::Given(&order), src: &src, dst, dst_row: 0, width: HIDDEN })
     };
     run(&mut h.cpu, &mut dst)?;
     let last = (rows - 1) * HIDDEN..rows * HIDDEN;

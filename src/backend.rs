@@ -14,6 +14,9 @@
 //! | `logits` | final norm + unembedding of chosen rows | \[R, hidden\] -> \[R, vocab\] |
 //! | `row_stats` | one sweep over logits: max, lse, entropy, top-1 p, margin | \[R, vocab\] -> \[R\] |
 //! | `sample` | penalties, temperature, top-k, min-p, top-p, one seeded draw | \[R, vocab\] -> \[R\] |
+//! | `entropy_probe` | norm + unembedding + statistics of inner-layer rows, logits never written | \[R, hidden\] -> \[R\] |
+//! | `branch_similarity` | layer-weighted cosines to the root and pairwise, cluster labels | \[L, B, hidden\] -> \[B, B\] |
+//! | `attention_mass` | exp(q k sm_scale - lse), summed over rows and group | q, K, lse -> \[Hkv, kv_len\] |
 //!
 //! *A pass in order:* [`stage`](Backend::stage) lays out what the host decided (tokens, positions, slots, plan), the ops run,
 //! [`read_stats`](Backend::read_stats) waits once for what the next decision needs. Between
@@ -165,6 +168,12 @@ pub trait Backend: Send + 'static {
     fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()>;
     /// See [`Sample`]. Counts one read-back.
     fn sample(&mut self, p: Sample<'_, Self>) -> Result<()>;
+    /// See [`EntropyProbe`].
+    fn entropy_probe(&mut self, p: EntropyProbe<'_, Self>) -> Result<()>;
+    /// See [`BranchSimilarity`]. Counts one read-back.
+    fn branch_similarity(&mut self, p: BranchSimilarity<'_, Self>) -> Result<()>;
+    /// See [`AttentionMass`]. Counts one read-back.
+    fn attention_mass(&mut self, p: AttentionMass<'_, Self>) -> Result<()>;
 }
 
 /// `x[t] = table[ids[t]]`, widened to f32.
@@ -289,14 +298,16 @@ pub struct SiluMul<'a, B: Backend + ?Sized> {
     pub intermediate: usize,
 }
 
-/// `dst[i] = src[rows[i]]` for f32 rows.
+/// `dst[dst_row + i] = src[rows[i]]` for f32 rows.
 pub struct GatherRows<'a, B: Backend + ?Sized> {
     /// Source row of each destination row.
     pub rows: RowIds<'a, B>,
     /// `[T, width]` f32.
     pub src: &'a B::Buf,
-    /// `[rows, width]` f32, written.
+    /// `[.., width]` f32, written from row `dst_row` on.
     pub dst: &'a mut B::Buf,
+    /// First destination row.
+    pub dst_row: usize,
     /// Row width.
     pub width: usize,
 }
@@ -344,4 +355,86 @@ pub struct SampleRow<'a> {
     pub generated: &'a [u32],
     /// Branch path and position.
     pub key: DrawKey,
+}
+
+/// Statistics of what each row would say if it were unembedded now. They stay on the device until
+/// [`Backend::read_stats`], as after [`RowStatsOp`]; `argmax` is a token id.
+pub struct EntropyProbe<'a, B: Backend + ?Sized> {
+    /// Residual rows `[num_rows, hidden]` f32, of one or several layers.
+    pub x: &'a B::Buf,
+    /// Rows to read, from row 0.
+    pub num_rows: usize,
+    /// Weight of the norm before the unembedding `[hidden]` f32; `None` takes `x` as it is.
+    pub norm: Option<&'a B::Buf>,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Unembedding `[vocab, hidden]`.
+    pub w: &'a B::Matrix,
+    /// Token ids the softmax runs over, ascending; `None`: the vocabulary.
+    pub candidates: Option<&'a [u32]>,
+    /// Row width.
+    pub hidden: usize,
+}
+
+/// `sum_l w_l cos(h_b^l, h_c^l)` of each branch with the root and with each other branch, and the clusters at `tau`.
+pub struct BranchSimilarity<'a, B: Backend + ?Sized> {
+    /// `[num_layers, num_branches, hidden]` f32.
+    pub states: &'a B::Buf,
+    /// `[num_layers, hidden]` f32.
+    pub root: &'a B::Buf,
+    /// `[num_layers]`, summing to 1.
+    pub layer_weights: &'a [f32],
+    /// Branches.
+    pub num_branches: usize,
+    /// Row width.
+    pub hidden: usize,
+    /// From this similarity on, two branches are one cluster.
+    pub tau: f32,
+    /// On the host, written.
+    pub similarity: &'a mut Similarity,
+}
+
+/// What [`BranchSimilarity`] found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Similarity {
+    /// `[num_branches]`: with the root.
+    pub to_root: Vec<f32>,
+    /// `[num_branches, num_branches]`, symmetric, exactly 1 on the diagonal.
+    pub pairwise: Vec<f32>,
+    /// `[num_branches]`: the representative of each branch's cluster; see [`crate::gate::cluster`].
+    pub labels: Vec<u32>,
+}
+
+/// The attention each cached slot received from a sequence's rows: `exp(q k sm_scale - lse)`, summed over the rows and
+/// the query heads of a kv head.
+pub struct AttentionMass<'a, B: Backend + ?Sized> {
+    /// `[T, Hq, D]` compute type, after RoPE.
+    pub q: &'a B::Buf,
+    /// K of one layer.
+    pub k_cache: &'a B::Buf,
+    /// `[T, Hq]` f32, of the same layer's `paged_attention`.
+    pub lse: &'a B::Buf,
+    /// Block tables of the sequences, one behind the other.
+    pub blocks: &'a [u32],
+    /// Who is asked about.
+    pub sequences: &'a [MassSequence],
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// As in `paged_attention`.
+    pub sm_scale: f32,
+    /// Geometry of the cache.
+    pub layout: &'a KvLayout,
+    /// On the host, written: `[Hkv, kv_len]` of each sequence, one behind the other.
+    pub mass: &'a mut Vec<f32>,
+}
+
+/// A sequence of [`AttentionMass`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MassSequence {
+    /// Its rows in `q` and `lse`.
+    pub rows: Range<usize>,
+    /// Where its table begins in `blocks`.
+    pub block_start: usize,
+    /// Slots its last row attends to; each earlier row one fewer.
+    pub kv_len: usize,
 }

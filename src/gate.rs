@@ -85,6 +85,37 @@ impl GateSpec {
     }
 }
 
+/// Each branch's representative, from `pairwise` `[n, n]`: in descending centrality (the sum of its row; ties: the lowest
+/// index; not a number: last) a branch without a label takes itself and every branch without one that is at least `tau`
+/// similar to it. Sums are f32 in ascending order, as on a device, so that equal numbers give equal clusters.
+pub fn cluster(pairwise: &[f32], num_branches: usize, tau: f32) -> Vec<u32> {
+    let centrality = |b: usize| {
+        let sum = pairwise[b * num_branches..][..num_branches].iter().fold(0.0, |sum, x| sum + x);
+        if f32::is_nan(sum) { f32::NEG_INFINITY } else { sum }
+    };
+    let mut order: Vec<(usize, f32)> = (0..num_branches).map(|b| (b, centrality(b))).collect();
+    order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let mut labels: Vec<Option<u32>> = vec![None; num_branches];
+    for (representative, _) in order {
+        if labels[representative].is_some() {
+            continue;
+        }
+        for (b, label) in labels.iter_mut().enumerate() {
+            if label.is_none() && (b == representative || pairwise[representative * num_branches + b] >= tau) {
+                *label = Some(representative as u32);
+            }
+        }
+    }
+    labels.into_iter().enumerate().map(|(b, label)| label.unwrap_or(b as u32)).collect()
+}
+
+/// Layer weights `exp(alpha * l / L)` over the probed `layers` of a model of `num_layers`, normalised.
+pub fn layer_weights(alpha: f32, layers: &[u32], num_layers: usize) -> Vec<f32> {
+    let raw: Vec<f64> = layers.iter().map(|&l| (f64::from(alpha) * f64::from(l) / num_layers as f64).exp()).collect();
+    let sum: f64 = raw.iter().sum();
+    raw.iter().map(|w| (w / sum) as f32).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

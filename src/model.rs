@@ -392,6 +392,7 @@ impl<B: Backend> Model<B> {
             rows: RowIds::Given(&kept),
             src: &self.ws.x,
             dst: &mut self.ws.x_alt,
+            dst_row: 0,
             width: self.config.hidden,
         })?;
         std::mem::swap(&mut self.ws.x, &mut self.ws.x_alt);
@@ -419,6 +420,7 @@ impl<B: Backend> Model<B> {
             rows: RowIds::Given(&rows),
             src: &self.ws.x,
             dst: &mut dst,
+            dst_row: 0,
             width: self.config.hidden,
         })?;
         pass.exits.push((ids, dst));

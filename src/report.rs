@@ -63,6 +63,98 @@ pub struct PassRecord {
     pub seconds: f64,
 }
 
+/// What an inner layer of a verification pass would have said.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct LayerEntropy {
+    /// After this layer, counted from 1.
+    pub layer: u32,
+    /// In nats, over what the configuration says (the vocabulary, or the verdicts).
+    pub entropy: f64,
+    /// Largest probability.
+    pub top1: f64,
+}
+
+/// How similar a problem's prompts (or its branches, when they were compared while decoding) are.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SimilarityRecord {
+    /// What is compared, in order: `wording 0`, `wording 1`, ...
+    pub members: Vec<String>,
+    /// `[members]`: with the root.
+    pub to_root: Vec<f32>,
+    /// `[members][members]`.
+    pub pairwise: Vec<Vec<f32>>,
+    /// `[members]`: the member that stands for each.
+    pub clusters: Vec<usize>,
+    /// The threshold.
+    pub tau: f32,
+    /// The deepest layer compared.
+    pub depth: u32,
+}
+
+/// Why a node of the branch tree ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NodeEnd {
+    /// It was kept, and its children went on.
+    Expanded,
+    /// It came to its own end.
+    Answered,
+    /// It reached its token limit.
+    Length,
+    /// A decode exit stopped it.
+    Stopped,
+    /// The beam had no place for it.
+    Pruned,
+    /// It said what another node says: that one has its votes.
+    Duplicate(usize),
+    /// Its state had converged with another's: that one has its votes.
+    Merged(usize),
+    /// Its prompt was similar enough to another's, whose KV it took.
+    Aliased(usize),
+    /// Its logits were not finite.
+    Failed,
+}
+
+/// A node of a problem's branch tree.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct NodeResult {
+    /// Its number.
+    pub node: usize,
+    /// The node it grew from.
+    pub parent: Option<usize>,
+    /// Distance from the root.
+    pub depth: usize,
+    /// Its number among its siblings; at depth 1 also the number of its approach.
+    pub branch: usize,
+    /// Tokens it generated itself.
+    pub tokens: usize,
+    /// The same in words.
+    pub text: String,
+    /// Mean top-1 probability over its own steps.
+    pub confidence: f64,
+    /// What its step was scored, if it was.
+    pub score: Option<f64>,
+    /// Its answer, if it gave one.
+    pub answer: Option<String>,
+    /// Why it ended.
+    pub ended: NodeEnd,
+}
+
+/// KV blocks at one moment of a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemorySample {
+    /// Engine steps since the problem began.
+    pub step: usize,
+    /// Blocks held by more than one branch.
+    pub shared: usize,
+    /// Blocks held by one branch.
+    pub private: usize,
+    /// Blocks only the prefix cache holds.
+    pub cached: usize,
+    /// Blocks given back since the problem began.
+    pub freed: u64,
+}
+
 /// A branch's part in a problem.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BranchResult {
@@ -82,6 +174,10 @@ pub struct BranchResult {
     pub ended: Option<EndReason>,
     /// The layer after which its verification stopped, where it did.
     pub exit_layer: Option<u32>,
+    /// What the probed layers of its verification said, shallow first.
+    pub layers: Vec<LayerEntropy>,
+    /// The wording of the problem it was asked in; 0 is the question itself.
+    pub wording: usize,
     /// KV blocks it shared when decoding ended.
     pub blocks_shared: usize,
     /// KV blocks of its own.
@@ -115,6 +211,12 @@ pub struct ProblemResult {
     pub blocks_shared: usize,
     /// The branches, in order.
     pub branches: Vec<BranchResult>,
+    /// Similarity of the problem's prompts, where they were compared.
+    pub similarity: Option<SimilarityRecord>,
+    /// The branch tree, parents first; empty where the solver made none.
+    pub tree: Vec<NodeResult>,
+    /// KV blocks over time, where that was asked for.
+    pub memory: Vec<MemorySample>,
 }
 
 /// Latencies of a run.

@@ -30,8 +30,8 @@ use row_stats::RowStatsScratch;
 use simd::SimdLevel;
 
 use super::{
-    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
-    RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
+    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCopyBlocks,
+    Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
 };
 use crate::config::available_memory;
 use crate::dtype::DType;
@@ -389,6 +389,9 @@ impl Backend for Cpu {
                 Error::Shape { op: "gather_rows", expected: format!("rows {range:?}"), got }
             })?,
         };
+        let Some(dst) = dst.get_mut(p.dst_row * p.width..) else {
+            return Err(out_of_range("gather_rows", p.dst_row * p.width, p.width));
+        };
         elementwise::gather_rows(&mut self.pool, rows, src, dst, p.width)
     }
 
@@ -417,6 +420,18 @@ impl Backend for Cpu {
             *sampled = Sampled { token, logit: logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY) };
         }
         Ok(())
+    }
+
+    fn entropy_probe(&mut self, _p: EntropyProbe<'_, Self>) -> Result<()> {
+        Err(Error::Unsupported { op: "entropy_probe", what: "this device".into() })
+    }
+
+    fn branch_similarity(&mut self, _p: BranchSimilarity<'_, Self>) -> Result<()> {
+        Err(Error::Unsupported { op: "branch_similarity", what: "this device".into() })
+    }
+
+    fn attention_mass(&mut self, _p: AttentionMass<'_, Self>) -> Result<()> {
+        Err(Error::Unsupported { op: "attention_mass", what: "this device".into() })
     }
 }
 

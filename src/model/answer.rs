@@ -20,6 +20,7 @@ impl<B: Backend> Model<B> {
                 rows: RowIds::Queried(&pass.inputs, from..to),
                 src: &self.ws.x,
                 dst: &mut self.ws.out_x,
+                dst_row: 0,
                 width: self.config.hidden,
             })?;
             self.unembed(to - from)?;
@@ -39,6 +40,7 @@ impl<B: Backend> Model<B> {
                     rows: RowIds::Given(&rows),
                     src: &x,
                     dst: &mut self.ws.out_x,
+                    dst_row: 0,
                     width: self.config.hidden,
                 })?;
                 self.unembed(chunk.len())?;
@@ -108,6 +110,7 @@ impl<B: Backend> Model<B> {
                 rows: RowIds::Given(at),
                 src: &self.ws.logits,
                 dst: &mut self.ws.watched,
+                dst_row: 0,
                 width: 1,
             })?;
             self.backend.read_f32(&self.ws.watched, 0, logits)?;

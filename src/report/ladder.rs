@@ -361,6 +361,9 @@ mod tests {
             blocks_peak: 7,
             blocks_shared: 3,
             branches: Vec::new(),
+            similarity: None,
+            tree: Vec::new(),
+            memory: Vec::new(),
         }
     }
 

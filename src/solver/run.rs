@@ -359,6 +359,9 @@ impl Run {
             blocks_peak,
             blocks_shared: self.blocks_shared,
             branches: branches.into_iter().enumerate().map(|(i, c)| c.into_result(i)).collect(),
+            similarity: None,
+            tree: Vec::new(),
+            memory: Vec::new(),
         };
         self.abandon(engine);
         Ok(result)
@@ -388,6 +391,8 @@ impl Candidate {
             confidence: self.confidence,
             ended: self.ended,
             exit_layer: None,
+            layers: Vec::new(),
+            wording: 0,
             blocks_shared: self.blocks.0,
             blocks_private: self.blocks.1,
         }

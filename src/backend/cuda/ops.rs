@@ -9,8 +9,8 @@ use super::graphs::Mode;
 use super::inputs::CudaInputs;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow, put};
 use crate::backend::{
-    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend,
-    RowIds, RowStats, RowStatsOp, Sample, SampleRow, SiluMul,
+    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCopyBlocks,
+    Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, SampleRow, SiluMul,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -346,7 +346,7 @@ impl Backend for Cuda {
         let params = rksc_gather_rows_params {
             rows,
             src: p.src.at(op, DType::F32, 0, p.width)?.cast(),
-            dst: p.dst.at_mut(op, DType::F32, 0, num_rows * p.width)?.cast(),
+            dst: p.dst.at_mut(op, DType::F32, p.dst_row * p.width, num_rows * p.width)?.cast(),
             num_rows: num_rows as u32,
             width: p.width as u32,
         };
@@ -389,6 +389,18 @@ impl Backend for Cuda {
             Some(found) => self.device.download(found, 0, bytemuck::cast_slice_mut(p.sampled)),
             None => Ok(()),
         }
+    }
+
+    fn entropy_probe(&mut self, _p: EntropyProbe<'_, Self>) -> Result<()> {
+        Err(Error::Unsupported { op: "entropy_probe", what: "this device".into() })
+    }
+
+    fn branch_similarity(&mut self, _p: BranchSimilarity<'_, Self>) -> Result<()> {
+        Err(Error::Unsupported { op: "branch_similarity", what: "this device".into() })
+    }
+
+    fn attention_mass(&mut self, _p: AttentionMass<'_, Self>) -> Result<()> {
+        Err(Error::Unsupported { op: "attention_mass", what: "this device".into() })
     }
 }
 
