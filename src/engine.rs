@@ -23,7 +23,7 @@ use crate::backend::Counters;
 use crate::batch::Batch;
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
-use crate::gate::{Effect, GateSpec};
+use crate::gate::GateSpec;
 use crate::kv::KvLayout;
 use crate::kv::block_pool::{BlockPool, BlockState};
 use crate::kv::block_table::BlockTable;
@@ -409,7 +409,7 @@ impl Engine {
     pub fn set_gates(&mut self, gates: &[GateSpec]) -> Result<()> {
         for gate in gates {
             gate.validate(self.model.num_layers)?;
-            if gate.effect == Effect::Alias {
+            if gate.effect.needs_clusters() {
                 return Err(Error::config("gate", "effect: an alias needs its branches named"));
             }
         }

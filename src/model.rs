@@ -15,8 +15,8 @@ pub mod weights;
 use std::ops::Range;
 
 use crate::backend::{
-    AddRmsNorm, Backend, Counters, Embed, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowStats, Sampled, SiluMul,
-    Similarity,
+    AddRmsNorm, Backend, Counters, Embed, KvCopyBlocks, KvTransfer, Linear, PagedAttention, RopeAppend, RowStats,
+    Sampled, SiluMul, Similarity,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
@@ -69,6 +69,8 @@ pub(crate) enum Fate {
     River(u32),
     /// It left after this layer in favour of another sequence of the batch; nothing of it may be committed.
     Aliased { layer: u32, to: usize },
+    /// It ran to the end with another sequence's KV in place of some of its own after this layer.
+    Mixed(u32),
 }
 
 /// What an inner layer would have said.
@@ -312,6 +314,10 @@ impl<B: Backend> Model<B> {
         }
         if !batch.copies.is_empty() {
             backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
+        }
+        if pass.live.has_transfers() {
+            let (inputs, inv_freq) = (&pass.inputs, &self.inv_freq);
+            backend.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq, layout })?;
         }
         backend.paged_attention(PagedAttention {
             inputs: &pass.inputs,

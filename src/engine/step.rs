@@ -335,7 +335,7 @@ impl Engine {
             }
             let is_decode = self.tree.get(r.branch)?.num_generated > 0 && r.num_new_tokens == 1;
             let num_layers = match output.fates[i] {
-                Fate::Done | Fate::River(_) => self.model.num_layers as u32,
+                Fate::Done | Fate::River(_) | Fate::Mixed(_) => self.model.num_layers as u32,
                 Fate::Dropped(layer) | Fate::Stopped(layer) | Fate::Aliased { layer, .. } => layer,
             };
             let item = StepItem { branch: r.branch, num_tokens: r.num_new_tokens, num_layers, is_decode };
@@ -344,6 +344,7 @@ impl Engine {
             match output.fates[i] {
                 Fate::Done => self.commit_kv(&r, BlockState::Exact)?,
                 Fate::River(_) => self.commit_kv(&r, BlockState::River)?,
+                Fate::Mixed(_) => self.commit_kv(&r, BlockState::Aliased)?,
                 Fate::Dropped(layer) | Fate::Stopped(layer) => {
                     self.commit_exit(r, layer, answer)?;
                     continue;
