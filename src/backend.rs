@@ -36,6 +36,7 @@ use crate::kv::{BlockCopy, KvLayout};
 use crate::model::weights::Tensor;
 use crate::sampler::{DrawKey, SamplingParams};
 
+mod checks;
 pub mod cpu;
 pub mod cuda;
 
