@@ -37,6 +37,7 @@ use crate::kv::{BlockCopy, KvLayout, SlotTransfer};
 use crate::model::weights::Tensor;
 use crate::sampler::{DrawKey, SamplingParams};
 
+mod checks;
 pub mod cpu;
 pub mod cuda;
 

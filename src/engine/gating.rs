@@ -62,6 +62,8 @@ impl Engine {
                 "generates: only a prompt can become another's"
             } else if spec.effect.needs_clusters() && b.state != BlockState::Exact {
                 "is not exact"
+            } else if spec.effect.needs_clusters() && b.score_from.is_some() {
+                "is being scored: every row of it must run"
             } else {
                 continue;
             };

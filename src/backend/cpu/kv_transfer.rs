@@ -33,12 +33,12 @@ pub fn kv_transfer<T: Elem>(
                 continue;
             }
             for (x, k) in key.iter_mut().zip(&k_cache[from..from + dim]) {
-                *x = k.to_f32();
+                *x = k.widen();
             }
             let (low, high) = key.split_at(dim / 2);
             for (i, ((a, b), (sin, cos))) in low.iter().zip(high).zip(&turns).enumerate() {
-                k_cache[to + i] = T::from_f32(a * cos - b * sin);
-                k_cache[to + dim / 2 + i] = T::from_f32(b * cos + a * sin);
+                k_cache[to + i] = T::narrow(a * cos - b * sin);
+                k_cache[to + dim / 2 + i] = T::narrow(b * cos + a * sin);
             }
         }
     }
