@@ -312,12 +312,13 @@ impl<B: Backend> Model<B> {
                 layout,
             })?;
         }
-        if !batch.copies.is_empty() {
-            backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
-        }
+        // Before the copies: what is transferred may stand in a block that a fork copies.
         if pass.live.has_transfers() {
             let (inputs, inv_freq) = (&pass.inputs, &self.inv_freq);
             backend.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq, layout })?;
+        }
+        if !batch.copies.is_empty() {
+            backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
         }
         backend.paged_attention(PagedAttention {
             inputs: &pass.inputs,
