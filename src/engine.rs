@@ -144,7 +144,8 @@ impl Engine {
     }
 
     /// Makes `out.len()` children that continue from the branch as it is now. They share its KV; what it has not
-    /// computed yet is computed once, by the branch itself. On error none is made.
+    /// computed yet is computed once, by the branch itself. Each child speaks for whom the branch speaks for: it has its
+    /// votes. On error none is made.
     pub fn fork(&mut self, branch: BranchId, out: &mut [BranchId]) -> Result<()> {
         for i in 0..out.len() {
             match self.fork_one(branch) {
@@ -183,6 +184,7 @@ impl Engine {
             fork_point,
             state: parent.state,
             salt: parent.salt,
+            votes: parent.votes,
             num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
             last: if shares_now { parent.last.clone() } else { None },
             ..Branch::new(parent_id, parent.tokens.clone(), table, path, arrival)

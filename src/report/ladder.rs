@@ -360,6 +360,7 @@ mod tests {
             verify: VerifyOutcome::default(),
             blocks_peak: 7,
             blocks_shared: 3,
+            trials: crate::report::TrialCounts::default(),
             branches: Vec::new(),
             similarity: None,
             tree: Vec::new(),
