@@ -9,6 +9,7 @@ pub mod family;
 pub(crate) mod fields;
 mod live;
 mod load;
+mod mass;
 pub mod weights;
 
 use std::ops::Range;
@@ -76,6 +77,8 @@ pub(crate) struct PassOutput {
     pub(crate) fates: Vec<Fate>,
     /// KV slots attention reads in each layer before any gate, shared runs once.
     pub(crate) slots_read: usize,
+    /// What each of the batch's `blocks` received from the last row of its sequence; empty unless that was measured.
+    pub(crate) mass: Vec<f32>,
 }
 
 /// A model with its KV cache on some device: all that the engine knows of both.
@@ -218,8 +221,10 @@ impl<B: Backend> Model<B> {
             answers: vec![None; queries.len()],
             fates: vec![Fate::Done; batch.seqs.len()],
             exits: Vec::new(),
+            mass: Vec::new(),
         };
-        let repeatable = gates.is_empty() && batch.copies.is_empty() && queries.len() <= self.ws.chunk;
+        let repeatable =
+            gates.is_empty() && batch.copies.is_empty() && !batch.measures_mass && queries.len() <= self.ws.chunk;
         self.backend.begin_pass(&pass.inputs, repeatable)?;
         let hidden = self.config.hidden;
         self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden })?;
@@ -237,7 +242,7 @@ impl<B: Backend> Model<B> {
         }
         self.flush_delta(&mut pass, None)?;
         self.answer(queries, &mut pass)?;
-        Ok(PassOutput { answers: pass.answers, fates: pass.fates, slots_read })
+        Ok(PassOutput { answers: pass.answers, fates: pass.fates, slots_read, mass: pass.mass })
     }
 
     /// One layer for every row in flight, each with its weight set.
@@ -301,6 +306,9 @@ impl<B: Backend> Model<B> {
             sm_scale: config.sm_scale(),
             layout,
         })?;
+        if batch.measures_mass && layer_idx == mass::layer(config) {
+            pass.mass = mass::measure(backend, ws, k_cache, (config, layout), (batch, &pass.live))?;
+        }
 
         // Output projection and MLP half.
         for (rows, set) in groups {
@@ -489,6 +497,8 @@ struct Pass<B: Backend> {
     fates: Vec<Fate>,
     /// Residual rows of sequences that stopped: (query ids, rows).
     exits: Vec<(Vec<usize>, B::Buf)>,
+    /// See [`PassOutput::mass`].
+    mass: Vec<f32>,
 }
 
 type Groups = Vec<(Range<usize>, WeightSet)>;
