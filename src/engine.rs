@@ -10,6 +10,8 @@
 
 mod evict;
 #[cfg(test)]
+mod evict_tests;
+#[cfg(test)]
 mod gate_tests;
 mod gating;
 mod open;
