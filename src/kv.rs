@@ -58,6 +58,17 @@ pub struct BlockCopy {
     pub num_slots: u32,
 }
 
+/// One slot's K and V for another position: V as it is, K turned by the difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotTransfer {
+    /// Physical slot to read.
+    pub src: u32,
+    /// Physical slot to write.
+    pub dst: u32,
+    /// Position of `dst` less that of `src`.
+    pub shift: i32,
+}
+
 /// Seeded numbers for the random walks of this module's tests.
 #[cfg(test)]
 mod test_rng {

@@ -8,6 +8,7 @@ pub mod branch_similarity;
 pub mod elem;
 pub mod elementwise;
 pub mod entropy_probe;
+pub mod kv_transfer;
 pub mod linear;
 pub mod matrix;
 pub mod norm;
@@ -36,7 +37,7 @@ use simd::SimdLevel;
 
 use super::{
     AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCopyBlocks,
-    Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
+    KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
 };
 use crate::config::available_memory;
 use crate::dtype::DType;
@@ -355,6 +356,15 @@ impl Backend for Cpu {
         self.launched().kv_write_bytes += bytes as u64;
         with_type!("kv_copy_blocks", [k_cache = p.k_cache, v_cache = p.v_cache], {
             rope::kv_copy_blocks(&p.inputs.copies, k_cache, v_cache, p.layout)
+        })
+    }
+
+    fn kv_transfer(&mut self, p: KvTransfer<'_, Self>) -> Result<()> {
+        let slot_bytes = 2 * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
+        self.launched().kv_write_bytes += (p.inputs.transfers.len() * slot_bytes) as u64;
+        let inv_freq = p.inv_freq.f32("kv_transfer")?;
+        with_type!("kv_transfer", [k_cache = p.k_cache, v_cache = p.v_cache], {
+            kv_transfer::kv_transfer(&p.inputs.transfers, k_cache, v_cache, inv_freq, p.layout)
         })
     }
 

@@ -15,6 +15,21 @@ pub trait Task: Send {
     fn expected(&self) -> Option<&str>;
     /// Tokens common to all branches.
     fn root(&self) -> &[u32];
+    /// Wordings of the same question, the root's among them.
+    fn num_wordings(&self) -> usize {
+        1
+    }
+    /// The root in another wording; 0 is the root as it is.
+    fn wording(&self, idx: usize) -> Result<&[u32]> {
+        match idx {
+            0 => Ok(self.root()),
+            _ => Err(Error::config("wordings", format!("problem {} has no wording {idx}", self.id()))),
+        }
+    }
+    /// The numbers that wording `idx` speaks of, sorted; prompts with different ones never become one.
+    fn numbers(&self, _wording: usize) -> Vec<String> {
+        Vec::new()
+    }
     /// What branch `idx` appends to them.
     fn branch(&self, idx: usize) -> Result<&[u32]>;
     /// Tokens that end a branch.
@@ -88,13 +103,21 @@ pub struct TextTask {
     pack: Arc<CompiledPack>,
     problem: Problem,
     root: Vec<u32>,
+    paraphrases: Vec<Vec<u32>>,
 }
 
 impl TextTask {
-    /// Encodes the problem behind the pack's prefix.
+    /// Encodes the problem, in all its wordings, behind the pack's prefix.
     pub fn new(pack: Arc<CompiledPack>, problem: Problem) -> Result<Self> {
-        let root = pack.tokenizer.encode(&pack.pack.root(&pack.prefix, &problem.question))?;
-        Ok(Self { pack, problem, root })
+        let encode = |question: &String| pack.tokenizer.encode(&pack.pack.root(&pack.prefix, question));
+        let root = encode(&problem.question)?;
+        let paraphrases = problem.paraphrases.iter().map(encode).collect::<Result<_>>()?;
+        Ok(Self { pack, problem, root, paraphrases })
+    }
+
+    fn question(&self, wording: usize) -> &str {
+        let paraphrase = wording.checked_sub(1).and_then(|i| self.problem.paraphrases.get(i));
+        paraphrase.unwrap_or(&self.problem.question)
     }
 }
 
@@ -109,6 +132,21 @@ impl Task for TextTask {
 
     fn root(&self) -> &[u32] {
         &self.root
+    }
+
+    fn num_wordings(&self) -> usize {
+        1 + self.paraphrases.len()
+    }
+
+    fn wording(&self, idx: usize) -> Result<&[u32]> {
+        let Some(paraphrase) = idx.checked_sub(1) else { return Ok(&self.root) };
+        self.paraphrases.get(paraphrase).map(Vec::as_slice).ok_or_else(|| {
+            Error::config("wordings", format!("problem {} has {} paraphrases", self.id(), self.paraphrases.len()))
+        })
+    }
+
+    fn numbers(&self, wording: usize) -> Vec<String> {
+        crate::gate::asks::numbers(self.question(wording))
     }
 
     fn branch(&self, idx: usize) -> Result<&[u32]> {

@@ -10,7 +10,8 @@ use super::inputs::CudaInputs;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow, put};
 use crate::backend::{
     AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCopyBlocks,
-    Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, SampleRow, SiluMul,
+    KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, SampleRow,
+    SiluMul,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -267,6 +268,10 @@ impl Backend for Cuda {
             reserved: 0,
         };
         self.launch(self.device.kernels().kv_copy_blocks, &params)
+    }
+
+    fn kv_transfer(&mut self, _p: KvTransfer<'_, Self>) -> Result<()> {
+        Err(Error::Unsupported { op: "kv_transfer", what: "this device".into() })
     }
 
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {
