@@ -10,6 +10,7 @@
 
 #[cfg(test)]
 mod gate_tests;
+mod gating;
 mod open;
 mod stats;
 mod step;
@@ -22,7 +23,7 @@ use crate::backend::Counters;
 use crate::batch::Batch;
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
-use crate::gate::GateSpec;
+use crate::gate::{Effect, GateSpec};
 use crate::kv::KvLayout;
 use crate::kv::block_pool::{BlockPool, BlockState};
 use crate::kv::block_table::BlockTable;
@@ -34,8 +35,11 @@ use crate::tree::{Branch, BranchTree, ForkPoint, Mode};
 
 pub(crate) use open::kv_layout;
 
-pub use crate::backend::RowStats;
+pub use crate::backend::{RowStats, Similarity};
+pub use crate::model::LayerRow;
 pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
+pub(crate) use gating::BranchGate;
+pub use gating::GroupSimilarity;
 pub use stats::{BranchStats, EngineStats, ModelInfo, StepItem, StepSummary};
 
 /// How a root takes part in the prefix cache, and how its draws are keyed.
@@ -71,6 +75,11 @@ pub enum EventKind {
     Token(u32),
     /// All its tokens are computed, and it waits for more.
     Ready,
+    /// A gate found its prompt as good as another's: it has that one's tokens and blocks now.
+    Aliased {
+        /// Whose.
+        to: BranchId,
+    },
     /// It stopped generating. [`EndReason::NonFinite`] and [`EndReason::Dropped`] also end branches that were not
     /// generating.
     Ended(EndReason),
@@ -395,9 +404,17 @@ impl Engine {
         self.cancel.clone()
     }
 
-    /// Gates between layers, for every pass from now on. Empty (the default) leaves every pass whole.
-    pub fn set_gates(&mut self, gates: &[GateSpec]) {
+    /// Gates between layers, on every branch of every pass from now on. Empty (the default) leaves every pass whole.
+    /// Aliases are for [`gate`](Self::gate), which knows whom they concern.
+    pub fn set_gates(&mut self, gates: &[GateSpec]) -> Result<()> {
+        for gate in gates {
+            gate.validate(self.model.num_layers)?;
+            if gate.effect == Effect::Alias {
+                return Err(Error::config("gate", "effect: an alias needs its branches named"));
+            }
+        }
         self.gates = gates.to_vec();
+        Ok(())
     }
 
     /// Forgets every cached prefix that no branch uses.

@@ -107,7 +107,7 @@ impl<'e> Solver<'e> {
                 EventKind::Token(_) => run.on_token(self.engine, event.branch)?,
                 EventKind::Ended(reason) => run.on_ended(self.engine, event.branch, reason)?,
                 EventKind::Ready => run.on_ready(self.engine, event.branch)?,
-                EventKind::Preempted => {}
+                EventKind::Preempted | EventKind::Aliased { .. } => {}
             }
         }
         for run in &mut flight.runs {

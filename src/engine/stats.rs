@@ -48,8 +48,10 @@ fn state_name<S: serde::Serializer>(state: &BlockState, s: S) -> std::result::Re
 pub struct EngineStats {
     /// Passes run.
     pub steps: u64,
-    /// Tokens computed.
+    /// Tokens computed, through all layers or some.
     pub tokens_computed: u64,
+    /// Layers that tokens went through, in sum: `tokens_computed * layers` where no gate was at work.
+    pub layer_rows: u64,
     /// Prompt tokens found in the prefix cache instead.
     pub tokens_from_cache: u64,
     /// Times a branch gave up its blocks.
@@ -102,6 +104,8 @@ pub struct StepItem {
     pub branch: BranchId,
     /// Tokens computed for it.
     pub num_tokens: usize,
+    /// Layers they went through.
+    pub num_layers: u32,
     /// True when the token was one it had generated.
     pub is_decode: bool,
 }

@@ -13,15 +13,15 @@ use crate::scheduler::{self, Budget, Candidate, Decision, Holder, PlanItem};
 use crate::tree::{Branch, BranchId, EndReason, Mode, RowAnswer, SwappedBlocks};
 
 /// An item of the plan with what it holds until the step commits.
-struct Reserved {
-    branch: BranchId,
+pub(super) struct Reserved {
+    pub(super) branch: BranchId,
     num_new_tokens: usize,
     /// Slots its table had before.
     old_len: usize,
     /// Its table came into being in this step.
     is_new: bool,
     /// Index of its last row's query.
-    query: Option<usize>,
+    pub(super) query: Option<usize>,
     /// Index of its first scoring query; they follow one another.
     score_queries: Range<usize>,
     /// Place of the first of them in the branch's scores.
@@ -38,11 +38,13 @@ impl Engine {
             return Err(Error::Cancelled);
         }
         self.attach_cached_prefixes()?;
+        self.dissolve_groups()?;
         let plan = loop {
             match self.decide()? {
                 Decision::Run(plan) => break plan,
                 Decision::Idle => return Ok(StepSummary::default()),
                 Decision::Preempt(index) => self.preempt(index)?,
+                Decision::Stuck(index) if self.dissolve_group_of(index)? => {}
                 Decision::Stuck(index) => return Err(self.stuck(index)),
             }
         };
@@ -53,11 +55,16 @@ impl Engine {
         }
         let batch = std::mem::take(&mut self.batch);
         let queries = std::mem::take(&mut self.queries);
-        let result = self.runner.run(&batch, &queries, &self.gates);
+        let branch_gates = self.branch_gates(&reserved)?;
+        let gates = Self::pass_gates(&self.gates, &branch_gates, &reserved);
+        let result = self.runner.run(&batch, &queries, &gates);
         self.batch = batch;
         self.queries = queries;
         match result {
-            Ok(output) => self.commit(reserved, output),
+            Ok(mut output) => {
+                self.spend_gates(&branch_gates, &reserved, std::mem::take(&mut output.similarities))?;
+                self.commit(reserved, output)
+            }
             Err(error) => {
                 self.roll_back(reserved)?;
                 Err(error)
@@ -87,7 +94,8 @@ impl Engine {
     }
 
     fn decide(&self) -> Result<Decision> {
-        let mut runnable: Vec<&Branch> = self.tree.iter().filter(|b| b.is_runnable()).collect();
+        let mut runnable: Vec<&Branch> =
+            self.tree.iter().filter(|b| b.is_runnable() && !self.waits_for_gate(b)).collect();
         runnable.sort_by_key(|b| b.arrival);
         let candidates: Vec<Candidate> = runnable.iter().map(|b| self.candidate(b)).collect::<Result<_>>()?;
         let mut holding: Vec<&Branch> = self.tree.iter().filter(|b| !b.table.is_empty()).collect();
@@ -142,12 +150,13 @@ impl Engine {
             after: b.fork_point.map(|f| (f.parent.index as usize, f.at)),
             computed: b.num_computed,
             preempted: b.preemptions > 0 && b.table.is_empty(),
+            group: Self::group_of(b),
             growth_blocks: limit.saturating_sub(b.tokens.len()).div_ceil(block_size),
         })
     }
 
     /// Tokens a branch has, or will have from its parent, when its next step begins.
-    fn fork_start(&self, b: &Branch) -> usize {
+    pub(super) fn fork_start(&self, b: &Branch) -> usize {
         match b.fork_point.map(|f| (f, self.tree.get(f.parent))) {
             None => b.num_computed,
             Some((fork, Ok(parent))) if parent.is_runnable() || parent.fork_point.is_some() => fork.at,
@@ -317,16 +326,30 @@ impl Engine {
     /// Makes the step true: tokens computed, tokens generated, blocks offered to the cache, events.
     fn commit(&mut self, reserved: Vec<Reserved>, mut output: PassOutput) -> Result<StepSummary> {
         let mut summary = StepSummary { items: Vec::with_capacity(reserved.len()), slots_read: output.slots_read };
+        self.totals.layer_rows += output.layer_rows;
+        let leads = self.leads(&reserved, &output.fates);
         for (i, r) in reserved.into_iter().enumerate() {
-            let answer = r.query.and_then(|q| output.answers[q].take());
+            let mut answer = r.query.and_then(|q| output.answers[q].take());
+            if let (Some(answer), Some(layers)) = (&mut answer, output.layers.get_mut(i)) {
+                answer.layers = std::mem::take(layers);
+            }
             let is_decode = self.tree.get(r.branch)?.num_generated > 0 && r.num_new_tokens == 1;
-            summary.items.push(StepItem { branch: r.branch, num_tokens: r.num_new_tokens, is_decode });
+            let num_layers = match output.fates[i] {
+                Fate::Done | Fate::River(_) => self.model.num_layers as u32,
+                Fate::Dropped(layer) | Fate::Stopped(layer) | Fate::Aliased { layer, .. } => layer,
+            };
+            let item = StepItem { branch: r.branch, num_tokens: r.num_new_tokens, num_layers, is_decode };
+            summary.items.push(item);
             self.totals.tokens_computed += r.num_new_tokens as u64;
             match output.fates[i] {
                 Fate::Done => self.commit_kv(&r, BlockState::Exact)?,
                 Fate::River(_) => self.commit_kv(&r, BlockState::River)?,
                 Fate::Dropped(layer) | Fate::Stopped(layer) => {
                     self.commit_exit(r, layer, answer)?;
+                    continue;
+                }
+                Fate::Aliased { .. } => {
+                    self.tree.get_mut(r.branch)?.table.rollback(&mut self.pool)?;
                     continue;
                 }
             }
@@ -340,10 +363,22 @@ impl Engine {
                 self.commit_answer(r.branch, answer)?;
             }
         }
+        for (branch, to, layer) in leads {
+            self.alias(branch, to, layer)?;
+        }
         self.materialise_ready()?;
         self.totals.steps += 1;
         debug_assert!(self.check_integrity().is_ok());
         Ok(summary)
+    }
+
+    /// Branches that gave way in this pass, to whom, after which layer.
+    fn leads(&self, reserved: &[Reserved], fates: &[Fate]) -> Vec<(BranchId, BranchId, u32)> {
+        let lead = |(r, fate): (&Reserved, &Fate)| match *fate {
+            Fate::Aliased { layer, to } => Some((r.branch, reserved[to].branch, layer)),
+            _ => None,
+        };
+        reserved.iter().zip(fates).filter_map(lead).collect()
     }
 
     /// The KV of the new tokens is valid. Its state is the weakest of all the row attended to.

@@ -92,9 +92,15 @@ impl LiveRows {
             .collect()
     }
 
-    /// Live sequences a gate with this effect may ask: those in the river stay there.
-    pub(super) fn eligible(&self, effect: Effect) -> Vec<usize> {
-        (0..self.seqs.len()).filter(|&i| effect != Effect::River || !self.seqs[i].river).collect()
+    /// Where a sequence of the batch is among the live ones, if a gate with this effect may ask it: those in the river
+    /// stay there.
+    pub(super) fn eligible(&self, seq: usize, effect: Effect) -> Option<usize> {
+        self.seqs.iter().position(|s| s.seq == seq && (effect != Effect::River || !s.river))
+    }
+
+    /// The batch row of a live sequence's last token.
+    pub(super) fn batch_last_row(&self, seq: usize) -> Option<usize> {
+        self.seqs.iter().find(|s| s.seq == seq).map(|s| s.batch_rows.end - 1)
     }
 
     pub(super) fn seq_of(&self, live_seq: usize) -> usize {
@@ -124,8 +130,9 @@ impl LiveRows {
         for (i, mut seq) in old.into_iter().enumerate() {
             if fired.binary_search(&i).is_ok() {
                 match effect {
-                    Effect::Drop | Effect::Stop => continue,
+                    Effect::Drop | Effect::Stop | Effect::Alias => continue,
                     Effect::River => seq.river = true,
+                    Effect::Observe => {}
                 }
             }
             if seq.river { river.push(seq) } else { backbone.push(seq) }
