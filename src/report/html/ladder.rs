@@ -15,7 +15,7 @@ const TOKENS: [Series; 3] = [
 pub(super) fn section(data: &ReportData<'_>) -> Section {
     let mut section = Section::new("ladder", "Policies against each other");
     let Some(ladder) = data.ladder else {
-        return section.absent("One policy was run, so there is no ladder.");
+        return section.absent("There is no ladder: only a run of several policies to its end has one.");
     };
     section.lead = lead(ladder);
     section.figures.push(latency(ladder));
