@@ -135,6 +135,7 @@ fn other_words() -> PromptPack {
         answer_pattern: "= <([^>]*)>".into(),
         step_delimiter: "\n".into(),
         stops: vec![],
+        trial: None,
     }
 }
 

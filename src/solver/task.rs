@@ -36,6 +36,11 @@ pub trait Task: Send {
     fn end_tokens(&self) -> &[u32];
     /// Watches one branch for the strings that end a solution early; `None` when there are none.
     fn stop_scanner(&self) -> Option<StopScanner>;
+    /// Watches one branch for the end of a step; `None` when the task has no text, or an empty delimiter. `delimiter`
+    /// stands in for the task's own.
+    fn step_scanner(&self, delimiter: Option<&str>) -> Option<StopScanner>;
+    /// Elicits the answer behind a step; `None` when the task has no words for that.
+    fn trial(&self) -> Option<&[u32]>;
     /// Asks for the verdict behind a solution.
     fn verify_suffix(&self) -> &[u32];
     /// A verification prompt that stands alone.
@@ -59,6 +64,7 @@ pub struct CompiledPack {
     yes: Vec<u32>,
     no: Vec<u32>,
     end_tokens: Vec<u32>,
+    trial: Option<Vec<u32>>,
     prefix: String,
 }
 
@@ -85,6 +91,7 @@ impl CompiledPack {
             yes: spellings("yes", &pack.yes)?,
             no: spellings("no", &pack.no)?,
             end_tokens: end_tokens.to_vec(),
+            trial: pack.trial.as_deref().map(|text| tokenizer.encode(text)).transpose()?,
             prefix: prefix.to_string(),
             branches,
             pack,
@@ -164,6 +171,15 @@ impl Task for TextTask {
     fn stop_scanner(&self) -> Option<StopScanner> {
         let stops = &self.pack.pack.stops;
         (!stops.is_empty()).then(|| StopScanner::new(self.pack.tokenizer.decoder(), stops.clone()))
+    }
+
+    fn step_scanner(&self, delimiter: Option<&str>) -> Option<StopScanner> {
+        let delimiter = delimiter.unwrap_or(&self.pack.pack.step_delimiter);
+        (!delimiter.is_empty()).then(|| StopScanner::new(self.pack.tokenizer.decoder(), vec![delimiter.to_string()]))
+    }
+
+    fn trial(&self) -> Option<&[u32]> {
+        self.pack.trial.as_deref()
     }
 
     fn verify_suffix(&self) -> &[u32] {
@@ -257,6 +273,12 @@ impl Task for SyntheticTask {
         &[]
     }
     fn stop_scanner(&self) -> Option<StopScanner> {
+        None
+    }
+    fn step_scanner(&self, _delimiter: Option<&str>) -> Option<StopScanner> {
+        None
+    }
+    fn trial(&self) -> Option<&[u32]> {
         None
     }
     fn verify_suffix(&self) -> &[u32] {

@@ -14,6 +14,7 @@ mod generate;
 mod inspect;
 mod plan;
 mod score;
+mod search;
 mod solve;
 
 use std::io::Write;
