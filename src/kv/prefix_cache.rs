@@ -11,6 +11,8 @@
 //! index never names another node than the one its children were hung under; a leaf is among `leaves` exactly while
 //! it is not locked. The cache never writes a block, and by owning it makes it read-only for every table.
 
+mod forget;
+
 use std::collections::{BTreeMap, HashMap};
 
 use super::block_pool::{BlockId, BlockPool, BlockState, next_owner};

@@ -6,6 +6,8 @@ mod kernels;
 mod ladder;
 mod passes;
 mod roof;
+mod tree;
+mod trial;
 
 use clap::{Args, Subcommand};
 use rksc::DType;
@@ -25,6 +27,8 @@ pub(crate) enum Command {
     Agree(Box<agree::Args>),
     /// What this machine can do at most: memory, and the linear op at each SIMD level.
     Roof(roof::Args),
+    Tree(Box<tree::Args>),
+    Trial(Box<trial::Args>),
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
@@ -36,6 +40,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Kernels(args) => kernels::run(args),
         Command::Agree(args) => agree::run(args),
         Command::Roof(args) => roof::run(args),
+        Command::Tree(args) => tree::run(args),
+        Command::Trial(args) => trial::run(args),
     }
 }
 
