@@ -388,7 +388,7 @@ mod tests {
             winner: 0,
             latency_ms,
             phase_ms: PhaseMs::default(),
-            tokens: TokenCounts { prefill: 10, decode: 2, verify: 1 },
+            tokens: TokenCounts { prefill: 10, decode: 2, verify: 1, ..TokenCounts::default() },
             verify: VerifyOutcome::default(),
             blocks_peak: 7,
             blocks_shared: 3,

@@ -240,7 +240,7 @@ pub(crate) fn exit(result: anyhow::Result<()>) -> ExitCode {
 }
 
 /// The error and its causes, without those that the one before has quoted.
-fn message(error: &anyhow::Error) -> String {
+pub(crate) fn message(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if text.is_empty() {
