@@ -44,7 +44,7 @@ pub use crate::model::LayerRow;
 pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
 pub(crate) use gating::BranchGate;
 pub use gating::GroupSimilarity;
-pub use stats::{BranchStats, EngineStats, ModelInfo, StepItem, StepSummary};
+pub use stats::{BranchStats, EngineStats, MemoryUse, ModelInfo, StepItem, StepSummary};
 
 /// How a root takes part in the prefix cache, and how its draws are keyed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,10 +10,13 @@
 //! them to their end, verifies and selects. A problem without a tree is such a run from its beginning.
 
 use super::beam::{self, LevelNode, NodeFate, SearchConfig, StepScore};
+use super::candidate::{Candidate, generate_params};
 use super::config::SolverConfig;
-use super::run::{Candidate, Run, generate_params, yes_share};
+use super::prompts::Prompts;
+use super::run::Run;
 use super::steps::StepWatch;
 use super::task::Task;
+use super::verdicts::yes_share;
 use crate::engine::{BranchId, EndReason, Engine, StepItem};
 use crate::error::Result;
 use crate::report::{BranchResult, NodeEnd, NodeResult, ProblemResult};
@@ -163,6 +166,29 @@ impl Search {
             Some(growth) => growth.on_verdict(engine, branch),
             None => self.run.on_ready(engine, branch),
         }
+    }
+
+    /// A prompt of this problem has become another's: its branches' prompts are as long as that one.
+    pub(super) fn on_aliased(&mut self, engine: &Engine, root: BranchId) -> Result<()> {
+        let Some(wording) = self.run.prompts.wording_of(root) else { return Ok(()) };
+        let longer = self.run.prompts.on_aliased(engine, wording)?;
+        let growing = self.growth.iter_mut().flat_map(|g| g.level.iter_mut().map(|g| &mut g.candidate));
+        for c in self.run.branches.iter_mut().chain(growing).filter(|c| c.wording == wording) {
+            c.prompt_len = c.prompt_len.saturating_add_signed(longer);
+        }
+        Ok(())
+    }
+
+    pub(super) fn prompts(&self) -> &Prompts {
+        &self.run.prompts
+    }
+
+    pub(super) fn prompts_mut(&mut self) -> &mut Prompts {
+        &mut self.run.prompts
+    }
+
+    pub(super) fn sample_memory(&mut self, engine: &Engine) {
+        self.run.sample_memory(engine);
     }
 
     /// Between two steps: the end of steps, of levels, and what the run has to decide.
@@ -452,7 +478,7 @@ fn node_end(reason: EndReason) -> NodeEnd {
         EndReason::EndToken => NodeEnd::Answered,
         EndReason::Length | EndReason::Context => NodeEnd::Length,
         EndReason::Stopped => NodeEnd::Stopped,
-        EndReason::Dropped | EndReason::NonFinite => NodeEnd::Failed,
+        EndReason::Dropped | EndReason::NonFinite | EndReason::Merged => NodeEnd::Failed,
     }
 }
 

@@ -2,8 +2,8 @@
 //! stops and the fork takes its place. The branch decodes on meanwhile, and what it said behind the delimiter is then
 //! dropped.
 
+use super::candidate::Candidate;
 use super::config::SolverConfig;
-use super::run::Candidate;
 use super::steps::StepWatch;
 use super::task::Task;
 use crate::engine::{BranchId, EndReason, Engine, GenerateParams, StepItem};

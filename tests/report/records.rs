@@ -33,6 +33,7 @@ pub(crate) fn branch(idx: usize, answer: &str, draws: &mut Draws) -> BranchResul
         exit_layer: None,
         layers: Vec::new(),
         wording: 0,
+        merged_into: None,
         blocks_shared: 12,
         blocks_private: 3,
     }

@@ -61,15 +61,16 @@ impl From<NodeEnd> for End {
 
 impl End {
     /// Of a branch that no tree was recorded for.
-    fn of_branch(ended: Option<EndReason>) -> Self {
+    fn of_branch(b: &BranchResult) -> Self {
         let other = |key, words| Self { key, words, kind: words, other: None };
-        match ended {
+        match b.ended {
             Some(EndReason::EndToken) => NodeEnd::Answered.into(),
             Some(EndReason::Length) => NodeEnd::Length.into(),
             Some(EndReason::Stopped) => NodeEnd::Stopped.into(),
             Some(EndReason::NonFinite) => NodeEnd::Failed.into(),
             Some(EndReason::Dropped) => other("dropped", "dropped between layers"),
             Some(EndReason::Context) => other("context", "end of the context"),
+            Some(EndReason::Merged) => NodeEnd::Merged(b.merged_into.unwrap_or(b.branch)).into(),
             None => other("open", "still open"),
         }
     }
@@ -102,7 +103,7 @@ impl<'a> From<&'a BranchResult> for Node<'a> {
             score: b.score,
             answer: b.answer.as_deref(),
             text: &b.text,
-            end: End::of_branch(b.ended),
+            end: End::of_branch(b),
         }
     }
 }
