@@ -253,6 +253,15 @@ impl Engine {
         b.table.clear(&mut self.pool)
     }
 
+    /// Takes a branch out of the prefix cache: what only it and the cache hold is forgotten there, and nothing of it is
+    /// offered any more. For a branch that nobody will ask for again: pruned, it then leaves no cached block behind.
+    pub fn uncache(&mut self, branch: BranchId) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        b.num_cached_blocks = 0;
+        let Some(salt) = b.salt.take() else { return Ok(()) };
+        self.cache.forget(salt, &b.tokens, b.table.blocks(), &mut self.pool).map(|_| ())
+    }
+
     /// Prunes `merged` and gives its votes to `survivor`.
     pub fn merge(&mut self, survivor: BranchId, merged: BranchId) -> Result<()> {
         if survivor == merged {

@@ -62,7 +62,7 @@ pub struct TrialCounts {
     pub run: usize,
     /// Of those, how many took their branch's place.
     pub stood: usize,
-    /// Tokens computed on them; part of the decoded tokens and prompts.
+    /// Tokens computed on them; part of the decoded tokens.
     pub tokens: u64,
 }
 

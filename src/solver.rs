@@ -7,6 +7,8 @@ mod beam;
 mod config;
 mod run;
 mod search;
+#[cfg(test)]
+mod search_tests;
 pub mod select;
 mod steps;
 pub mod task;

@@ -20,11 +20,11 @@ use crate::report::{BranchResult, NodeEnd, NodeResult, ProblemResult};
 
 /// See the module text.
 pub(super) struct Search {
-    run: Run,
+    pub(super) run: Run,
     /// Every node ever made, parents first; empty without a tree.
     nodes: Vec<Node>,
     /// While a level before the last is open.
-    growth: Option<Growth>,
+    pub(super) growth: Option<Growth>,
 }
 
 struct Node {
@@ -52,13 +52,13 @@ struct Said {
 }
 
 /// A level before the last, and what waits for the end of the growth.
-struct Growth {
+pub(super) struct Growth {
     config: SearchConfig,
-    depth: usize,
-    level: Vec<Growing>,
+    pub(super) depth: usize,
+    pub(super) level: Vec<Growing>,
     /// Children of the level, while it is being closed.
     next: Vec<Growing>,
-    leaves: Vec<(usize, Candidate)>,
+    pub(super) leaves: Vec<(usize, Candidate)>,
     /// While the steps are scored by a verifier: (its branch, the node of the level it judges).
     verifiers: Option<Vec<(BranchId, usize)>>,
     /// Verdicts still to come.
@@ -66,10 +66,10 @@ struct Growth {
     num_yes: usize,
 }
 
-struct Growing {
-    node: usize,
-    parent: Option<usize>,
-    candidate: Candidate,
+pub(super) struct Growing {
+    pub(super) node: usize,
+    pub(super) parent: Option<usize>,
+    pub(super) candidate: Candidate,
     watch: StepWatch,
     /// It ended at a step delimiter, and can go on.
     is_open: bool,
@@ -308,8 +308,9 @@ fn close_level(
     config: &SolverConfig,
     task: &dyn Task,
 ) -> Result<()> {
-    while let Some((id, _)) = growth.verifiers.as_ref().and_then(|v| v.last()) {
-        engine.prune(*id)?;
+    while let Some(&(id, _)) = growth.verifiers.as_ref().and_then(|v| v.last()) {
+        engine.uncache(id)?;
+        engine.prune(id)?;
         growth.verifiers.as_mut().map(Vec::pop);
     }
     let scores: Vec<Option<f64>> =
@@ -326,17 +327,16 @@ fn close_level(
         nodes[g.node].score = score;
         nodes[g.node].said = g.said(&nodes[g.node], engine, ended)?;
     }
+    // Survivors may be pruned, and take the votes along: merge first.
     for (i, &fate) in fates.iter().enumerate() {
-        let id = growth.level[i].candidate.id;
-        match fate {
-            NodeFate::Merge(survivor) => {
-                engine.merge(growth.level[survivor].candidate.id, id)?;
-                growth.level[survivor].candidate.votes += growth.level[i].candidate.votes;
-            }
-            NodeFate::Leaf | NodeFate::Keep | NodeFate::Prune => {}
+        if let NodeFate::Merge(survivor) = fate {
+            engine.uncache(growth.level[i].candidate.id)?;
+            engine.merge(growth.level[survivor].candidate.id, growth.level[i].candidate.id)?;
+            growth.level[survivor].candidate.votes += growth.level[i].candidate.votes;
         }
     }
     for (i, _) in fates.iter().enumerate().filter(|(_, f)| **f == NodeFate::Prune) {
+        engine.uncache(growth.level[i].candidate.id)?;
         engine.prune(growth.level[i].candidate.id)?;
     }
     for (i, _) in fates.iter().enumerate().filter(|(_, f)| **f == NodeFate::Keep) {

@@ -85,6 +85,8 @@ pub(super) struct Point {
     pub(super) against: Option<f64>,
     /// At the right edge.
     pub(super) end: String,
+    /// As of a [`Series`].
+    pub(super) colour: &'static str,
 }
 
 /// Where a chart of points begins and what its upright line means.
@@ -145,14 +147,17 @@ fn point_row(p: &Point, x: &Scale, left: f64, top: f64) -> El {
     g = g.title(&words);
     g = g.child(label(left - 2.0, baseline, Anchor::End, &fitted(&p.name, left - 2.0)));
     if let Some([lo, hi]) = p.interval.filter(|i| i.iter().all(|v| v.is_finite())) {
-        g = g.child(line("interval", [x.at(lo), middle], [x.at(hi), middle]));
+        let class = format!("interval {}", p.colour);
+        g = g.child(line(&class, [x.at(lo), middle], [x.at(hi), middle]));
     }
     if let Some(against) = p.against.filter(|v| v.is_finite()) {
         let at = x.at(against);
-        g = g.child(line("against", [at, middle - 6.0], [at, middle + 6.0]));
+        g = g.child(line("against", [at, middle - 7.0], [at, middle + 7.0]));
     }
     if p.value.is_finite() {
-        g = g.child(El::new("circle").class("c1 dot").at("cx", x.at(p.value)).at("cy", middle).attr("r", 4));
+        g = g.child(
+            El::new("circle").class(&format!("{} dot", p.colour)).at("cx", x.at(p.value)).at("cy", middle).attr("r", 4),
+        );
     }
     g.child(label(WIDTH, baseline, Anchor::End, &p.end))
 }

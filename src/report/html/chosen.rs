@@ -2,8 +2,8 @@
 
 use crate::report::ProblemResult;
 
-/// Figures of single problems in a section.
-pub(super) const CHOSEN: usize = 6;
+/// Figures of single problems in a section: with the one of all problems two rows of three on a wide page.
+pub(super) const CHOSEN: usize = 5;
 
 /// A problem worth a figure, and why.
 #[derive(Clone, Copy)]
@@ -12,8 +12,8 @@ pub(super) struct Chosen<'a> {
     pub(super) why: &'static str,
 }
 
-/// At most [`CHOSEN`] of the problems that `has` something to show: up to half of them wrong ones, then slow ones, then
-/// the first; in the order of the run.
+/// At most [`CHOSEN`] of the problems for which `has` is true: three wrong ones, then slow ones, then the first; in the
+/// order of the run.
 pub(super) fn chosen(problems: &[ProblemResult], has: impl Fn(&ProblemResult) -> bool) -> Vec<Chosen<'_>> {
     let all: Vec<usize> = (0..problems.len()).filter(|&i| has(&problems[i])).collect();
     let mut taken: Vec<(usize, &'static str)> = Vec::new();
@@ -22,7 +22,7 @@ pub(super) fn chosen(problems: &[ProblemResult], has: impl Fn(&ProblemResult) ->
             taken.push((i, why));
         }
     };
-    for &i in all.iter().filter(|&&i| problems[i].correct == Some(false)).take(CHOSEN / 2) {
+    for &i in all.iter().filter(|&&i| problems[i].correct == Some(false)).take(CHOSEN / 2 + 1) {
         take(i, "wrong", &mut taken);
     }
     let mut slow = all.clone();
