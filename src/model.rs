@@ -7,24 +7,27 @@
 mod answer;
 pub mod family;
 pub(crate) mod fields;
+mod gating;
 mod live;
 mod load;
+mod mass;
 pub mod weights;
 
 use std::ops::Range;
 
 use crate::backend::{
-    AddRmsNorm, Backend, Counters, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, RopeAppend, RowIds,
-    RowStats, Sampled, SiluMul,
+    AddRmsNorm, Backend, Counters, Embed, KvCopyBlocks, KvTransfer, Linear, PagedAttention, RopeAppend, RowStats,
+    Sampled, SiluMul, Similarity,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gate::{Effect, GateSpec};
 use crate::kv::KvLayout;
 use crate::sampler::{DrawKey, SamplingParams};
 use crate::tree::RowAnswer;
 use family::ModelConfig;
+pub(crate) use gating::PassGate;
+use gating::{Exit, Watch};
 use live::LiveRows;
 use load::Loader;
 pub(crate) use load::workspace_bytes;
@@ -65,6 +68,19 @@ pub(crate) enum Fate {
     Stopped(u32),
     /// Its layers after this one used the second weight set.
     River(u32),
+    /// It left after this layer in favour of another sequence of the batch; nothing of it may be committed.
+    Aliased { layer: u32, to: usize },
+    /// It ran to the end with another sequence's KV in place of some of its own after this layer.
+    Mixed(u32),
+}
+
+/// What an inner layer would have said.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerRow {
+    /// After this layer, counted from 1.
+    pub layer: u32,
+    /// Statistics over the vocabulary or the watched tokens, as the gate says.
+    pub stats: RowStats,
 }
 
 /// The result of a pass.
@@ -74,13 +90,21 @@ pub(crate) struct PassOutput {
     pub(crate) answers: Vec<Option<RowAnswer>>,
     /// One per sequence.
     pub(crate) fates: Vec<Fate>,
+    /// What the probed layers said, one list a sequence; empty when no gate was set.
+    pub(crate) layers: Vec<Vec<LayerRow>>,
+    /// What each gate found that compares sequences.
+    pub(crate) similarities: Vec<Option<Similarity>>,
     /// KV slots attention reads in each layer before any gate, shared runs once.
     pub(crate) slots_read: usize,
+    /// What each of the batch's `blocks` received from the last row of its sequence; empty unless that was measured.
+    pub(crate) mass: Vec<f32>,
+    /// Rows in flight, summed over the layers.
+    pub(crate) layer_rows: u64,
 }
 
 /// A model with its KV cache on some device: all that the engine knows of both.
 pub(crate) trait Runner: Send {
-    fn run(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[GateSpec]) -> Result<PassOutput>;
+    fn run(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[PassGate<'_>]) -> Result<PassOutput>;
     /// Appends the bytes of one block, all layers, to `out`.
     fn read_block(&mut self, block: u32, out: &mut Vec<u8>) -> Result<()>;
     /// The inverse; returns the bytes taken.
@@ -124,6 +148,8 @@ pub(crate) struct Model<B: Backend> {
     /// The second weight set; empty when there is none.
     river: Vec<Layer<B>>,
     final_norm: B::Buf,
+    /// Stands in for a norm where rows are unembedded as they are; made when it is first needed.
+    no_norm: Option<B::Buf>,
     /// `None` when tied to `embed`.
     lm_head: Option<B::Matrix>,
     /// `[head_dim / 2]`.
@@ -193,6 +219,7 @@ impl<B: Backend> Model<B> {
             embed,
             layers,
             final_norm,
+            no_norm: None,
             lm_head,
             kv,
             ws,
@@ -206,7 +233,7 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    fn forward(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[GateSpec]) -> Result<PassOutput> {
+    fn forward(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[PassGate<'_>]) -> Result<PassOutput> {
         let live = LiveRows::new(batch);
         let (inputs, query_ids) = live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
         let slots_read = inputs.plan.slots_read();
@@ -217,27 +244,30 @@ impl<B: Backend> Model<B> {
             delta_pending: false,
             answers: vec![None; queries.len()],
             fates: vec![Fate::Done; batch.seqs.len()],
+            layers: vec![Vec::new(); if gates.is_empty() { 0 } else { batch.seqs.len() }],
             exits: Vec::new(),
+            watches: gates.iter().map(Watch::new).collect(),
+            mass: Vec::new(),
         };
-        let repeatable = gates.is_empty() && batch.copies.is_empty() && queries.len() <= self.ws.chunk;
+        let mut layer_rows = 0;
+        let repeatable =
+            gates.is_empty() && batch.copies.is_empty() && !batch.measures_mass && queries.len() <= self.ws.chunk;
         self.backend.begin_pass(&pass.inputs, repeatable)?;
         let hidden = self.config.hidden;
         self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden })?;
         for layer_idx in 0..self.config.num_layers {
+            layer_rows += pass.live.num_rows() as u64;
             self.decoder_layer(layer_idx, batch, &mut pass)?;
-            let after = layer_idx as u32 + 1;
-            if (after as usize) < self.config.num_layers {
-                for gate in gates.iter().filter(|g| g.layers.contains(&after)) {
-                    self.cut(gate, after, batch, queries, &mut pass)?;
-                }
-            }
+            self.probe_all(gates, layer_idx as u32 + 1, batch, queries, &mut pass)?;
             if pass.live.is_empty() {
                 break;
             }
         }
         self.flush_delta(&mut pass, None)?;
         self.answer(queries, &mut pass)?;
-        Ok(PassOutput { answers: pass.answers, fates: pass.fates, slots_read })
+        let similarities = pass.watches.into_iter().map(|w| w.similarity).collect();
+        let Pass { answers, fates, layers, mass, .. } = pass;
+        Ok(PassOutput { answers, fates, layers, similarities, slots_read, layer_rows, mass })
     }
 
     /// One layer for every row in flight, each with its weight set.
@@ -287,6 +317,11 @@ impl<B: Backend> Model<B> {
                 layout,
             })?;
         }
+        // Before the copies: what is transferred may stand in a block that a fork copies.
+        if pass.live.has_transfers() {
+            let (inputs, inv_freq) = (&pass.inputs, &self.inv_freq);
+            backend.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq, layout })?;
+        }
         if !batch.copies.is_empty() {
             backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
         }
@@ -301,6 +336,9 @@ impl<B: Backend> Model<B> {
             sm_scale: config.sm_scale(),
             layout,
         })?;
+        if batch.measures_mass && layer_idx == mass::layer(config) {
+            pass.mass = mass::measure(backend, ws, k_cache, (config, layout), (batch, &pass.live))?;
+        }
 
         // Output projection and MLP half.
         for (rows, set) in groups {
@@ -350,86 +388,10 @@ impl<B: Backend> Model<B> {
             eps: self.config.rms_norm_eps,
         })
     }
-
-    /// Lets one gate decide after layer `after`, and packs the rows that go on.
-    fn cut(
-        &mut self,
-        gate: &GateSpec,
-        after: u32,
-        batch: &Batch,
-        queries: &[RowQuery],
-        pass: &mut Pass<B>,
-    ) -> Result<()> {
-        let mut similarity = vec![f32::NAN; pass.live.num_rows()];
-        self.flush_delta(pass, Some(&mut similarity))?;
-        if gate.effect == Effect::River && self.river.is_empty() {
-            return Err(Error::config("gate", "effect river needs a second weight set"));
-        }
-        let eligible = pass.live.eligible(gate.effect);
-        let last_rows: Vec<(u32, f32)> =
-            eligible.iter().map(|&i| pass.live.last_row(i)).map(|row| (row as u32, similarity[row])).collect();
-        let fired: Vec<usize> =
-            gate.decide(&last_rows).iter().zip(&eligible).filter(|(fired, _)| **fired).map(|(_, &i)| i).collect();
-        if fired.is_empty() {
-            return Ok(());
-        }
-        for &i in &fired {
-            let seq = pass.live.seq_of(i);
-            pass.fates[seq] = match gate.effect {
-                Effect::Drop => Fate::Dropped(after),
-                Effect::Stop => Fate::Stopped(after),
-                Effect::River => Fate::River(after),
-            };
-            if gate.effect == Effect::Stop {
-                self.keep_exit_rows(i, batch, queries, pass)?;
-            }
-        }
-        let kept = pass.live.apply(gate.effect, &fired);
-        let (inputs, query_ids) = pass.live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
-        pass.inputs = self.backend.stage(inputs)?;
-        pass.query_ids = query_ids;
-        self.backend.gather_rows(GatherRows {
-            rows: RowIds::Given(&kept),
-            src: &self.ws.x,
-            dst: &mut self.ws.x_alt,
-            dst_row: 0,
-            width: self.config.hidden,
-        })?;
-        std::mem::swap(&mut self.ws.x, &mut self.ws.x_alt);
-        Ok(())
-    }
-
-    /// Copies the queried rows of a sequence that leaves with an answer.
-    fn keep_exit_rows(
-        &mut self,
-        live_seq: usize,
-        batch: &Batch,
-        queries: &[RowQuery],
-        pass: &mut Pass<B>,
-    ) -> Result<()> {
-        let seq = &batch.seqs[pass.live.seq_of(live_seq)];
-        let first_live = pass.live.first_row(live_seq);
-        let (ids, rows): (Vec<usize>, Vec<u32>) = queries
-            .iter()
-            .enumerate()
-            .filter(|(_, q)| seq.rows.contains(&q.row))
-            .map(|(i, q)| (i, (first_live + q.row - seq.rows.start) as u32))
-            .unzip();
-        let mut dst = self.backend.alloc(DType::F32, rows.len() * self.config.hidden)?;
-        self.backend.gather_rows(GatherRows {
-            rows: RowIds::Given(&rows),
-            src: &self.ws.x,
-            dst: &mut dst,
-            dst_row: 0,
-            width: self.config.hidden,
-        })?;
-        pass.exits.push((ids, dst));
-        Ok(())
-    }
 }
 
 impl<B: Backend> Runner for Model<B> {
-    fn run(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[GateSpec]) -> Result<PassOutput> {
+    fn run(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[PassGate<'_>]) -> Result<PassOutput> {
         if batch.num_rows() > self.max_rows {
             return Err(Error::Internal(format!("a pass of {} rows; at most {}", batch.num_rows(), self.max_rows)));
         }
@@ -487,8 +449,13 @@ struct Pass<B: Backend> {
     delta_pending: bool,
     answers: Vec<Option<RowAnswer>>,
     fates: Vec<Fate>,
-    /// Residual rows of sequences that stopped: (query ids, rows).
-    exits: Vec<(Vec<usize>, B::Buf)>,
+    /// What the probed layers said, one list a sequence.
+    layers: Vec<Vec<LayerRow>>,
+    exits: Vec<Exit<B>>,
+    /// One a gate.
+    watches: Vec<Watch<B>>,
+    /// See [`PassOutput::mass`].
+    mass: Vec<f32>,
 }
 
 type Groups = Vec<(Range<usize>, WeightSet)>;

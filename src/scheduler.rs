@@ -21,6 +21,8 @@ pub struct Candidate {
     pub computed: usize,
     /// It gave up its blocks before; it comes back only when it can stay.
     pub preempted: bool,
+    /// Branches of one group run all their pending tokens in one pass, or none.
+    pub group: Option<usize>,
     /// Blocks it may still ask for after this step, at most.
     pub growth_blocks: usize,
 }
@@ -74,47 +76,122 @@ pub fn decide(candidates: &[Candidate], holders: &[Holder], budget: Budget) -> D
     if candidates.is_empty() {
         return Decision::Idle;
     }
-    let num_decodes = candidates.iter().filter(|c| c.pending == 1).count();
-    let mut prefill_tokens = budget.max_tokens.saturating_sub(num_decodes);
-    let mut decode_tokens = budget.max_tokens - prefill_tokens;
-    let mut free = budget.free_blocks;
-    let mut reserved_growth = 0;
-    let mut items: Vec<PlanItem> = Vec::new();
+    let mut division = Division::new(candidates, holders, budget);
     for c in candidates {
-        let tokens_left = if c.pending == 1 { &mut decode_tokens } else { &mut prefill_tokens };
-        let computed_by = |items: &[PlanItem], branch: usize| {
-            let planned = items.iter().find(|i| i.branch == branch).map_or(0, |i| i.num_new_tokens);
-            candidates.iter().find(|o| o.branch == branch).map(|o| o.computed + planned)
+        let verdict = match c.group {
+            None => division.admit(c),
+            Some(group) => division.admit_group(c, group),
         };
-        if c.after.is_some_and(|(parent, at)| computed_by(&items, parent).is_some_and(|done| done < at)) {
-            continue;
+        match verdict {
+            Verdict::Next => {}
+            Verdict::NoBlocks if division.items.is_empty() => return division.take_from_others(c),
+            Verdict::NoBlocks => break, // everyone else waits for the oldest
         }
-        let wanted = c.pending.min(*tokens_left);
-        if wanted == 0 {
-            continue;
-        }
-        let needed = blocks_for(c, wanted, budget.block_size);
-        if c.preempted && !items.is_empty() && needed + c.growth_blocks + reserved_growth > free {
-            continue;
-        }
-        let tokens = if needed <= free { wanted } else { tokens_that_fit(c, free, budget.block_size).min(wanted) };
-        if tokens == 0 {
-            // Only the oldest may take blocks from others: everyone else waits for it.
-            if items.is_empty() {
-                return match victim(holders, c.branch) {
-                    Some(branch) => Decision::Preempt(branch),
-                    None => Decision::Stuck(c.branch),
-                };
-            }
-            break;
-        }
-        let num_blocks = blocks_for(c, tokens, budget.block_size);
-        free -= num_blocks;
-        reserved_growth += c.growth_blocks;
-        *tokens_left -= tokens;
-        items.push(PlanItem { branch: c.branch, num_new_tokens: tokens, num_blocks });
     }
-    if items.is_empty() { Decision::Stuck(candidates[0].branch) } else { Decision::Run(items) }
+    if division.items.is_empty() { Decision::Stuck(candidates[0].branch) } else { Decision::Run(division.items) }
+}
+
+/// What has been given away so far, and what is left.
+struct Division<'a> {
+    candidates: &'a [Candidate],
+    holders: &'a [Holder],
+    block_size: usize,
+    prefill_tokens: usize,
+    decode_tokens: usize,
+    free_blocks: usize,
+    /// Blocks that those who run may still ask for.
+    reserved_growth: usize,
+    items: Vec<PlanItem>,
+}
+
+enum Verdict {
+    /// It runs, or waits for something that is no block.
+    Next,
+    /// It could run if it had blocks.
+    NoBlocks,
+}
+
+impl<'a> Division<'a> {
+    fn new(candidates: &'a [Candidate], holders: &'a [Holder], budget: Budget) -> Self {
+        let num_decodes = candidates.iter().filter(|c| c.pending == 1).count();
+        let prefill_tokens = budget.max_tokens.saturating_sub(num_decodes);
+        Self {
+            candidates,
+            holders,
+            block_size: budget.block_size,
+            prefill_tokens,
+            decode_tokens: budget.max_tokens - prefill_tokens,
+            free_blocks: budget.free_blocks,
+            reserved_growth: 0,
+            items: Vec::new(),
+        }
+    }
+
+    /// Gives one branch as much as there is.
+    fn admit(&mut self, c: &Candidate) -> Verdict {
+        let tokens_left = if c.pending == 1 { self.decode_tokens } else { self.prefill_tokens };
+        let wanted = c.pending.min(tokens_left);
+        if wanted == 0 || self.waits_for_parent(c) {
+            return Verdict::Next;
+        }
+        let needed = blocks_for(c, wanted, self.block_size);
+        if c.preempted && !self.items.is_empty() && needed + c.growth_blocks + self.reserved_growth > self.free_blocks {
+            return Verdict::Next;
+        }
+        let fitting = || tokens_that_fit(c, self.free_blocks, self.block_size).min(wanted);
+        match if needed <= self.free_blocks { wanted } else { fitting() } {
+            0 => return Verdict::NoBlocks,
+            tokens => self.give(c, tokens),
+        }
+        Verdict::Next
+    }
+
+    /// Gives a whole group what it needs, when its first member comes up, or nothing.
+    fn admit_group(&mut self, c: &Candidate, group: usize) -> Verdict {
+        let members: Vec<&Candidate> = self.candidates.iter().filter(|o| o.group == Some(group)).collect();
+        let is_first = members.first().is_some_and(|m| m.branch == c.branch);
+        let tokens: usize = members.iter().map(|m| m.pending).sum();
+        let room = self.prefill_tokens + members.iter().filter(|m| m.pending == 1).count();
+        if !is_first || tokens > room || members.iter().any(|m| self.waits_for_parent(m)) {
+            return Verdict::Next;
+        }
+        let blocks: usize = members.iter().map(|m| blocks_for(m, m.pending, self.block_size)).sum();
+        if blocks > self.free_blocks {
+            return Verdict::NoBlocks;
+        }
+        members.iter().for_each(|m| self.give(m, m.pending));
+        Verdict::Next
+    }
+
+    /// The branch it starts from has not come far enough, this step's share included.
+    fn waits_for_parent(&self, c: &Candidate) -> bool {
+        let Some((parent, at)) = c.after else { return false };
+        let planned = self.items.iter().find(|i| i.branch == parent).map_or(0, |i| i.num_new_tokens);
+        let parent = self.candidates.iter().find(|o| o.branch == parent);
+        parent.is_some_and(|p| p.computed + planned < at)
+    }
+
+    fn give(&mut self, c: &Candidate, tokens: usize) {
+        let num_blocks = blocks_for(c, tokens, self.block_size);
+        self.free_blocks -= num_blocks;
+        self.reserved_growth += c.growth_blocks;
+        let tokens_left = if c.pending == 1 { &mut self.decode_tokens } else { &mut self.prefill_tokens };
+        *tokens_left -= tokens;
+        self.items.push(PlanItem { branch: c.branch, num_new_tokens: tokens, num_blocks });
+    }
+
+    /// Only the oldest may take blocks from others, and never from its own group.
+    fn take_from_others(&self, c: &Candidate) -> Decision {
+        let is_own = |h: &Holder| {
+            let group = self.candidates.iter().find(|o| o.branch == h.branch).and_then(|o| o.group);
+            group.is_some() && group == c.group
+        };
+        let outsiders: Vec<Holder> = self.holders.iter().filter(|h| !is_own(h)).copied().collect();
+        match victim(&outsiders, c.branch) {
+            Some(branch) => Decision::Preempt(branch),
+            None => Decision::Stuck(c.branch),
+        }
+    }
 }
 
 /// Idle branches first, then the youngest; never the branch that asks.
@@ -144,6 +221,7 @@ mod tests {
             after: None,
             computed: 0,
             preempted: false,
+            group: None,
             growth_blocks: 0,
         }
     }
@@ -192,6 +270,23 @@ mod tests {
     fn younger_branches_wait_instead_of_preempting() {
         let d = decide(&[candidate(0, 1), candidate(1, 40)], &[Holder { branch: 0, runnable: true }], budget(99, 1));
         assert_eq!(shares(&d), [(0, 1)]);
+    }
+
+    #[test]
+    fn a_group_runs_whole_or_not_at_all() {
+        let member = |branch, pending| Candidate { group: Some(7), ..candidate(branch, pending) };
+        let (a, b) = (member(1, 40), member(2, 50));
+        assert_eq!(shares(&decide(&[a.clone(), b.clone()], &[], budget(90, 9))), [(1, 40), (2, 50)]);
+        // Too many tokens beside an older prompt: the group waits, a younger one does not.
+        let d = decide(&[candidate(0, 20), a.clone(), b.clone(), candidate(3, 9)], &[], budget(90, 99));
+        assert_eq!(shares(&d), [(0, 20), (3, 9)]);
+        // Too few blocks: it takes them from outsiders only.
+        let holders = [Holder { branch: 2, runnable: true }, Holder { branch: 5, runnable: true }];
+        assert_eq!(decide(&[a.clone(), b.clone()], &holders, budget(90, 6)), Decision::Preempt(5));
+        assert_eq!(decide(&[a.clone(), b.clone()], &holders[..1], budget(90, 6)), Decision::Stuck(1));
+        // A member that waits for its parent keeps the others waiting.
+        let waiting = Candidate { after: Some((0, 60)), ..b };
+        assert_eq!(shares(&decide(&[candidate(0, 60), a, waiting], &[], budget(40, 99))), [(0, 40)]);
     }
 
     #[test]

@@ -4,12 +4,15 @@
 //! is the only one that edits it, and only when a step commits.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::backend::RowStats;
+use crate::engine::{BranchGate, GroupSimilarity};
 use crate::error::{Error, Result};
 use crate::kv::block_pool::BlockState;
 use crate::kv::block_table::BlockTable;
+use crate::model::LayerRow;
 use crate::sampler::SamplingParams;
 
 /// Handle of a branch. A handle of a pruned branch stays invalid for ever, and one of another engine was never valid:
@@ -78,6 +81,8 @@ pub struct RowAnswer {
     pub watched: Vec<f32>,
     /// The most likely tokens with their natural-log probabilities, when asked for.
     pub top: Vec<(u32, f32)>,
+    /// What the probed layers below it said, shallow first.
+    pub layers: Vec<LayerRow>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -112,6 +117,8 @@ pub(crate) struct Branch {
     pub(crate) num_generated: usize,
     /// `tokens[..num_computed]` have their KV in `table` (or in swap).
     pub(crate) num_computed: usize,
+    /// `tokens[..num_lost]` were computed before and evicted since; what of them runs is computed again.
+    pub(crate) num_lost: usize,
     pub(crate) table: BlockTable,
     pub(crate) fork_point: Option<ForkPoint>,
     /// The weakest state of anything it attended to.
@@ -138,6 +145,9 @@ pub(crate) struct Branch {
     /// Swapped-out blocks of a branch that cannot be recomputed exactly.
     pub(crate) swapped: Option<SwappedBlocks>,
     pub(crate) exit_layer: Option<u32>,
+    /// Set for the pass that computes its last pending token.
+    pub(crate) gate: Option<Arc<BranchGate>>,
+    pub(crate) similarity: Option<Arc<GroupSimilarity>>,
 }
 
 /// The blocks of a swapped-out branch, in table order.
@@ -160,6 +170,7 @@ impl Branch {
             tokens,
             num_generated: 0,
             num_computed: 0,
+            num_lost: 0,
             table,
             fork_point: None,
             state: BlockState::Exact,
@@ -178,6 +189,8 @@ impl Branch {
             rests: false,
             swapped: None,
             exit_layer: None,
+            gate: None,
+            similarity: None,
         }
     }
 

@@ -48,7 +48,7 @@ fn bits(e: &Engine, id: BranchId) -> Vec<u32> {
 
 fn rows(e: &mut Engine, gates: &[GateSpec]) -> (Vec<BranchId>, Vec<Vec<u32>>) {
     let ids = branches(e);
-    e.set_gates(gates);
+    e.set_gates(gates).unwrap();
     e.step().unwrap();
     e.check_integrity().unwrap();
     let rows = ids.iter().map(|&id| bits(e, id)).collect();
@@ -62,7 +62,7 @@ fn dropped_rows_return_their_blocks_and_survivors_keep_their_bits() {
     let ids = branches(&mut e);
     let used = e.engine_stats().blocks_used;
     let before: Vec<BranchStats> = ids.iter().map(|&id| e.stats(id).unwrap()).collect();
-    e.set_gates(&[gate(2, 2, 1, Effect::Drop)]);
+    e.set_gates(&[gate(2, 2, 1, Effect::Drop)]).unwrap();
     e.step().unwrap();
     e.check_integrity().unwrap();
     for (i, &id) in ids.iter().enumerate() {
@@ -125,7 +125,7 @@ fn drop_stop_and_river_work_in_one_pass() {
     let ids = branches(&mut e);
     // After layer 2 rows 1, 3, 5, 7 leave; of the four left, rows 1 and 3 (branches 2 and 6) move to the river, which
     // puts them behind branches 0 and 4; after layer 5 the first row (branch 0) stops.
-    e.set_gates(&[gate(2, 2, 1, Effect::Drop), gate(3, 2, 1, Effect::River), gate(5, 99, 0, Effect::Stop)]);
+    e.set_gates(&[gate(2, 2, 1, Effect::Drop), gate(3, 2, 1, Effect::River), gate(5, 99, 0, Effect::Stop)]).unwrap();
     e.step().unwrap();
     e.check_integrity().unwrap();
     assert_eq!(bits(&e, ids[0]), shallow[0]);
@@ -147,7 +147,7 @@ fn river_blocks_never_enter_the_prefix_cache_and_survive_preemption_bit_for_bit(
         let id = e.prefill(&prompt, PrefillOptions::default()).unwrap();
         e.step().unwrap();
         let cached = e.engine_stats().blocks_cached;
-        e.set_gates(&[gate(3, 1, 0, Effect::River)]);
+        e.set_gates(&[gate(3, 1, 0, Effect::River)]).unwrap();
         e.start(id, GenerateParams { max_new_tokens: 40, ..Default::default() }).unwrap();
         for _ in 0..30 {
             e.step().unwrap();
@@ -172,11 +172,11 @@ fn a_river_gate_without_a_second_set_is_refused_and_changes_nothing() {
     let mut e = whole();
     let ids = branches(&mut e);
     let used = e.engine_stats().blocks_used;
-    e.set_gates(&[gate(3, 1, 0, Effect::River)]);
+    e.set_gates(&[gate(3, 1, 0, Effect::River)]).unwrap();
     assert!(e.step().unwrap_err().to_string().contains("second weight set"));
     assert_eq!(e.engine_stats().blocks_used, used);
     e.check_integrity().unwrap();
-    e.set_gates(&[]);
+    e.set_gates(&[]).unwrap();
     e.step().unwrap();
     assert!(ids.iter().all(|&id| e.stats(id).unwrap().num_computed_tokens == 39));
 }

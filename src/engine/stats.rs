@@ -48,12 +48,21 @@ fn state_name<S: serde::Serializer>(state: &BlockState, s: S) -> std::result::Re
 pub struct EngineStats {
     /// Passes run.
     pub steps: u64,
-    /// Tokens computed.
+    /// Tokens computed, through all layers or some.
     pub tokens_computed: u64,
+    /// Layers that tokens went through, in sum: `tokens_computed * layers` where no gate was at work.
+    pub layer_rows: u64,
     /// Prompt tokens found in the prefix cache instead.
     pub tokens_from_cache: u64,
     /// Times a branch gave up its blocks.
     pub preemptions: u64,
+    /// Of the computed tokens, those whose KV had been there before and was evicted: from the prefix cache, or with a
+    /// branch that gave way.
+    pub tokens_recomputed: u64,
+    /// Blocks freed to make room: taken from the prefix cache, or from a branch that gave way.
+    pub blocks_evicted: u64,
+    /// Their bytes.
+    pub bytes_evicted: u64,
     /// Live branches.
     pub branches: usize,
     /// KV blocks in all.
@@ -102,6 +111,8 @@ pub struct StepItem {
     pub branch: BranchId,
     /// Tokens computed for it.
     pub num_tokens: usize,
+    /// Layers they went through.
+    pub num_layers: u32,
     /// True when the token was one it had generated.
     pub is_decode: bool,
 }

@@ -1,7 +1,8 @@
 //! Where the queries are answered: final norm, unembedding, row statistics and draws of the chosen rows, one read-back
 //! a chunk when nothing but the most likely token is asked for.
 
-use super::{Draw, Model, Pass, RowQuery};
+use super::gating::Exit;
+use super::{Draw, Model, Pass, RowQuery, Workspace};
 use crate::backend::{
     AddRmsNorm, Backend, GatherRows, Linear, RowIds, RowStats, RowStatsOp, Sample, SampleRow, Sampled,
 };
@@ -33,19 +34,29 @@ impl<B: Backend> Model<B> {
         if ids.is_empty() {
             self.backend.end_pass()?;
         }
-        for (ids, x) in std::mem::take(&mut pass.exits) {
-            for (i, chunk) in ids.chunks(self.ws.chunk).enumerate() {
-                let rows: Vec<u32> = (0..chunk.len()).map(|r| (i * self.ws.chunk + r) as u32).collect();
-                self.backend.gather_rows(GatherRows {
-                    rows: RowIds::Given(&rows),
-                    src: &x,
-                    dst: &mut self.ws.out_x,
-                    dst_row: 0,
-                    width: self.config.hidden,
-                })?;
-                self.unembed(chunk.len())?;
-                self.interpret(queries, chunk, &mut pass.answers)?;
+        for exit in std::mem::take(&mut pass.exits) {
+            self.answer_exit(queries, &exit, &mut pass.answers)?;
+        }
+        Ok(())
+    }
+
+    /// Answers the queries of a sequence that stopped between two layers.
+    fn answer_exit(&mut self, queries: &[RowQuery], exit: &Exit<B>, answers: &mut [Option<RowAnswer>]) -> Result<()> {
+        for (i, chunk) in exit.query_ids.chunks(self.ws.chunk).enumerate() {
+            let rows: Vec<u32> = (0..chunk.len()).map(|r| (i * self.ws.chunk + r) as u32).collect();
+            self.backend.gather_rows(GatherRows {
+                rows: RowIds::Given(&rows),
+                src: &exit.rows,
+                dst: &mut self.ws.out_x,
+                dst_row: 0,
+                width: self.config.hidden,
+            })?;
+            if exit.raw {
+                self.unembed_raw(chunk.len())?
+            } else {
+                self.unembed(chunk.len())?
             }
+            self.interpret(queries, chunk, answers)?;
         }
         Ok(())
     }
@@ -53,19 +64,49 @@ impl<B: Backend> Model<B> {
     /// Final norm, logits and statistics of the first rows of `out_x`.
     fn unembed(&mut self, num_rows: usize) -> Result<()> {
         let Self { backend, config, ws, .. } = self;
-        let rows = 0..num_rows;
+        Self::norm_rows(backend, ws, num_rows, &self.final_norm, config.hidden, config.rms_norm_eps)?;
+        self.logits(num_rows)
+    }
+
+    /// The same without the norm: with an `eps` in which the mean square is lost, the norm divides every row by
+    /// sqrt(eps), and the weight multiplies it back.
+    fn unembed_raw(&mut self, num_rows: usize) -> Result<()> {
+        const SQRT_EPS: f32 = 1e6;
+        let Self { backend, config, ws, .. } = self;
+        let weight = match self.no_norm.take() {
+            Some(weight) => weight,
+            None => backend.upload(&vec![SQRT_EPS; config.hidden])?,
+        };
+        let normed = Self::norm_rows(backend, ws, num_rows, &weight, config.hidden, SQRT_EPS * SQRT_EPS);
+        self.no_norm = Some(weight);
+        normed?;
+        self.logits(num_rows)
+    }
+
+    fn norm_rows(
+        backend: &mut B,
+        ws: &mut Workspace<B>,
+        num_rows: usize,
+        weight: &B::Buf,
+        hidden: usize,
+        eps: f32,
+    ) -> Result<()> {
         backend.add_rms_norm(AddRmsNorm {
-            rows: rows.clone(),
+            rows: 0..num_rows,
             x: &mut ws.out_x,
             delta: None,
-            weight: Some(&self.final_norm),
+            weight: Some(weight),
             y: &mut ws.out_h,
             step_similarity: None,
-            hidden: config.hidden,
-            eps: config.rms_norm_eps,
-        })?;
+            hidden,
+            eps,
+        })
+    }
+
+    fn logits(&mut self, num_rows: usize) -> Result<()> {
+        let Self { backend, config, ws, .. } = self;
         let w = self.lm_head.as_ref().unwrap_or(&self.embed);
-        backend.linear(Linear { rows, x: &ws.out_h, w, bias: None, y: &mut ws.logits })?;
+        backend.linear(Linear { rows: 0..num_rows, x: &ws.out_h, w, bias: None, y: &mut ws.logits })?;
         backend.row_stats(RowStatsOp { logits: &ws.logits, num_rows, vocab: config.vocab_size })
     }
 

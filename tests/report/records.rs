@@ -3,7 +3,7 @@
 use rksc::engine::EndReason;
 use rksc::report::{
     BranchResult, LayerEntropy, MemorySample, NodeEnd, NodeResult, PhaseMs, ProblemResult, SimilarityRecord,
-    TokenCounts, VerifyOutcome,
+    TokenCounts, TrialCounts, VerifyOutcome,
 };
 
 /// Numbers in [0, 1) that are the same in every run.
@@ -29,6 +29,7 @@ pub(crate) fn branch(idx: usize, answer: &str, draws: &mut Draws) -> BranchResul
         score: Some(draws.next()),
         confidence: 0.6 + 0.4 * draws.next(),
         ended: Some(EndReason::EndToken),
+        votes: 1.0,
         exit_layer: None,
         layers: Vec::new(),
         wording: 0,
@@ -56,10 +57,11 @@ pub(crate) fn plain(idx: usize, branches: usize) -> ProblemResult {
         winner: 0,
         latency_ms: phase_ms.prefill + phase_ms.decode + phase_ms.verify + 1.5 * draws.next(),
         phase_ms,
-        tokens: TokenCounts { prefill: 900 + idx as u64, decode: 400, verify: 96 },
+        tokens: TokenCounts { prefill: 900 + idx as u64, decode: 400, verify: 96, ..TokenCounts::default() },
         verify,
         blocks_peak: 90 + idx % 11,
         blocks_shared: 60,
+        trials: TrialCounts::default(),
         branches: (0..branches)
             .map(|i| branch(i, if correct || i % 2 == 0 { "84" } else { "48" }, &mut draws))
             .collect(),

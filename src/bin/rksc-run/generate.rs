@@ -97,7 +97,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
                     choice.take(&mut engine, token, &params, args.stream)?;
                 }
                 EventKind::Ended(reason) => choice.end(reason, args.stream)?,
-                EventKind::Ready | EventKind::Preempted => {}
+                EventKind::Ready | EventKind::Preempted | EventKind::Aliased { .. } => {}
             }
         }
     }

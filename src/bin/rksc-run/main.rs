@@ -15,6 +15,7 @@ mod inspect;
 mod plan;
 mod report_file;
 mod score;
+mod search;
 mod solve;
 
 use std::io::Write;

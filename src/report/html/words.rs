@@ -71,6 +71,11 @@ fn decode_exit(c: &SolverConfig) -> Option<String> {
         DecodeExit::PerBranch => Some(format!("A branch stops when it is {lead}.")),
         DecodeExit::StopAll => Some(format!("All branches stop when the second is {lead}.")),
         DecodeExit::Decided => Some("Decoding stops once no open branch can change the vote.".into()),
+        DecodeExit::Trial => Some(format!(
+            "Decoding stops once no open branch can change the vote; after each step a fork is asked for the answer, and its \
+             branch stops where that is sure ({}).",
+            c.trial_rule.confidence
+        )),
     }
 }
 
