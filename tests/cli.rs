@@ -106,6 +106,10 @@ fn solve_json_is_one_object_with_the_promised_keys() {
     assert_eq!(report["policy"], "exact");
     let (peak, shared) = (report["blocks"]["peak"].as_u64().unwrap(), report["blocks"]["shared"].as_u64().unwrap());
     assert!(peak > shared && shared > 0, "{peak} {shared}");
+    let results = report["results"].as_array().unwrap();
+    assert_eq!(results.iter().map(|r| r["branches"].as_array().unwrap().len()).collect::<Vec<_>>(), [8, 8, 8]);
+    let prefill: u64 = results.iter().map(|r| r["tokens"]["prefill"].as_u64().unwrap()).sum();
+    assert_eq!(report["tokens"]["prefill"], prefill);
 }
 
 #[test]

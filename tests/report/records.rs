@@ -7,7 +7,7 @@ use rksc::report::{
 };
 
 /// Numbers in [0, 1) that are the same in every run.
-pub(crate) struct Draws(u64);
+pub(crate) struct Draws(pub(crate) u64);
 
 impl Draws {
     pub(crate) fn next(&mut self) -> f64 {

@@ -100,8 +100,8 @@ pub(super) struct PointAxis {
     pub(super) max: Option<f64>,
 }
 
-/// Draws `points` into `figure`, below what is there.
-pub(super) fn points(figure: &mut Figure, axis: PointAxis, rows: &[Point]) {
+/// Draws `rows` into `figure`, below what is there; says on which scale.
+pub(super) fn points(figure: &mut Figure, axis: PointAxis, rows: &[Point]) -> Scale {
     let top = figure.height;
     let left = names_width(rows.iter().map(|r| r.name.as_str()));
     let ends = rows.iter().map(|r| text_width(&r.end)).fold(0.0, f64::max);
@@ -126,6 +126,7 @@ pub(super) fn points(figure: &mut Figure, axis: PointAxis, rows: &[Point]) {
     }
     figure.add(plot);
     figure.height = bottom + 18.0;
+    x
 }
 
 fn bounds(p: &Point) -> [Option<f64>; 2] {

@@ -1,9 +1,13 @@
 //! Which problems are shown one by one when there are too many to show all.
 
+use super::markup::clipped;
 use crate::report::ProblemResult;
 
 /// Figures of single problems in a section: with the one of all problems two rows of three on a wide page.
 pub(super) const CHOSEN: usize = 5;
+
+/// Characters of an id in a title.
+const MAX_ID: usize = 48;
 
 /// A problem worth a figure, and why.
 #[derive(Clone, Copy)]
@@ -38,9 +42,10 @@ pub(super) fn chosen(problems: &[ProblemResult], has: impl Fn(&ProblemResult) ->
 impl Chosen<'_> {
     /// Its id, and what it was chosen for.
     pub(super) fn title(&self) -> String {
+        let id = clipped(&self.problem.id, MAX_ID);
         match self.why {
-            "" => self.problem.id.clone(),
-            why => format!("{} ({why})", self.problem.id),
+            "" => id,
+            why => format!("{id} ({why})"),
         }
     }
 }

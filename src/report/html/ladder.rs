@@ -107,7 +107,7 @@ fn tokens(ladder: &LadderReport) -> Figure {
 }
 
 fn accuracy(ladder: &LadderReport) -> Figure {
-    let note = "Right answers in per cent, with the 95 % Wilson interval. The axis does not begin at zero.";
+    let note = "Right answers in per cent, with the 95 % Wilson interval.";
     let mut figure = Figure::new("ladder-accuracy", "Accuracy", note);
     let row = |p: &ArmReport| {
         let value = p.accuracy? * 100.0;
@@ -115,7 +115,10 @@ fn accuracy(ladder: &LadderReport) -> Figure {
         Some(Point { name: p.policy.into(), value, interval, against: None, end: format!("{value:.1}"), colour: "c1" })
     };
     let rows: Vec<Point> = ladder.policies.iter().filter_map(row).collect();
-    points(&mut figure, PointAxis { zero: false, reference: None, max: Some(100.0) }, &rows);
+    let x = points(&mut figure, PointAxis { zero: false, reference: None, max: Some(100.0) }, &rows);
+    if x.domain[0] > 0.0 {
+        figure.note += " The axis does not begin at zero.";
+    }
     figure
 }
 

@@ -1,7 +1,7 @@
 //! Where a problem's time went: prefill, decode, verify, and what is left.
 
 use super::bars::{BINS, Point, PointAxis, Population, points, stacked};
-use super::markup::{count, short};
+use super::markup::{count, grouped, short};
 use super::plot::{Figure, Series};
 use super::{ReportData, Section};
 use crate::report::{LatencyMs, ProblemResult};
@@ -36,7 +36,7 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
         let note = format!(
             "Milliseconds. {} in order of latency, fastest first; a bar is the mean of {} of them.",
             count(problems.len(), "problem", "problems"),
-            if each.fract() == 0.0 { short(each) } else { format!("{} or {}", each.floor(), each.ceil()) }
+            if each.fract() == 0.0 { grouped(each) } else { format!("{} or {}", each.floor(), each.ceil()) }
         );
         ("latency-bins", "All problems", note)
     };

@@ -91,7 +91,7 @@ fn one_problem(chosen: Chosen<'_>) -> Figure {
         n if n > samples.len() => {
             format!("{} of {n} steps, the fullest of each run of them.", samples.len())
         }
-        n => format!("{n} steps."),
+        n => format!("{}.", count(n, "step", "steps")),
     };
     let mut figure = Figure::new("memory", chosen.title(), note).of_problem(&problem.id);
     let (marks, top) = key(&HELD, 0.0);

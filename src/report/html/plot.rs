@@ -111,13 +111,16 @@ fn step(span: f64, n: usize) -> f64 {
     nice.unwrap_or(10.0) * power
 }
 
-/// A short number for an axis: no more decimals than the ticks need.
+/// A short number for an axis: no more decimals than the ticks need, thousands and millions by letter.
 pub(super) fn tick_label(value: f64) -> String {
-    if value.abs() >= 1000.0 {
-        return short(value);
-    }
+    let (value, letter) = match value.abs() {
+        a if a >= 1e6 => (value / 1e6, "M"),
+        a if a >= 1e4 => (value / 1e3, "k"),
+        a if a >= 1e3 => return short(value),
+        _ => (value, ""),
+    };
     let text = format!("{value:.4}");
-    text.trim_end_matches('0').trim_end_matches('.').to_string()
+    format!("{}{letter}", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
 /// Estimated width in pixels, rather too wide than too narrow: nothing can measure it here.
@@ -241,8 +244,8 @@ mod tests {
 
     #[test]
     fn ticks_say_no_more_than_they_must() {
-        let labels: Vec<String> = [0.0, 0.25, 2.0, 1500.0, 0.1 + 0.2].map(tick_label).to_vec();
-        assert_eq!(labels, ["0", "0.25", "2", "1,500", "0.3"]);
+        let labels: Vec<String> = [0.0, 0.25, 2.0, 1500.0, 0.1 + 0.2, 2.5e6, 2e4].map(tick_label).to_vec();
+        assert_eq!(labels, ["0", "0.25", "2", "1,500", "0.3", "2.5M", "20k"]);
     }
 
     #[test]

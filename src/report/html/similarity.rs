@@ -166,11 +166,15 @@ impl Grid<'_> {
 
     /// Above the columns: the members' numbers.
     fn head(&self, order: &[usize]) -> Vec<El> {
-        let mut out = vec![label(self.names + self.cell / 2.0, 11.0, Anchor::Middle, "root").class("tick")];
-        let every = order.len().div_ceil(16);
+        let mut out = vec![label(self.names + self.cell, 11.0, Anchor::End, "root").class("tick")];
+        // Numbers of two digits need three of the narrowest columns.
+        let every = order.len().div_ceil(14);
         for (column, i) in order.iter().enumerate().filter(|(c, _)| c % every == 0) {
             let x = self.x(column) + self.cell / 2.0;
-            out.push(label(x, 11.0, Anchor::Middle, &i.to_string()).class("tick"));
+            let text = i.to_string();
+            if x + text_width(&text) / 2.0 <= WIDTH {
+                out.push(label(x, 11.0, Anchor::Middle, &text).class("tick"));
+            }
         }
         out
     }
@@ -208,7 +212,12 @@ impl Grid<'_> {
         if self.is_numbered() {
             let text = if v.is_finite() { format!("{v:.2}").replacen("0.", ".", 1) } else { "-".into() };
             let y = self.y(row) + self.cell / 2.0 + 3.0;
-            let class = if strength > 0.5 { "cell-text on-mark" } else { "cell-text" };
+            // Between the two, one colour scheme still takes its ink and the other its paper.
+            let class = match 0.06 + 0.94 * strength {
+                o if o > 0.86 => "cell-text on-mark",
+                o if o > 0.62 => "cell-text on-middle",
+                _ => "cell-text",
+            };
             out.push(label(x + (self.cell - 1.0) / 2.0, y, Anchor::Middle, &text).class(class));
         }
         out
