@@ -8,6 +8,7 @@
 //! | `linear` | y = x W^T (+ b) | \[T, in\] -> \[T, out\] |
 //! | `rope_append` | q/k norm, RoPE, write k and v to their slots | qkv \[T, (Hq + 2 Hkv) D\] -> q, KV cache |
 //! | `kv_copy_blocks` | copy-on-write of block heads | pairs of block ids |
+//! | `kv_transfer` | K and V of slots for other positions, K turned by the difference | pairs of slots |
 //! | `paged_attention` | plan-driven prefill, decode and shared segments | q -> o \[T, Hq, D\], lse \[T, Hq\] |
 //! | `silu_mul` | SwiGLU gate | \[T, 2 inter\] -> \[T, inter\] |
 //! | `gather_rows` | stable selection of rows between segments | \[T, hidden\] -> \[T', hidden\] |
@@ -32,10 +33,11 @@ use std::ops::Range;
 use crate::batch::AttentionPlan;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::kv::{BlockCopy, KvLayout};
+use crate::kv::{BlockCopy, KvLayout, SlotTransfer};
 use crate::model::weights::Tensor;
 use crate::sampler::{DrawKey, SamplingParams};
 
+mod checks;
 pub mod cpu;
 pub mod cuda;
 
@@ -80,6 +82,8 @@ pub struct PassInputs {
     pub slots: Vec<u32>,
     /// Copy-on-write heads.
     pub copies: Vec<BlockCopy>,
+    /// Slots that take their K and V from others; destinations are distinct, and no source.
+    pub transfers: Vec<SlotTransfer>,
     /// Who attends to what.
     pub plan: AttentionPlan,
     /// Rows whose logits are wanted.
@@ -158,6 +162,8 @@ pub trait Backend: Send + 'static {
     fn rope_append(&mut self, p: RopeAppend<'_, Self>) -> Result<()>;
     /// See [`KvCopyBlocks`].
     fn kv_copy_blocks(&mut self, p: KvCopyBlocks<'_, Self>) -> Result<()>;
+    /// See [`KvTransfer`].
+    fn kv_transfer(&mut self, p: KvTransfer<'_, Self>) -> Result<()>;
     /// See [`PagedAttention`].
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()>;
     /// See [`SiluMul`].
@@ -259,6 +265,21 @@ pub struct KvCopyBlocks<'a, B: Backend + ?Sized> {
     pub k_cache: &'a mut B::Buf,
     /// V of one layer.
     pub v_cache: &'a mut B::Buf,
+    /// Geometry of the cache.
+    pub layout: &'a KvLayout,
+}
+
+/// Takes K and V of slots from others within one layer: V as it is; K, which RoPE has turned to its position, by the
+/// difference on. Rounded once more where that is not 0.
+pub struct KvTransfer<'a, B: Backend + ?Sized> {
+    /// Their `transfers` are done.
+    pub inputs: &'a B::Inputs,
+    /// K of one layer.
+    pub k_cache: &'a mut B::Buf,
+    /// V of one layer.
+    pub v_cache: &'a mut B::Buf,
+    /// Rotation frequencies `[D / 2]` f32, radians per position.
+    pub inv_freq: &'a B::Buf,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
 }

@@ -8,6 +8,9 @@
 //! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
 //! object, and outputs go to buffers of the caller.
 
+mod evict;
+#[cfg(test)]
+mod evict_tests;
 #[cfg(test)]
 mod gate_tests;
 mod gating;
@@ -23,10 +26,11 @@ use crate::backend::Counters;
 use crate::batch::Batch;
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
-use crate::gate::{Effect, GateSpec};
+use crate::gate::GateSpec;
 use crate::kv::KvLayout;
 use crate::kv::block_pool::{BlockPool, BlockState};
 use crate::kv::block_table::BlockTable;
+use crate::kv::eviction::Evictor;
 use crate::kv::prefix_cache::PrefixCache;
 use crate::model::family::ModelConfig;
 use crate::model::{RowQuery, Runner};
@@ -119,6 +123,9 @@ pub struct Engine {
     tree: BranchTree,
     pool: BlockPool,
     cache: PrefixCache,
+    evictor: Evictor,
+    /// Passes with a decoding branch since the engine opened: when to measure attention mass.
+    decode_passes: u64,
     gates: Vec<GateSpec>,
     events: VecDeque<Event>,
     cancel: CancelFlag,
@@ -144,7 +151,8 @@ impl Engine {
     }
 
     /// Makes `out.len()` children that continue from the branch as it is now. They share its KV; what it has not
-    /// computed yet is computed once, by the branch itself. On error none is made.
+    /// computed yet is computed once, by the branch itself. Each child speaks for whom the branch speaks for: it has its
+    /// votes. On error none is made.
     pub fn fork(&mut self, branch: BranchId, out: &mut [BranchId]) -> Result<()> {
         for i in 0..out.len() {
             match self.fork_one(branch) {
@@ -182,7 +190,9 @@ impl Engine {
             num_computed,
             fork_point,
             state: parent.state,
+            num_lost: parent.num_lost,
             salt: parent.salt,
+            votes: parent.votes,
             num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
             last: if shares_now { parent.last.clone() } else { None },
             ..Branch::new(parent_id, parent.tokens.clone(), table, path, arrival)
@@ -216,6 +226,7 @@ impl Engine {
         }
         b.tokens.truncate(num_tokens);
         b.num_computed = b.num_computed.min(num_tokens);
+        b.num_lost = b.num_lost.min(num_tokens);
         b.prompt_len = b.prompt_len.min(num_tokens);
         b.num_generated = 0;
         b.num_cached_blocks = b.num_cached_blocks.min(num_tokens / self.layout.block_size);
@@ -240,6 +251,15 @@ impl Engine {
             self.swap_used -= swapped.bytes.len() as u64;
         }
         b.table.clear(&mut self.pool)
+    }
+
+    /// Takes a branch out of the prefix cache: what only it and the cache hold is forgotten there, and nothing of it is
+    /// offered any more. For a branch that nobody will ask for again: pruned, it then leaves no cached block behind.
+    pub fn uncache(&mut self, branch: BranchId) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        b.num_cached_blocks = 0;
+        let Some(salt) = b.salt.take() else { return Ok(()) };
+        self.cache.forget(salt, &b.tokens, b.table.blocks(), &mut self.pool).map(|_| ())
     }
 
     /// Prunes `merged` and gives its votes to `survivor`.
@@ -409,7 +429,7 @@ impl Engine {
     pub fn set_gates(&mut self, gates: &[GateSpec]) -> Result<()> {
         for gate in gates {
             gate.validate(self.model.num_layers)?;
-            if gate.effect == Effect::Alias {
+            if gate.effect.needs_clusters() {
                 return Err(Error::config("gate", "effect: an alias needs its branches named"));
             }
         }
@@ -568,8 +588,9 @@ impl Engine {
         }
         let at = fork.at.min(parent.num_computed + num_planned);
         let table = parent.table.fork(&mut self.pool, at)?;
-        let (state, cached) = (parent.state, parent.num_cached_blocks);
+        let (state, cached, num_lost) = (parent.state, parent.num_cached_blocks, parent.num_lost.min(fork.at));
         let c = self.tree.get_mut(child)?;
+        c.num_lost = c.num_lost.max(num_lost);
         c.table = table;
         c.num_computed = at;
         c.num_cached_blocks = cached.min(at / self.layout.block_size);

@@ -4,6 +4,7 @@
 //! at what scope, and to what effect. [`GateSpec::decide`] is the reference of every rule; a device that decides for
 //! itself is tested against it.
 
+pub mod asks;
 pub mod step;
 pub mod verify;
 
@@ -109,7 +110,7 @@ pub enum Scope {
 }
 
 /// What happens to a sequence whose gate fired.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Effect {
     /// Nothing: what was seen is reported.
     Observe,
@@ -121,6 +122,19 @@ pub enum Effect {
     River,
     /// It leaves the pass, and its branch becomes one with its representative's: the same tokens, the same blocks.
     Alias,
+    /// It keeps its tokens. Those that its representative has too take that one's KV in the remaining layers, but for
+    /// `share` of them, the most different, and its last one; these and the others run on. Its KV is marked `aliased`.
+    Recompute {
+        /// Between 0 and 1.
+        share: f32,
+    },
+}
+
+impl Effect {
+    /// One sequence gives way to another's.
+    pub(crate) fn needs_clusters(self) -> bool {
+        matches!(self, Self::Alias | Self::Recompute { .. })
+    }
 }
 
 /// What a gate has seen of a sequence.
@@ -163,18 +177,21 @@ impl GateSpec {
         let compares = matches!(self.statistic, Statistic::BranchSimilarity { .. });
         let clusters = matches!(self.rule, Rule::Cluster { .. });
         check(compares == clusters || self.rule == Rule::Never, "rule: clusters go with branch similarity alone")?;
+        let gives_way = self.effect.needs_clusters();
         check(
-            !compares || matches!(self.effect, Effect::Observe | Effect::Alias),
-            "effect: clusters alias or observe",
+            !compares || gives_way || self.effect == Effect::Observe,
+            "effect: clusters alias, recompute or observe",
         )?;
-        check(self.effect != Effect::Alias || clusters, "effect: alias needs clusters")?;
+        check(!gives_way || clusters, "effect: alias needs clusters")?;
         let stacked = !matches!(self.statistic, Statistic::Entropy { stacked: 0, .. });
         check(stacked, "stacked: at least 1")?;
         let numbers = match (self.rule, self.statistic) {
             (Rule::Cluster { tau }, Statistic::BranchSimilarity { alpha }) => tau.is_finite() && alpha.is_finite(),
             _ => true,
         };
-        check(numbers, "tau, alpha: must be finite")
+        check(numbers, "tau, alpha: must be finite")?;
+        let share = if let Effect::Recompute { share } = self.effect { share } else { 0.0 };
+        check((0.0..=1.0).contains(&share), "share: must lie between 0 and 1")
     }
 }
 

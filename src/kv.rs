@@ -11,6 +11,7 @@
 
 pub mod block_pool;
 pub mod block_table;
+pub mod eviction;
 pub mod prefix_cache;
 
 use crate::dtype::DType;
@@ -56,6 +57,17 @@ pub struct BlockCopy {
     pub dst: u32,
     /// Slots `[0, num_slots)` to copy.
     pub num_slots: u32,
+}
+
+/// One slot's K and V for another position: V as it is, K turned by the difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotTransfer {
+    /// Physical slot to read.
+    pub src: u32,
+    /// Physical slot to write.
+    pub dst: u32,
+    /// Position of `dst` less that of `src`.
+    pub shift: i32,
 }
 
 /// Seeded numbers for the random walks of this module's tests.

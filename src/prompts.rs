@@ -39,6 +39,9 @@ pub struct PromptPack {
     /// Strings that end a solution, besides the model's end tokens.
     #[serde(default)]
     pub stops: Vec<String>,
+    /// Elicits the answer behind a step, for `--decode-exit trial`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trial: Option<String>,
 }
 
 impl PromptPack {
@@ -71,6 +74,9 @@ impl PromptPack {
         }
         if self.stops.iter().any(String::is_empty) {
             return Err("field stops: an empty string would end everything".into());
+        }
+        if self.trial.as_ref().is_some_and(String::is_empty) {
+            return Err("field trial: an empty string elicits nothing; leave the field out".into());
         }
         self.answer_regex()?;
         Ok(())
@@ -163,6 +169,7 @@ mod tests {
             answer_pattern: "= (-?[0-9]+)".into(),
             step_delimiter: "\n".into(),
             stops: vec![],
+            trial: None,
         }
     }
 
@@ -195,5 +202,6 @@ mod tests {
         assert!(complaint(|p| p.answer_pattern = "(".into()).contains("field answer_pattern"));
         assert!(complaint(|p| p.answer_pattern = "x".into()).contains("group"));
         assert!(complaint(|p| p.stops.push(String::new())).contains("field stops"));
+        assert!(complaint(|p| p.trial = Some(String::new())).contains("field trial"));
     }
 }

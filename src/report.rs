@@ -1,5 +1,6 @@
 //! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
 
+pub mod html;
 pub mod ladder;
 mod plan;
 
@@ -19,12 +20,14 @@ pub struct TokenCounts {
     pub decode: u64,
     /// Verification.
     pub verify: u64,
+    /// Prompts that ran only through the layers before another stood in for them.
+    pub probed: u64,
 }
 
 impl TokenCounts {
     /// All phases.
     pub fn total(&self) -> u64 {
-        self.prefill + self.decode + self.verify
+        self.prefill + self.decode + self.verify + self.probed
     }
 }
 
@@ -50,6 +53,17 @@ pub struct VerifyOutcome {
     pub(crate) open: usize,
     #[serde(skip)]
     pub(crate) num_yes_spellings: usize,
+}
+
+/// What became of a problem's trial answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TrialCounts {
+    /// Forks asked for an answer.
+    pub run: usize,
+    /// Of those, how many took their branch's place.
+    pub stood: usize,
+    /// Tokens computed on them; part of the decoded tokens.
+    pub tokens: u64,
 }
 
 /// One pass of the engine.
@@ -158,7 +172,8 @@ pub struct MemorySample {
 /// A branch's part in a problem.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BranchResult {
-    /// Its number, from 0; also the number of its approach.
+    /// Its number, from 0; also the number of its approach, unless the branches were grown as a tree: then they are its
+    /// leaves, in the order of the nodes.
     pub branch: usize,
     /// What it generated.
     pub tokens: Vec<u32>,
@@ -172,6 +187,8 @@ pub struct BranchResult {
     pub confidence: f64,
     /// Why it ended.
     pub ended: Option<EndReason>,
+    /// Its weight in a vote: its own, and those of the branches it speaks for.
+    pub votes: f64,
     /// The layer after which its verification stopped, where it did.
     pub exit_layer: Option<u32>,
     /// What the probed layers of its verification said, shallow first.
@@ -209,6 +226,8 @@ pub struct ProblemResult {
     pub blocks_peak: usize,
     /// KV blocks held by more than one branch when decoding ended.
     pub blocks_shared: usize,
+    /// Trial answers.
+    pub trials: TrialCounts,
     /// The branches, in order.
     pub branches: Vec<BranchResult>,
     /// Similarity of the problem's prompts, where they were compared.
@@ -303,6 +322,7 @@ impl SolveReport {
             prefill: t.prefill + r.tokens.prefill,
             decode: t.decode + r.tokens.decode,
             verify: t.verify + r.tokens.verify,
+            probed: t.probed + r.tokens.probed,
         });
         Self {
             problems: results.len(),

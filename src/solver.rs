@@ -3,20 +3,27 @@
 //! The solver uses only the engine's public API. Policies are data: a [`SolverConfig`] preset names what is shared,
 //! how branches are verified, when verification or decoding may be cut short, and how the answer is selected.
 
+mod beam;
 mod config;
 mod run;
+mod search;
+#[cfg(test)]
+mod search_tests;
 pub mod select;
+mod steps;
 pub mod task;
+mod trial;
 
 use std::collections::HashMap;
 use std::time::Instant;
 
+pub use beam::{SearchConfig, StepScore};
 pub use config::{Policy, Sharing, SolverConfig, VerifyMode};
 
 use crate::engine::{BranchId, Engine, EventKind};
 use crate::error::{Error, Result};
 use crate::report::{PassRecord, ProblemResult};
-use run::Run;
+use search::Search;
 use task::Task;
 
 /// Drives an engine through problems.
@@ -71,7 +78,7 @@ impl<'e> Solver<'e> {
                 if self.config.cold_cache && flight.runs.is_empty() {
                     self.engine.clear_prefix_cache()?;
                 }
-                let run = Run::start(self.engine, &self.config, idx, tasks[idx].as_ref())?;
+                let run = Search::start(self.engine, &self.config, idx, tasks[idx].as_ref())?;
                 flight.add(run);
             }
             if flight.runs.is_empty() {
@@ -122,17 +129,17 @@ impl<'e> Solver<'e> {
 /// The problems in flight and who owns which branch.
 #[derive(Default)]
 struct Flight {
-    runs: Vec<Run>,
+    runs: Vec<Search>,
     owner: HashMap<BranchId, usize>,
 }
 
 impl Flight {
-    fn add(&mut self, run: Run) {
+    fn add(&mut self, run: Search) {
         self.runs.push(run);
         self.reindex();
     }
 
-    fn run_of(&mut self, branch: BranchId) -> Option<&mut Run> {
+    fn run_of(&mut self, branch: BranchId) -> Option<&mut Search> {
         self.owner.get(&branch).and_then(|&i| self.runs.get_mut(i))
     }
 
@@ -141,7 +148,7 @@ impl Flight {
         (0..self.runs.len()).rev().filter(|&i| self.runs[i].is_done()).collect()
     }
 
-    fn remove(&mut self, idx: usize) -> Run {
+    fn remove(&mut self, idx: usize) -> Search {
         let run = self.runs.remove(idx);
         self.reindex();
         run

@@ -4,8 +4,11 @@
 //! number of rows; attention has one tile grid; threads divide outputs, never a sum. The files below keep it.
 
 pub mod attention;
+pub mod branch_similarity;
 pub mod elem;
 pub mod elementwise;
+pub mod entropy_probe;
+pub mod kv_transfer;
 pub mod linear;
 pub mod matrix;
 pub mod norm;
@@ -19,8 +22,11 @@ pub mod vector;
 use half::{bf16, f16};
 
 pub use attention::MAX_GROUP_ROWS;
+use attention::mass::AttentionMassArgs;
 use attention::{AttentionScratch, PagedAttentionArgs};
+use branch_similarity::{BranchSimilarityArgs, BranchSimilarityScratch};
 use elementwise::{SiluMulArgs, Table};
+use entropy_probe::{EntropyProbeArgs, EntropyProbeScratch};
 use linear::{Activations, LinearArgs, LinearScratch};
 use matrix::{CpuMatrix, Weights};
 use norm::AddRmsNormArgs;
@@ -31,7 +37,7 @@ use simd::SimdLevel;
 
 use super::{
     AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCopyBlocks,
-    Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
+    KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
 };
 use crate::config::available_memory;
 use crate::dtype::DType;
@@ -119,7 +125,9 @@ pub struct Cpu {
     attention: AttentionScratch,
     rope: RopeScratch,
     row_stats: RowStatsScratch,
-    /// What the last `row_stats` found.
+    probe: EntropyProbeScratch,
+    similarity: BranchSimilarityScratch,
+    /// What the last `row_stats` or `entropy_probe` found.
     stats: Vec<RowStats>,
     /// One row of logits that `sample` may spoil.
     logits_row: Vec<f32>,
@@ -139,6 +147,8 @@ impl Cpu {
             attention: AttentionScratch::default(),
             rope: RopeScratch::default(),
             row_stats: RowStatsScratch::default(),
+            probe: EntropyProbeScratch::default(),
+            similarity: BranchSimilarityScratch::default(),
             stats: Vec::new(),
             logits_row: Vec::new(),
             counters: Counters::default(),
@@ -349,6 +359,15 @@ impl Backend for Cpu {
         })
     }
 
+    fn kv_transfer(&mut self, p: KvTransfer<'_, Self>) -> Result<()> {
+        let slot_bytes = 2 * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
+        self.launched().kv_write_bytes += (p.inputs.transfers.len() * slot_bytes) as u64;
+        let inv_freq = p.inv_freq.f32("kv_transfer")?;
+        with_type!("kv_transfer", [k_cache = p.k_cache, v_cache = p.v_cache], {
+            kv_transfer::kv_transfer(&p.inputs.transfers, k_cache, v_cache, inv_freq, p.layout)
+        })
+    }
+
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {
         let slots = p.inputs.plan.slots_read();
         let bytes = 2 * slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
@@ -422,16 +441,58 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn entropy_probe(&mut self, _p: EntropyProbe<'_, Self>) -> Result<()> {
-        Err(Error::Unsupported { op: "entropy_probe", what: "this device".into() })
+    fn entropy_probe(&mut self, p: EntropyProbe<'_, Self>) -> Result<()> {
+        self.launched().weight_bytes += p.candidates.map_or_else(|| p.w.num_bytes(), |ids| p.w.row_bytes(ids));
+        let op = "entropy_probe";
+        self.stats.resize(p.num_rows, RowStats::default());
+        let args = EntropyProbeArgs {
+            x: p.x.f32(op)?,
+            norm: p.norm.map(|n| n.f32(op)).transpose()?,
+            eps: p.eps,
+            w: p.w,
+            candidates: p.candidates,
+            hidden: p.hidden,
+            stats: &mut self.stats,
+        };
+        entropy_probe::entropy_probe(self.level, &mut self.pool, &mut self.probe, &mut self.linear, args)
     }
 
-    fn branch_similarity(&mut self, _p: BranchSimilarity<'_, Self>) -> Result<()> {
-        Err(Error::Unsupported { op: "branch_similarity", what: "this device".into() })
+    fn branch_similarity(&mut self, p: BranchSimilarity<'_, Self>) -> Result<()> {
+        self.launched().read_backs += 1;
+        let op = "branch_similarity";
+        let args = BranchSimilarityArgs {
+            states: p.states.f32(op)?,
+            root: p.root.f32(op)?,
+            layer_weights: p.layer_weights,
+            num_branches: p.num_branches,
+            hidden: p.hidden,
+            tau: p.tau,
+            similarity: p.similarity,
+        };
+        branch_similarity::branch_similarity(self.level, &mut self.pool, &mut self.similarity, args)
     }
 
-    fn attention_mass(&mut self, _p: AttentionMass<'_, Self>) -> Result<()> {
-        Err(Error::Unsupported { op: "attention_mass", what: "this device".into() })
+    fn attention_mass(&mut self, p: AttentionMass<'_, Self>) -> Result<()> {
+        let slots: usize = p.sequences.iter().map(|s| s.kv_len).sum();
+        let bytes = slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
+        let counters = self.launched();
+        counters.read_backs += 1;
+        counters.kv_read_bytes += bytes as u64;
+        let lse = p.lse.f32("attention_mass")?;
+        with_type!("attention_mass", [q = p.q, k_cache = p.k_cache], {
+            let args = AttentionMassArgs {
+                q,
+                k_cache,
+                lse,
+                blocks: p.blocks,
+                sequences: p.sequences,
+                num_q_heads: p.num_q_heads,
+                sm_scale: p.sm_scale,
+                layout: p.layout,
+                mass: p.mass,
+            };
+            attention::mass::attention_mass(self.level, &mut self.pool, &mut self.attention, args)
+        })
     }
 }
 

@@ -58,10 +58,12 @@ impl Engine {
                 "is named twice"
             } else if !b.is_runnable() {
                 "has no tokens to run"
-            } else if spec.effect == Effect::Alias && b.mode != Mode::Idle {
+            } else if spec.effect.needs_clusters() && b.mode != Mode::Idle {
                 "generates: only a prompt can become another's"
-            } else if spec.effect == Effect::Alias && b.state != BlockState::Exact {
+            } else if spec.effect.needs_clusters() && b.state != BlockState::Exact {
                 "is not exact"
+            } else if spec.effect.needs_clusters() && b.score_from.is_some() {
+                "is being scored: every row of it must run"
             } else {
                 continue;
             };

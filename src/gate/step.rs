@@ -12,6 +12,32 @@ pub enum DecodeExit {
     StopAll,
     /// When the leading answer's lead exceeds the branches still open, all stop: lossless for a majority vote.
     Decided,
+    /// As `Decided`; and at each step delimiter a fork of the branch is asked for the answer, and the branch stops with
+    /// that answer when the fork is sure of it. The branch itself decodes on meanwhile. Not lossless.
+    Trial,
+}
+
+/// Constants of [`DecodeExit::Trial`].
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct TrialRule {
+    /// Geometric mean of the answer tokens' top-1 probabilities from which on the answer stands.
+    pub confidence: f64,
+    /// Tokens an answer may have; a fork that goes on beyond them has given none.
+    pub max_tokens: usize,
+}
+
+impl Default for TrialRule {
+    fn default() -> Self {
+        Self { confidence: 0.999, max_tokens: 16 }
+    }
+}
+
+impl TrialRule {
+    /// Whether an answer stands whose `num_tokens` tokens' top-1 log-probabilities have this sum. One of no tokens never
+    /// does.
+    pub fn stands(&self, log_top1_sum: f64, num_tokens: usize) -> bool {
+        num_tokens > 0 && (log_top1_sum / num_tokens as f64).exp() >= self.confidence
+    }
 }
 
 /// Constants of [`DecodeExit::StopAll`] and [`DecodeExit::PerBranch`].
@@ -88,6 +114,16 @@ mod tests {
         assert_eq!(rule.trailing(3, &[0.9, 0.85, 0.5]), [false, false, true]);
         assert_eq!(rule.trailing(2, &[0.9, 0.85, 0.5]), [false, false, false]);
         assert_eq!(rule.trailing(9, &[0.6, 0.3]), [false, false]);
+    }
+
+    #[test]
+    fn a_trial_stands_on_the_geometric_mean_of_its_tokens() {
+        let rule = TrialRule { confidence: 0.8, max_tokens: 4 };
+        let log = |top1: &[f64]| top1.iter().map(|p| p.ln()).sum::<f64>();
+        assert!(rule.stands(log(&[0.64, 1.0]) + 1e-12, 2), "the mean is 0.8");
+        assert!(!rule.stands(log(&[0.63, 1.0]), 2));
+        assert!(rule.stands(log(&[0.9, 0.9, 0.9]), 3) && !rule.stands(log(&[0.99, 0.99, 0.4]), 3));
+        assert!(!rule.stands(0.0, 0) && !rule.stands(f64::NAN, 1));
     }
 
     #[test]

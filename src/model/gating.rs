@@ -5,12 +5,16 @@
 //!                                              \--fired: rows that go on are packed, the others leave
 //! ```
 
+use std::ops::Range;
+
+use super::live::Thinned;
 use super::{Fate, LayerRow, Model, Pass, RowQuery};
 use crate::backend::{Backend, BranchSimilarity, EntropyProbe, GatherRows, RowIds, RowStats, Similarity};
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::gate::{self, Effect, GateSpec, Over, ProbeNorm, Rule, Seen, Statistic};
+use crate::gate::{self, Effect, GateSpec, Over, ProbeNorm, Rule, Seen, Statistic, asks};
+use crate::kv::SlotTransfer;
 
 /// A gate and the sequences of the batch it is set on.
 pub(crate) struct PassGate<'a> {
@@ -66,6 +70,9 @@ impl<B: Backend> Model<B> {
         for (gate, watch) in gates.iter().zip(&mut watches) {
             if gate.spec.layers.contains(&after) {
                 let leaving = self.probe(gate, watch, after, queries, pass)?;
+                if leaving.live.is_empty() {
+                    continue;
+                }
                 self.cut(gate.spec, leaving, after, batch, queries, pass)?;
             }
         }
@@ -286,22 +293,11 @@ impl<B: Backend> Model<B> {
         if gate.effect == Effect::River && self.river.is_empty() {
             return Err(Error::config("gate", "effect river needs a second weight set"));
         }
-        if leaving.live.is_empty() || gate.effect == Effect::Observe {
-            return Ok(());
-        }
-        for (i, &live) in leaving.live.iter().enumerate() {
-            pass.fates[pass.live.seq_of(live)] = match (gate.effect, leaving.to.get(i)) {
-                (Effect::Stop, _) => Fate::Stopped(after),
-                (Effect::River, _) => Fate::River(after),
-                (Effect::Alias, Some(&to)) => Fate::Aliased { layer: after, to },
-                _ => Fate::Dropped(after),
-            };
-            if gate.effect == Effect::Stop {
-                let raw = matches!(gate.statistic, Statistic::Entropy { norm: ProbeNorm::Raw, .. });
-                self.keep_exit_rows(live, raw, batch, queries, pass)?;
-            }
-        }
-        let kept = pass.live.apply(gate.effect, &leaving.live);
+        let kept = match gate.effect {
+            Effect::Observe => return Ok(()),
+            Effect::Recompute { share } => self.thin(&leaving, share, after, batch, pass)?,
+            _ => self.let_go(gate, &leaving, after, batch, queries, pass)?,
+        };
         let (inputs, query_ids) = pass.live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
         pass.inputs = self.backend.stage(inputs)?;
         pass.query_ids = query_ids;
@@ -314,6 +310,90 @@ impl<B: Backend> Model<B> {
         })?;
         std::mem::swap(&mut self.ws.x, &mut self.ws.x_alt);
         Ok(())
+    }
+
+    /// Takes sequences out of the pass, or moves them to the river. Returns the old row of each new row.
+    fn let_go(
+        &mut self,
+        gate: &GateSpec,
+        leaving: &Leaving,
+        after: u32,
+        batch: &Batch,
+        queries: &[RowQuery],
+        pass: &mut Pass<B>,
+    ) -> Result<Vec<u32>> {
+        for (i, &live) in leaving.live.iter().enumerate() {
+            pass.fates[pass.live.seq_of(live)] = match (gate.effect, leaving.to.get(i)) {
+                (Effect::Stop, _) => Fate::Stopped(after),
+                (Effect::River, _) => Fate::River(after),
+                (Effect::Alias, Some(&to)) => Fate::Aliased { layer: after, to },
+                _ => Fate::Dropped(after),
+            };
+            if gate.effect == Effect::Stop {
+                let raw = matches!(gate.statistic, Statistic::Entropy { norm: ProbeNorm::Raw, .. });
+                self.keep_exit_rows(live, raw, batch, queries, pass)?;
+            }
+        }
+        Ok(pass.live.apply(gate.effect, &leaving.live))
+    }
+
+    /// Leaves sequences the rows that they do not share with the one they give way to, those that differ most from it,
+    /// and the last.
+    fn thin(
+        &mut self,
+        leaving: &Leaving,
+        share: f32,
+        after: u32,
+        batch: &Batch,
+        pass: &mut Pass<B>,
+    ) -> Result<Vec<u32>> {
+        let mut thinned = Vec::with_capacity(leaving.live.len());
+        for (&live, &source) in leaving.live.iter().zip(&leaving.to) {
+            let seq = pass.live.seq_of(live);
+            let (own, other) = (batch.seqs[seq].rows.clone(), batch.seqs[source].rows.clone());
+            let mut pairs = asks::aligned(&batch.token_ids[own.clone()], &batch.token_ids[other.clone()]);
+            pairs.retain(|&(i, _)| i + 1 < own.len());
+            let Some(source_live) = pass.live.eligible(source, Effect::Observe) else { continue };
+            let similarity = self.row_similarity(
+                pass.live.first_row(live)..pass.live.first_row(live) + own.len(),
+                pass.live.first_row(source_live)..pass.live.first_row(source_live) + other.len(),
+                &pairs,
+            )?;
+            let anew = asks::most_different(&similarity, share);
+            let taken: Vec<(usize, usize)> =
+                pairs.iter().zip(anew).filter(|(_, anew)| !anew).map(|(p, _)| *p).collect();
+            let transfer = |&(i, j): &(usize, usize)| SlotTransfer {
+                src: batch.slots[other.start + j],
+                dst: batch.slots[own.start + i],
+                shift: batch.positions[own.start + i] as i32 - batch.positions[other.start + j] as i32,
+            };
+            let is_kept = |i: &usize| taken.binary_search_by_key(i, |p| p.0).is_err();
+            pass.fates[seq] = Fate::Mixed(after);
+            thinned.push(Thinned {
+                live,
+                kept: (0..own.len()).filter(is_kept).map(|i| (i, own.start + i)).collect(),
+                transfers: taken.iter().map(transfer).collect(),
+                source,
+            });
+        }
+        Ok(pass.live.thin(thinned))
+    }
+
+    /// Cosines between rows of the residual stream, computed on the host: a matter of one probe a prompt.
+    fn row_similarity(&mut self, a: Range<usize>, b: Range<usize>, pairs: &[(usize, usize)]) -> Result<Vec<f32>> {
+        let hidden = self.config.hidden;
+        let mut read = |rows: Range<usize>| -> Result<Vec<f32>> {
+            let mut x = vec![0.0; rows.len() * hidden];
+            self.backend.read_f32(&self.ws.x, rows.start * hidden, &mut x)?;
+            Ok(x)
+        };
+        let (a, b) = (read(a)?, read(b)?);
+        let dot = |x: &[f32], y: &[f32]| -> f64 { x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum() };
+        let cosine = |&(i, j): &(usize, usize)| {
+            let (x, y) = (&a[i * hidden..][..hidden], &b[j * hidden..][..hidden]);
+            (dot(x, y) / (dot(x, x) * dot(y, y)).sqrt()) as f32
+        };
+        Ok(pairs.iter().map(cosine).collect())
     }
 
     /// Copies the queried rows of a sequence that leaves with an answer.

@@ -10,10 +10,15 @@ use super::{Groups, RowQuery, WeightSet};
 use crate::backend::PassInputs;
 use crate::batch::{AttentionPlan, Batch, BatchSeq, SequenceView};
 use crate::gate::Effect;
+use crate::kv::SlotTransfer;
 
 /// See the module text.
 pub(super) struct LiveRows {
     seqs: Vec<LiveSeq>,
+    /// Slots of rows that are in flight no more and take their KV from other sequences' rows, in every layer to come.
+    transfers: Vec<SlotTransfer>,
+    /// Sequences those come from.
+    sources: Vec<usize>,
 }
 
 #[derive(Clone)]
@@ -23,8 +28,40 @@ struct LiveSeq {
     /// Its rows among the live rows.
     rows: Range<usize>,
     /// Its rows in the batch.
-    batch_rows: Range<usize>,
+    batch_rows: BatchRows,
     river: bool,
+}
+
+/// Rows of the batch that are in flight for one sequence, ascending.
+#[derive(Clone)]
+enum BatchRows {
+    All(Range<usize>),
+    Some(Vec<usize>),
+}
+
+impl BatchRows {
+    /// Maximal runs of neighbours.
+    fn runs(&self) -> Vec<Range<usize>> {
+        match self {
+            Self::All(rows) => vec![rows.clone()],
+            Self::Some(rows) => rows.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[run.len() - 1] + 1).collect(),
+        }
+    }
+
+    /// Where a row stands among them.
+    fn place(&self, row: usize) -> Option<usize> {
+        match self {
+            Self::All(rows) => rows.contains(&row).then(|| row - rows.start),
+            Self::Some(rows) => rows.binary_search(&row).ok(),
+        }
+    }
+
+    fn last(&self) -> Option<usize> {
+        match self {
+            Self::All(rows) => rows.clone().last(),
+            Self::Some(rows) => rows.last().copied(),
+        }
+    }
 }
 
 impl LiveRows {
@@ -32,10 +69,11 @@ impl LiveRows {
         let live = |(i, s): (usize, &BatchSeq)| LiveSeq {
             seq: i,
             rows: s.rows.clone(),
-            batch_rows: s.rows.clone(),
+            batch_rows: BatchRows::All(s.rows.clone()),
             river: false,
         };
-        Self { seqs: batch.seqs.iter().enumerate().map(live).collect() }
+        let seqs = batch.seqs.iter().enumerate().map(live).collect();
+        Self { seqs, transfers: Vec::new(), sources: Vec::new() }
     }
 
     /// What the pass needs of the live rows, in their order, and which queries its `query_rows` belong to.
@@ -52,17 +90,22 @@ impl LiveRows {
             positions: Vec::with_capacity(num_rows),
             slots: Vec::with_capacity(num_rows),
             copies: batch.copies.clone(),
+            transfers: self.transfers.clone(),
             query_rows: Vec::with_capacity(num_queries),
             ..Default::default()
         };
         let mut views = Vec::with_capacity(self.seqs.len());
         for seq in &self.seqs {
-            inputs.token_ids.extend_from_slice(&batch.token_ids[seq.batch_rows.clone()]);
-            inputs.positions.extend_from_slice(&batch.positions[seq.batch_rows.clone()]);
-            inputs.slots.extend_from_slice(&batch.slots[seq.batch_rows.clone()]);
             let whole = &batch.seqs[seq.seq];
             let blocks = &batch.blocks[whole.blocks.clone()];
-            views.push(SequenceView { rows: seq.rows.clone(), blocks, kv_len: whole.kv_len });
+            for run in seq.batch_rows.runs() {
+                let first = inputs.token_ids.len();
+                inputs.token_ids.extend_from_slice(&batch.token_ids[run.clone()]);
+                inputs.positions.extend_from_slice(&batch.positions[run.clone()]);
+                inputs.slots.extend_from_slice(&batch.slots[run.clone()]);
+                let kv_len = whole.kv_len - (whole.rows.end - run.end);
+                views.push(SequenceView { rows: first..first + run.len(), blocks, kv_len });
+            }
         }
         inputs.plan = AttentionPlan::new(&views, block_size, max_group_rows);
         let mut query_ids = Vec::with_capacity(num_queries);
@@ -79,6 +122,10 @@ impl LiveRows {
         self.seqs.is_empty()
     }
 
+    pub(super) fn num_seqs(&self) -> usize {
+        self.seqs.len()
+    }
+
     pub(super) fn num_rows(&self) -> usize {
         self.seqs.last().map_or(0, |s| s.rows.end)
     }
@@ -93,14 +140,23 @@ impl LiveRows {
     }
 
     /// Where a sequence of the batch is among the live ones, if a gate with this effect may ask it: those in the river
-    /// stay there.
+    /// stay there, and those that others take their KV from stay as they are.
     pub(super) fn eligible(&self, seq: usize, effect: Effect) -> Option<usize> {
-        self.seqs.iter().position(|s| s.seq == seq && (effect != Effect::River || !s.river))
+        let may = |s: &LiveSeq| match effect {
+            Effect::Observe => true,
+            Effect::River => !s.river && !self.sources.contains(&seq),
+            _ => !self.sources.contains(&seq),
+        };
+        self.seqs.iter().position(|s| s.seq == seq && may(s))
+    }
+
+    pub(super) fn has_transfers(&self) -> bool {
+        !self.transfers.is_empty()
     }
 
     /// The batch row of a live sequence's last token.
     pub(super) fn batch_last_row(&self, seq: usize) -> Option<usize> {
-        self.seqs.iter().find(|s| s.seq == seq).map(|s| s.batch_rows.end - 1)
+        self.seqs.iter().find(|s| s.seq == seq).and_then(|s| s.batch_rows.last())
     }
 
     pub(super) fn seq_of(&self, live_seq: usize) -> usize {
@@ -117,8 +173,7 @@ impl LiveRows {
 
     /// Where a batch row is now; `None` when its sequence has left.
     fn live_row(&self, batch_row: usize) -> Option<usize> {
-        let seq = self.seqs.iter().find(|s| s.batch_rows.contains(&batch_row))?;
-        Some(seq.rows.start + batch_row - seq.batch_rows.start)
+        self.seqs.iter().find_map(|s| Some(s.rows.start + s.batch_rows.place(batch_row)?))
     }
 
     /// Takes the sequences in `fired` (ascending) out, or moves them to the river. Returns the old live row of each new
@@ -132,7 +187,7 @@ impl LiveRows {
                 match effect {
                     Effect::Drop | Effect::Stop | Effect::Alias => continue,
                     Effect::River => seq.river = true,
-                    Effect::Observe => {}
+                    Effect::Observe | Effect::Recompute { .. } => {}
                 }
             }
             if seq.river { river.push(seq) } else { backbone.push(seq) }
@@ -147,4 +202,37 @@ impl LiveRows {
         }
         order
     }
+
+    /// Leaves `thinned` sequences only some of their rows; the others' slots take their KV from another sequence's.
+    /// Returns what [`apply`](Self::apply) does.
+    pub(super) fn thin(&mut self, thinned: Vec<Thinned>) -> Vec<u32> {
+        let mut order = Vec::new();
+        let mut thinned = thinned.into_iter().peekable();
+        for (i, seq) in self.seqs.iter_mut().enumerate() {
+            let start = order.len();
+            match thinned.next_if(|t| t.live == i) {
+                Some(t) => {
+                    order.extend(t.kept.iter().map(|&(offset, _)| (seq.rows.start + offset) as u32));
+                    seq.batch_rows = BatchRows::Some(t.kept.into_iter().map(|(_, batch_row)| batch_row).collect());
+                    self.transfers.extend(t.transfers);
+                    self.sources.push(t.source);
+                }
+                None => order.extend(seq.rows.clone().map(|r| r as u32)),
+            }
+            seq.rows = start..order.len();
+        }
+        order
+    }
+}
+
+/// What is left of a sequence in flight.
+pub(super) struct Thinned {
+    /// Which.
+    pub(super) live: usize,
+    /// Its rows that run on: (place among its live rows, batch row), ascending.
+    pub(super) kept: Vec<(usize, usize)>,
+    /// The other rows' slots.
+    pub(super) transfers: Vec<SlotTransfer>,
+    /// The sequence they take their KV from.
+    pub(super) source: usize,
 }

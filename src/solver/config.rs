@@ -1,10 +1,12 @@
 //! Policies as data: what is shared, what is verified, what may be cut short, how the answer is chosen.
 
 use crate::error::{Error, Result};
-use crate::gate::step::{DecodeExit, StopAllRule};
+use crate::gate::step::{DecodeExit, StopAllRule, TrialRule};
 use crate::gate::verify::SkipRule;
 use crate::sampler::SamplingParams;
+use crate::solver::beam::SearchConfig;
 use crate::solver::select::Select;
+use crate::solver::task::Task;
 
 /// The presets of the ladder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -97,10 +99,16 @@ pub struct SolverConfig {
     pub decode_exit: DecodeExit,
     /// Constants of the confidence-based decode exits.
     pub exit_rule: StopAllRule,
+    /// Constants of the trial-answer exit.
+    pub trial_rule: TrialRule,
     /// How the answer is chosen.
     pub select: Select,
     /// How tokens are chosen; draws are keyed by (seed, problem, branch, position).
     pub sampling: SamplingParams,
+    /// Branches grow as a tree instead of each by itself.
+    pub search: Option<SearchConfig>,
+    /// Ends a step; the task's own where there is none.
+    pub step_delimiter: Option<String>,
     /// Problems in flight.
     pub concurrency: usize,
     /// Empty the prefix cache before each problem.
@@ -120,8 +128,11 @@ impl SolverConfig {
             skip: SkipRule::Never,
             decode_exit: DecodeExit::Off,
             exit_rule: StopAllRule::default(),
+            trial_rule: TrialRule::default(),
             select: Select::Vote,
             sampling: SamplingParams::default(),
+            search: None,
+            step_delimiter: None,
             concurrency: 1,
             cold_cache: true,
         };
@@ -153,6 +164,33 @@ impl SolverConfig {
             "select",
             "score*sqrt(conf) needs verification; drop --verify off or use --select vote",
         )?;
+        let trial = self.trial_rule;
+        check((0.0..=1.0).contains(&trial.confidence), "trial-confidence", "must be between 0 and 1")?;
+        check(trial.max_tokens >= 1, "trial_rule.max_tokens", "must be at least 1")?;
+        check(
+            self.decode_exit != DecodeExit::Trial || !self.forced_length,
+            "decode-exit",
+            "trial ends branches by their text, and forced lengths by their number; use another",
+        )?;
+        if let Some(search) = &self.search {
+            search.validate(self)?;
+        }
         self.sampling.validate()
+    }
+
+    /// Refuses a task that lacks what this configuration needs of it, by the name of the missing field.
+    pub fn validate_task(&self, task: &dyn Task) -> Result<()> {
+        let is_grown = self.search.as_ref().is_some_and(|s| s.depth > 1);
+        let needs_steps = is_grown || self.decode_exit == DecodeExit::Trial;
+        if needs_steps && task.step_scanner(self.step_delimiter.as_deref()).is_none() {
+            let why =
+                "the task has no step delimiter; give the prompt pack a field step_delimiter, or --step-delimiter";
+            return Err(Error::config("step_delimiter", why));
+        }
+        if self.decode_exit == DecodeExit::Trial && task.trial().is_none() {
+            let why = "--decode-exit trial needs it in the prompt pack: the text that elicits an answer behind a step";
+            return Err(Error::config("prompts: trial", why));
+        }
+        Ok(())
     }
 }

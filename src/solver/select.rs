@@ -37,12 +37,18 @@ pub struct Ballot {
     pub confidence: f64,
     /// Its verifier score, if it was verified.
     pub score: Option<f64>,
+    /// How many branches it speaks for: its weight in a vote.
+    pub votes: f64,
 }
 
 impl Ballot {
     /// A branch that was not verified counts by its confidence alone, as in the paper after a skip.
     fn composite(&self) -> f64 {
         self.score.unwrap_or(1.0) * self.confidence.sqrt()
+    }
+
+    fn weight(&self, rule: Select) -> f64 {
+        if rule == Select::Majority { self.votes } else { self.votes * self.confidence }
     }
 }
 
@@ -53,10 +59,9 @@ pub fn select(rule: Select, ballots: &[Ballot]) -> Option<usize> {
     if rule == Select::ScoreSqrtConf {
         return best(&Ballot::composite);
     }
-    let weight = |b: &Ballot| if rule == Select::Majority { 1.0 } else { b.confidence };
     let support = |b: &Ballot| -> f64 {
         let same = |o: &&Ballot| b.answer.is_some() && o.answer == b.answer;
-        ballots.iter().filter(same).map(weight).sum()
+        ballots.iter().filter(same).map(|b| b.weight(rule)).sum()
     };
     let top = ballots.iter().map(support).fold(0.0, f64::max);
     best(&|b: &Ballot| if support(b) == top { 1.0 + b.confidence } else { 0.0 })
@@ -67,7 +72,7 @@ pub fn tally(rule: Select, ballots: &[Ballot]) -> Vec<f64> {
     let mut answers: Vec<(&str, f64)> = Vec::new();
     for b in ballots {
         let Some(answer) = b.answer.as_deref() else { continue };
-        let weight = if rule == Select::Majority { 1.0 } else { b.confidence };
+        let weight = b.weight(rule);
         match answers.iter_mut().find(|(a, _)| *a == answer) {
             Some((_, sum)) => *sum += weight,
             None => answers.push((answer, weight)),
@@ -91,7 +96,7 @@ mod tests {
     use super::*;
 
     fn ballot(answer: &str, confidence: f64, score: Option<f64>) -> Ballot {
-        Ballot { answer: (answer != "-").then(|| answer.to_string()), confidence, score }
+        Ballot { answer: (answer != "-").then(|| answer.to_string()), confidence, score, votes: 1.0 }
     }
 
     /// Acceptance vector RK9.
@@ -111,6 +116,15 @@ mod tests {
         assert_eq!(select(Select::Vote, &b), Some(0));
         assert_eq!(select(Select::Majority, &b), Some(2));
         assert_eq!(tally(Select::Majority, &b), [1.0, 2.0]);
+    }
+
+    #[test]
+    fn a_branch_that_speaks_for_others_has_their_votes() {
+        let mut b = [ballot("1", 0.5, None), ballot("2", 0.9, None)];
+        assert_eq!((select(Select::Vote, &b), select(Select::Majority, &b)), (Some(1), Some(1)));
+        b[0].votes = 2.0;
+        assert_eq!((select(Select::Vote, &b), select(Select::Majority, &b)), (Some(0), Some(0)));
+        assert_eq!((tally(Select::Vote, &b), tally(Select::Majority, &b)), (vec![1.0, 0.9], vec![2.0, 1.0]));
     }
 
     #[test]

@@ -15,12 +15,32 @@ pub trait Task: Send {
     fn expected(&self) -> Option<&str>;
     /// Tokens common to all branches.
     fn root(&self) -> &[u32];
+    /// Wordings of the same question, the root's among them.
+    fn num_wordings(&self) -> usize {
+        1
+    }
+    /// The root in another wording; 0 is the root as it is.
+    fn wording(&self, idx: usize) -> Result<&[u32]> {
+        match idx {
+            0 => Ok(self.root()),
+            _ => Err(Error::config("wordings", format!("problem {} has no wording {idx}", self.id()))),
+        }
+    }
+    /// The numbers that wording `idx` speaks of, sorted; prompts with different ones never become one.
+    fn numbers(&self, _wording: usize) -> Vec<String> {
+        Vec::new()
+    }
     /// What branch `idx` appends to them.
     fn branch(&self, idx: usize) -> Result<&[u32]>;
     /// Tokens that end a branch.
     fn end_tokens(&self) -> &[u32];
     /// Watches one branch for the strings that end a solution early; `None` when there are none.
     fn stop_scanner(&self) -> Option<StopScanner>;
+    /// Watches one branch for the end of a step; `None` when the task has no text, or an empty delimiter. `delimiter`
+    /// stands in for the task's own.
+    fn step_scanner(&self, delimiter: Option<&str>) -> Option<StopScanner>;
+    /// Elicits the answer behind a step; `None` when the task has no words for that.
+    fn trial(&self) -> Option<&[u32]>;
     /// Asks for the verdict behind a solution.
     fn verify_suffix(&self) -> &[u32];
     /// A verification prompt that stands alone.
@@ -44,6 +64,7 @@ pub struct CompiledPack {
     yes: Vec<u32>,
     no: Vec<u32>,
     end_tokens: Vec<u32>,
+    trial: Option<Vec<u32>>,
     prefix: String,
 }
 
@@ -70,6 +91,7 @@ impl CompiledPack {
             yes: spellings("yes", &pack.yes)?,
             no: spellings("no", &pack.no)?,
             end_tokens: end_tokens.to_vec(),
+            trial: pack.trial.as_deref().map(|text| tokenizer.encode(text)).transpose()?,
             prefix: prefix.to_string(),
             branches,
             pack,
@@ -88,13 +110,21 @@ pub struct TextTask {
     pack: Arc<CompiledPack>,
     problem: Problem,
     root: Vec<u32>,
+    paraphrases: Vec<Vec<u32>>,
 }
 
 impl TextTask {
-    /// Encodes the problem behind the pack's prefix.
+    /// Encodes the problem, in all its wordings, behind the pack's prefix.
     pub fn new(pack: Arc<CompiledPack>, problem: Problem) -> Result<Self> {
-        let root = pack.tokenizer.encode(&pack.pack.root(&pack.prefix, &problem.question))?;
-        Ok(Self { pack, problem, root })
+        let encode = |question: &String| pack.tokenizer.encode(&pack.pack.root(&pack.prefix, question));
+        let root = encode(&problem.question)?;
+        let paraphrases = problem.paraphrases.iter().map(encode).collect::<Result<_>>()?;
+        Ok(Self { pack, problem, root, paraphrases })
+    }
+
+    fn question(&self, wording: usize) -> &str {
+        let paraphrase = wording.checked_sub(1).and_then(|i| self.problem.paraphrases.get(i));
+        paraphrase.unwrap_or(&self.problem.question)
     }
 }
 
@@ -109,6 +139,21 @@ impl Task for TextTask {
 
     fn root(&self) -> &[u32] {
         &self.root
+    }
+
+    fn num_wordings(&self) -> usize {
+        1 + self.paraphrases.len()
+    }
+
+    fn wording(&self, idx: usize) -> Result<&[u32]> {
+        let Some(paraphrase) = idx.checked_sub(1) else { return Ok(&self.root) };
+        self.paraphrases.get(paraphrase).map(Vec::as_slice).ok_or_else(|| {
+            Error::config("wordings", format!("problem {} has {} paraphrases", self.id(), self.paraphrases.len()))
+        })
+    }
+
+    fn numbers(&self, wording: usize) -> Vec<String> {
+        crate::gate::asks::numbers(self.question(wording))
     }
 
     fn branch(&self, idx: usize) -> Result<&[u32]> {
@@ -126,6 +171,15 @@ impl Task for TextTask {
     fn stop_scanner(&self) -> Option<StopScanner> {
         let stops = &self.pack.pack.stops;
         (!stops.is_empty()).then(|| StopScanner::new(self.pack.tokenizer.decoder(), stops.clone()))
+    }
+
+    fn step_scanner(&self, delimiter: Option<&str>) -> Option<StopScanner> {
+        let delimiter = delimiter.unwrap_or(&self.pack.pack.step_delimiter);
+        (!delimiter.is_empty()).then(|| StopScanner::new(self.pack.tokenizer.decoder(), vec![delimiter.to_string()]))
+    }
+
+    fn trial(&self) -> Option<&[u32]> {
+        self.pack.trial.as_deref()
     }
 
     fn verify_suffix(&self) -> &[u32] {
@@ -219,6 +273,12 @@ impl Task for SyntheticTask {
         &[]
     }
     fn stop_scanner(&self) -> Option<StopScanner> {
+        None
+    }
+    fn step_scanner(&self, _delimiter: Option<&str>) -> Option<StopScanner> {
+        None
+    }
+    fn trial(&self) -> Option<&[u32]> {
         None
     }
     fn verify_suffix(&self) -> &[u32] {

@@ -12,26 +12,26 @@ use rksc::testing::oracle;
 
 /// One sequence: its block table, how much it holds, and how many of its last slots are rows of this step.
 #[derive(Clone, Debug)]
-struct Seq {
-    blocks: Vec<u32>,
-    kv_len: usize,
-    rows: usize,
+pub(crate) struct Seq {
+    pub(crate) blocks: Vec<u32>,
+    pub(crate) kv_len: usize,
+    pub(crate) rows: usize,
 }
 
 /// A cache and the sequences in it.
-struct World<T> {
-    layout: KvLayout,
-    num_q_heads: usize,
-    k: Vec<T>,
+pub(crate) struct World<T> {
+    pub(crate) layout: KvLayout,
+    pub(crate) num_q_heads: usize,
+    pub(crate) k: Vec<T>,
     v: Vec<T>,
-    seqs: Vec<Seq>,
+    pub(crate) seqs: Vec<Seq>,
     /// Rows of each sequence in order, `[T, Hq, D]`.
-    q: Vec<T>,
+    pub(crate) q: Vec<T>,
 }
 
 /// What a case varies.
 #[derive(Clone, Debug)]
-struct Shape {
+pub(crate) struct Shape {
     heads: (usize, usize),
     dim: usize,
     block_size: usize,
@@ -42,7 +42,7 @@ struct Shape {
 }
 
 impl<T: Elem> World<T> {
-    fn new(shape: &Shape, seed: u64) -> Self {
+    pub(crate) fn new(shape: &Shape, seed: u64) -> Self {
         let mut fill = Fill::new(seed);
         let (hq, hkv) = shape.heads;
         let needed: usize = shape.seqs.iter().map(|s| s.0.div_ceil(shape.block_size)).sum::<usize>() + 8;
@@ -97,16 +97,16 @@ impl<T: Elem> World<T> {
         Self { layout, num_q_heads: hq, k, v, seqs, q }
     }
 
-    fn elem(layout: &KvLayout, seq: &Seq, head: usize, slot: usize) -> usize {
+    pub(crate) fn elem(layout: &KvLayout, seq: &Seq, head: usize, slot: usize) -> usize {
         layout.elem(seq.blocks[slot / layout.block_size] as usize, head, slot % layout.block_size)
     }
 
-    fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         1.0 / (self.layout.head_dim as f32).sqrt()
     }
 
     /// Rows of sequence `i`.
-    fn rows(&self, i: usize) -> std::ops::Range<usize> {
+    pub(crate) fn rows(&self, i: usize) -> std::ops::Range<usize> {
         let start: usize = self.seqs[..i].iter().map(|s| s.rows).sum();
         start..start + self.seqs[i].rows
     }
@@ -117,7 +117,7 @@ impl<T: Elem> World<T> {
             .collect()
     }
 
-    fn run(&self, level: SimdLevel, threads: usize) -> (Vec<T>, Vec<f32>) {
+    pub(crate) fn run(&self, level: SimdLevel, threads: usize) -> (Vec<T>, Vec<f32>) {
         self.run_plan(level, threads, &AttentionPlan::new(&self.views(), self.layout.block_size, MAX_GROUP_ROWS))
     }
 
@@ -196,11 +196,17 @@ impl<T: Elem> World<T> {
     }
 }
 
-fn shape(heads: (usize, usize), dim: usize, block_size: usize, shared: &[usize], seqs: &[(usize, usize)]) -> Shape {
+pub(crate) fn shape(
+    heads: (usize, usize),
+    dim: usize,
+    block_size: usize,
+    shared: &[usize],
+    seqs: &[(usize, usize)],
+) -> Shape {
     Shape { heads, dim, block_size, shared: shared.to_vec(), seqs: seqs.to_vec() }
 }
 
-fn shapes() -> Vec<Shape> {
+pub(crate) fn shapes() -> Vec<Shape> {
     vec![
         // Decode of one sequence at every awkward length.
         shape((1, 1), 32, 16, &[], &[(1, 1)]),

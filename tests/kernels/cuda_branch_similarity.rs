@@ -9,12 +9,12 @@ use rksc::{DType, Result};
 
 use crate::device::{assert_refused, bits, for_each_device, wide};
 
-struct Case {
-    states: Vec<f32>,
-    root: Vec<f32>,
-    weights: Vec<f32>,
-    hidden: usize,
-    tau: f32,
+pub(crate) struct Case {
+    pub(crate) states: Vec<f32>,
+    pub(crate) root: Vec<f32>,
+    pub(crate) weights: Vec<f32>,
+    pub(crate) hidden: usize,
+    pub(crate) tau: f32,
 }
 
 #[derive(PartialEq, Debug)]
@@ -36,12 +36,12 @@ fn narrow(x: &[f64]) -> Vec<f32> {
 }
 
 impl Case {
-    fn num_branches(&self) -> usize {
+    pub(crate) fn num_branches(&self) -> usize {
         self.states.len() / (self.weights.len() * self.hidden)
     }
 
     /// Branches around a few centres per layer, so that there is something to cluster.
-    fn random(num_layers: usize, num_branches: usize, hidden: usize, tau: f32) -> Self {
+    pub(crate) fn random(num_layers: usize, num_branches: usize, hidden: usize, tau: f32) -> Self {
         let mut fill = Fill::new((num_layers * 1009 + num_branches * 31 + hidden) as u64);
         let num_centres = num_branches / 4 + 1;
         let (mut states, mut root) = (Vec::new(), Vec::new());

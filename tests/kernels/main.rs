@@ -2,6 +2,8 @@
 //! on every device there is, which on the emulated one means three warp orders with the same bits.
 
 mod attention;
+mod attention_mass;
+mod branch_similarity;
 mod cuda_attention;
 mod cuda_branch_similarity;
 mod cuda_device;
@@ -17,5 +19,7 @@ mod cuda_sample;
 mod device;
 mod elementwise;
 mod emulation;
+mod entropy_probe;
 mod linear;
+mod probes;
 mod row_stats;

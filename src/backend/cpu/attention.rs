@@ -11,6 +11,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub mod mass;
 mod tile;
 
 use self::tile::{Scratch, TileRows};

@@ -1,15 +1,18 @@
 //! Weight matrices as `linear` and `embed` read them: row-stacked parts, each used where it lies.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::model::weights::Tensor;
+use crate::model::weights::{Tensor, TensorData};
 
 /// One `[out, in]` matrix made of one or several row-stacked parts. A part whose element type the compute type cannot
 /// use is converted once, here; all others stay where they are mapped.
 pub struct CpuMatrix {
     parts: Vec<Part>,
+    compute: DType,
     in_features: usize,
     out_features: usize,
     extra_bytes: u64,
@@ -17,9 +20,23 @@ pub struct CpuMatrix {
 
 struct Part {
     tensor: Tensor,
+    /// Rows of the tensor that are left out before the first.
+    skipped_rows: usize,
     /// Rows of the stacked matrix before this part.
     first_row: usize,
     num_rows: usize,
+}
+
+impl Part {
+    /// The elements of its rows `[from, to)`, counted from its first.
+    fn elems(&self, from: usize, to: usize, in_features: usize) -> Result<Weights<'_>> {
+        let at = (self.skipped_rows + from) * in_features..(self.skipped_rows + to) * in_features;
+        Ok(match weights(&self.tensor)? {
+            Weights::F32(w) => Weights::F32(&w[at]),
+            Weights::Bf16(w) => Weights::Bf16(&w[at]),
+            Weights::F16(w) => Weights::F16(&w[at]),
+        })
+    }
 }
 
 /// Elements of some rows, `[num_rows, in]`.
@@ -36,8 +53,7 @@ pub enum Weights<'a> {
 impl CpuMatrix {
     /// Stacks `parts` (each `[out_i, in]`) for use with activations of type `compute`.
     pub fn new(parts: &[Tensor], compute: DType) -> Result<Self> {
-        let mut matrix =
-            Self { parts: Vec::with_capacity(parts.len()), in_features: 0, out_features: 0, extra_bytes: 0 };
+        let mut matrix = Self::empty(compute);
         for tensor in parts {
             let &[num_rows, in_features] = tensor.shape.as_slice() else {
                 return Err(shape_error("[out, in]".into(), format!("{} of {:?}", tensor.name, tensor.shape)));
@@ -54,7 +70,7 @@ impl CpuMatrix {
                 converted
             };
             weights(&tensor)?;
-            matrix.parts.push(Part { tensor, first_row: matrix.out_features, num_rows });
+            matrix.parts.push(Part { tensor, skipped_rows: 0, first_row: matrix.out_features, num_rows });
             matrix.in_features = in_features;
             matrix.out_features += num_rows;
         }
@@ -62,6 +78,45 @@ impl CpuMatrix {
             return Err(shape_error("at least one part".into(), "none".into()));
         }
         Ok(matrix)
+    }
+
+    fn empty(compute: DType) -> Self {
+        Self { parts: Vec::new(), compute, in_features: 0, out_features: 0, extra_bytes: 0 }
+    }
+
+    /// Rows `[rows.start, rows.end)` as a matrix of their own, where they lie.
+    pub fn slice(&self, rows: Range<usize>) -> Self {
+        let mut slice = Self { in_features: self.in_features, ..Self::empty(self.compute) };
+        for part in &self.parts {
+            let end = part.first_row + part.num_rows;
+            let (from, to) = (rows.start.clamp(part.first_row, end), rows.end.clamp(part.first_row, end));
+            if from < to {
+                let skipped_rows = part.skipped_rows + from - part.first_row;
+                let (first_row, num_rows) = (slice.out_features, to - from);
+                slice.parts.push(Part { tensor: part.tensor.clone(), skipped_rows, first_row, num_rows });
+                slice.out_features += num_rows;
+            }
+        }
+        slice
+    }
+
+    /// A copy of the rows `ids`, in that order, for use with the same activations: `linear` over it yields the bits that
+    /// it yields for these rows of the whole.
+    pub fn gather(&self, ids: &[u32]) -> Result<Self> {
+        let n = self.in_features;
+        let mut rows = vec![0.0; ids.len() * n];
+        for (row, &id) in rows.chunks_mut(n.max(1)).zip(ids) {
+            self.widen_row(id as usize, row)?;
+        }
+        let words = rows.iter().map(|x| x.to_bits()).collect();
+        let shape = vec![ids.len(), n];
+        let tensor = Tensor { name: "gathered rows".into(), dtype: DType::F32, shape, data: TensorData::Owned(words) };
+        Self::new(&[tensor.cast(self.compute)], self.compute)
+    }
+
+    /// What activations it is used with.
+    pub fn compute(&self) -> DType {
+        self.compute
     }
 
     /// Columns: the width of an input row.
@@ -81,12 +136,19 @@ impl CpuMatrix {
 
     /// Bytes that one sweep over all rows reads.
     pub fn num_bytes(&self) -> u64 {
-        self.parts.iter().map(|p| (p.tensor.num_elems() * p.tensor.dtype.size_bytes()) as u64).sum()
+        self.parts.iter().map(|p| (p.num_rows * self.in_features * p.tensor.dtype.size_bytes()) as u64).sum()
+    }
+
+    /// Bytes that reading the rows `ids` takes.
+    pub fn row_bytes(&self, ids: &[u32]) -> u64 {
+        let part = |id: usize| self.parts.iter().find(|p| (p.first_row..p.first_row + p.num_rows).contains(&id));
+        let bytes = |&id: &u32| part(id as usize).map_or(0, |p| self.in_features * p.tensor.dtype.size_bytes());
+        ids.iter().map(|id| bytes(id) as u64).sum()
     }
 
     /// The parts: first row of each in the stacked matrix, number of rows, elements.
     pub fn parts(&self) -> impl Iterator<Item = Result<(usize, usize, Weights<'_>)>> {
-        self.parts.iter().map(|p| Ok((p.first_row, p.num_rows, weights(&p.tensor)?)))
+        self.parts.iter().map(|p| Ok((p.first_row, p.num_rows, p.elems(0, p.num_rows, self.in_features)?)))
     }
 
     /// Writes row `row` to `dst` (`[in]`), widened to f32.
@@ -97,11 +159,11 @@ impl CpuMatrix {
             let expected = format!("a row below {} and {n} elements", self.out_features);
             return Err(shape_error(expected, format!("row {row} and {} elements", dst.len())));
         };
-        let at = (row - part.first_row) * n;
-        match weights(&part.tensor)? {
-            Weights::F32(w) => dst.copy_from_slice(&w[at..at + n]),
-            Weights::Bf16(w) => dst.iter_mut().zip(&w[at..]).for_each(|(d, s)| *d = s.to_f32()),
-            Weights::F16(w) => dst.iter_mut().zip(&w[at..]).for_each(|(d, s)| *d = s.to_f32()),
+        let at = row - part.first_row;
+        match part.elems(at, at + 1, n)? {
+            Weights::F32(w) => dst.copy_from_slice(w),
+            Weights::Bf16(w) => dst.iter_mut().zip(w).for_each(|(d, s)| *d = s.to_f32()),
+            Weights::F16(w) => dst.iter_mut().zip(w).for_each(|(d, s)| *d = s.to_f32()),
         }
         Ok(())
     }

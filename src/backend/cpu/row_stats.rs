@@ -17,7 +17,7 @@ use crate::backend::RowStats;
 use crate::error::{Error, Result};
 
 /// Logits in a chunk: 16 KiB.
-const CHUNK: usize = 4096;
+pub(super) const CHUNK: usize = 4096;
 
 /// Partial results, kept between calls.
 #[derive(Default)]
@@ -27,8 +27,8 @@ pub struct RowStatsScratch {
 
 /// What a chunk says of itself.
 #[derive(Clone, Copy, Default)]
-struct Part {
-    max: f32,
+pub(super) struct Part {
+    pub(super) max: f32,
     /// The second largest; equal to `max` when it occurs twice.
     second: f32,
     /// sum e^(x - max)
@@ -56,25 +56,42 @@ pub fn row_stats(
             got: format!("{} logits, vocab {vocab}", logits.len()),
         });
     }
+    fill_parts(level, pool, &logits[..rows * vocab], vocab, &mut scratch.parts);
     let per_row = vocab.div_ceil(CHUNK);
-    scratch.parts.clear();
-    scratch.parts.resize(rows * per_row, Part::default());
+    for ((stats, parts), logits) in stats.iter_mut().zip(scratch.parts.chunks(per_row)).zip(logits.chunks(vocab)) {
+        let best = parts.iter().enumerate().fold(0, |best, (i, p)| if p.max > parts[best].max { i } else { best });
+        *stats = fold(parts, vocab, (best * CHUNK + position(&logits[best * CHUNK..], parts[best].max)) as u32);
+    }
+    Ok(())
+}
+
+/// The parts of every chunk of rows of `vocab` logits, `[rows, chunks]`.
+pub(super) fn fill_parts(
+    level: SimdLevel,
+    pool: &mut ThreadPool,
+    logits: &[f32],
+    vocab: usize,
+    filled: &mut Vec<Part>,
+) {
+    let (rows, per_row) = (logits.len() / vocab, vocab.div_ceil(CHUNK));
+    filled.clear();
+    filled.resize(rows * per_row, Part::default());
     let threads = pool.num_threads();
     let turn = |first: usize, parts| dispatch(level, Turn { logits, vocab, per_row, first, parts });
     if threads == 1 || rows * vocab < THREAD_ELEMS {
-        turn(0, &mut scratch.parts[..]);
-    } else {
-        let parts = SharedMut::new(&mut scratch.parts);
-        pool.run(&|idx| {
-            let mine = share(rows * per_row, 1, idx, threads);
-            // SAFETY: shares of different threads do not overlap.
-            turn(mine.start, unsafe { parts.range(mine) });
-        });
+        return turn(0, &mut filled[..]);
     }
-    for ((stats, parts), logits) in stats.iter_mut().zip(scratch.parts.chunks(per_row)).zip(logits.chunks(vocab)) {
-        *stats = fold(parts, logits);
-    }
-    Ok(())
+    let parts = SharedMut::new(filled);
+    pool.run(&|idx| {
+        let mine = share(rows * per_row, 1, idx, threads);
+        // SAFETY: shares of different threads do not overlap.
+        turn(mine.start, unsafe { parts.range(mine) });
+    });
+}
+
+/// Where `x` first is.
+pub(super) fn position(logits: &[f32], x: f32) -> usize {
+    logits.iter().position(|&l| l == x).unwrap_or_default()
 }
 
 /// Fills the parts of chunks `[first, first + parts.len())`.
@@ -166,17 +183,15 @@ fn sweep<V: Vector>(v: V, x: &[f32]) -> Part {
     }
 }
 
-/// Folds a row's chunks left to right.
-fn fold(parts: &[Part], logits: &[f32]) -> RowStats {
+/// Folds the chunks of a row of `vocab` logits left to right.
+pub(super) fn fold(parts: &[Part], vocab: usize, argmax: u32) -> RowStats {
     if !parts.iter().all(|p| p.finite) {
         return RowStats::default();
     }
-    let (mut max, mut second, mut best) = (f32::NEG_INFINITY, f32::NEG_INFINITY, 0);
-    for (i, p) in parts.iter().enumerate() {
+    let (mut max, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+    for p in parts {
         second = second.max(p.second).max(max.min(p.max));
-        if p.max > max {
-            (max, best) = (p.max, i);
-        }
+        max = max.max(p.max);
     }
     let (mut sum, mut weighted) = (0.0f64, 0.0f64);
     for p in parts {
@@ -185,15 +200,13 @@ fn fold(parts: &[Part], logits: &[f32]) -> RowStats {
         sum += scale * f64::from(p.sum);
         weighted += scale * (f64::from(p.weighted) + shift * f64::from(p.sum));
     }
-    let chunk = &logits[best * CHUNK..];
-    let argmax = best * CHUNK + chunk.iter().position(|&x| x == max).unwrap_or_default();
     RowStats {
-        argmax: argmax as u32,
+        argmax,
         max,
         lse: (f64::from(max) + sum.ln()) as f32,
         entropy: (sum.ln() - weighted / sum).max(0.0) as f32,
         top1: (1.0 / sum) as f32,
-        margin: if logits.len() > 1 { max - second } else { 0.0 },
+        margin: if vocab > 1 { max - second } else { 0.0 },
         finite: 1,
     }
 }

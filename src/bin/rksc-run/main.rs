@@ -13,7 +13,9 @@ mod common;
 mod generate;
 mod inspect;
 mod plan;
+mod report_file;
 mod score;
+mod search;
 mod solve;
 
 use std::io::Write;

@@ -14,12 +14,15 @@ use rksc::gate::verify::SkipRule;
 use rksc::model::family::ModelConfig;
 use rksc::problems::{Problem, read_problems};
 use rksc::prompts::PromptPack;
-use rksc::report::{ProblemResult, SolveReport};
+use rksc::report::html::ReportData;
+use rksc::report::{NodeEnd, ProblemResult, SolveReport};
 use rksc::solver::select::Select;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
 use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
 
 use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
+use crate::report_file::{self, ReportFile};
+use crate::search::SearchArgs;
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -43,6 +46,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     policy: PolicyArgs,
     #[command(flatten)]
+    search: SearchArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
     /// One JSON line per problem, written as soon as it is solved.
     #[arg(long, value_name = "FILE")]
@@ -50,9 +55,20 @@ pub(crate) struct Args {
     /// Keep what --out holds already and solve the rest.
     #[arg(long, requires = "out")]
     resume: bool,
-    /// One JSON object on stdout instead of text.
+    /// The run as one HTML file with figures, written at its end (also when it ends with an error).
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// One JSON object on stdout instead of text; `results` holds what --out writes.
     #[arg(long)]
     json: bool,
+}
+
+/// What `--json` prints.
+#[derive(serde::Serialize)]
+struct JsonReport<'a> {
+    #[serde(flatten)]
+    report: &'a SolveReport,
+    results: &'a [ProblemResult],
 }
 
 /// What may be changed about a preset.
@@ -77,7 +93,7 @@ pub(crate) struct PolicyArgs {
     #[arg(long, default_value_t = 5)]
     agree: usize,
     /// When decoding ends early [default: as the policy says].
-    #[arg(long)]
+    #[arg(long, alias = "exit")]
     decode_exit: Option<Exit>,
     /// vote, majority or score*sqrt(conf) [default: as the policy says].
     #[arg(long)]
@@ -112,6 +128,8 @@ enum Exit {
     PerBranch,
     StopAll,
     Decided,
+    /// Decided, and branches stop at an answer that a fork of theirs is sure of.
+    Trial,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -154,6 +172,7 @@ impl PolicyArgs {
                 Exit::PerBranch => DecodeExit::PerBranch,
                 Exit::StopAll => DecodeExit::StopAll,
                 Exit::Decided => DecodeExit::Decided,
+                Exit::Trial => DecodeExit::Trial,
             };
         }
         if let Some(select) = self.select {
@@ -164,7 +183,8 @@ impl PolicyArgs {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let config = args.policy.config(&args.sampling);
+    let mut config = args.policy.config(&args.sampling);
+    args.search.apply(&mut config);
     config.validate()?;
     let source = args.engine.source();
     if let ModelSource::Dir(dir) = &source {
@@ -175,8 +195,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         None => source.sample_problems()?,
     };
     problems.truncate(args.limit.unwrap_or(usize::MAX));
+    let report_file = args.report.as_deref().map(|path| ReportFile::open(path, args.out.as_deref())).transpose()?;
     let mut engine = args.engine.open()?;
     let mut tasks = compile(args, &engine, &problems)?;
+    tasks.first().map_or(Ok(()), |task| config.validate_task(task.as_ref()))?;
     // Last: what is in the file stays there until everything else is known to be sound.
     let mut out = args.out.as_deref().map(|path| Out::open(path, args.resume)).transpose()?;
     if let Some(out) = &out {
@@ -198,11 +220,18 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Ok(())
     });
     bar.finish_and_clear();
-    outcome?;
     results.sort_by_key(|(idx, _)| *idx);
     let results: Vec<ProblemResult> = results.into_iter().map(|(_, r)| r).collect();
     let report = SolveReport::new(&config, &results);
-    if args.json { print_json(&report) } else { print_summary(&report) }
+    let page = ReportData {
+        title: format!("{} of {} problems, policy {}", results.len(), tasks.len(), report.policy),
+        setting: report_file::setting(&engine),
+        report: Some(&report),
+        problems: &results,
+        ..ReportData::default()
+    };
+    report_file::finish(report_file.as_ref(), page, outcome.map_err(anyhow::Error::from))?;
+    if args.json { print_json(&JsonReport { report: &report, results: &results }) } else { print_summary(&report) }
 }
 
 fn compile(args: &Args, engine: &rksc::Engine, problems: &[Problem]) -> anyhow::Result<Vec<Box<dyn Task>>> {
@@ -243,10 +272,10 @@ fn print_result(problem: &Problem, r: &ProblemResult) -> rksc::Result<()> {
         Some(false) => format!(" (wrong, expected {})", r.expected.as_deref().unwrap_or("?")),
         None => String::new(),
     };
-    let winner = &r.branches[r.winner];
+    let winner = r.branches.get(r.winner);
     let agree = r.branches.iter().filter(|b| b.answer.is_some() && b.answer == r.answer).count();
     let answered = r.branches.iter().filter(|b| b.answer.is_some()).count();
-    let score = match winner.score {
+    let score = match winner.and_then(|w| w.score) {
         Some(score) => format!("verifier {score:.3}"),
         None if r.verify.skipped => "verification skipped".to_string(),
         None => "not verified".to_string(),
@@ -254,16 +283,30 @@ fn print_result(problem: &Problem, r: &ProblemResult) -> rksc::Result<()> {
     let write = |out: &mut std::io::StdoutLock<'_>| -> std::io::Result<()> {
         writeln!(out, "{}  {}", r.id, problem.question)?;
         writeln!(out, "  answer {}{verdict}", r.answer.as_deref().unwrap_or("none"))?;
-        writeln!(out, "  branch {} of {}, after its prompt:", r.winner + 1, r.branches.len())?;
-        for line in winner.text.trim().lines() {
-            writeln!(out, "    | {line}")?;
+        if let Some(winner) = winner {
+            writeln!(out, "  branch {} of {}, after its prompt:", r.winner + 1, r.branches.len())?;
+            for line in winner.text.trim().lines() {
+                writeln!(out, "    | {line}")?;
+            }
+            writeln!(
+                out,
+                "  {agree} of {answered} answers agree, {} branches stopped early; confidence {:.3}, {score}",
+                r.branches.iter().filter(|b| b.ended == Some(rksc::engine::EndReason::Stopped)).count(),
+                winner.confidence,
+            )?;
         }
-        writeln!(
-            out,
-            "  {agree} of {answered} answers agree, {} branches stopped early; confidence {:.3}, {score}",
-            r.branches.iter().filter(|b| b.ended == Some(rksc::engine::EndReason::Stopped)).count(),
-            winner.confidence,
-        )?;
+        if !r.tree.is_empty() {
+            let count = |is: fn(NodeEnd) -> bool| r.tree.iter().filter(|n| is(n.ended)).count();
+            writeln!(
+                out,
+                "  tree of {} nodes: {} expanded, {} pruned, {} duplicates, {} leaves",
+                r.tree.len(),
+                count(|e| e == NodeEnd::Expanded),
+                count(|e| e == NodeEnd::Pruned),
+                count(|e| matches!(e, NodeEnd::Duplicate(_))),
+                r.branches.len(),
+            )?;
+        }
         let (ms, t) = (r.phase_ms, r.tokens);
         writeln!(
             out,

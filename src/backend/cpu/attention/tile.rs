@@ -141,14 +141,9 @@ impl Scratch {
         put_row::<V, T, PAIRS>(v, q, &mut self.q[i * steps..(i + 1) * steps]);
     }
 
-    /// Makes the tile of `k` and `v_rows` current.
+    /// Makes the tile of `k` current.
     #[inline(always)]
-    pub(super) fn load_tile<V: Vector, T: Elem, const PAIRS: bool>(
-        &mut self,
-        v: V,
-        k: &TileRows<'_, T>,
-        vr: &TileRows<'_, T>,
-    ) {
+    pub(super) fn load_keys<V: Vector, T: Elem, const PAIRS: bool>(&mut self, v: V, k: &TileRows<'_, T>) {
         let d = self.dims;
         let n = k.num_slots.min(TILE_SLOTS);
         for (slot, row) in self.stage.chunks_exact_mut(d.k_stride).enumerate() {
@@ -165,6 +160,19 @@ impl Scratch {
                 v.transpose(src, d.k_stride, &mut words[step * TILE_SLOTS + slot..], TILE_SLOTS);
             }
         }
+    }
+
+    /// Makes the tile of `k` and `vr` current.
+    #[inline(always)]
+    pub(super) fn load_tile<V: Vector, T: Elem, const PAIRS: bool>(
+        &mut self,
+        v: V,
+        k: &TileRows<'_, T>,
+        vr: &TileRows<'_, T>,
+    ) {
+        self.load_keys::<V, T, PAIRS>(v, k);
+        let d = self.dims;
+        let n = k.num_slots.min(TILE_SLOTS);
         if is_packed::<T>(PAIRS) {
             for (pair, row) in self.v.chunks_exact_mut(d.d_stride).take(n.div_ceil(2)).enumerate() {
                 let a: &[bf16] = bytemuck::cast_slice(vr.row(2 * pair));
@@ -252,6 +260,50 @@ impl Scratch {
                 _ => mix::<V, T, PAIRS, R, VECS>(v, &tile, at, &self.probs, &alpha, o),
             }
             at += vecs * V::LANES;
+        }
+    }
+
+    /// Adds to `mass` what each slot of the current keys received from the queries, one after the other: e^(score - lse) of
+    /// those a query attends to. `queries` has the slots of the tile each attends to, and its lse times log2(e).
+    #[inline(always)]
+    pub(super) fn add_mass<V: Vector, T: Elem, const PAIRS: bool>(
+        &mut self,
+        v: V,
+        queries: &[(usize, f32)],
+        scale: f32,
+        mass: &mut [f32; TILE_SLOTS],
+    ) {
+        let (mut at, end) = (0, queries.len());
+        while V::QUERIES >= 4 && at + 4 <= end {
+            self.add_some::<V, T, PAIRS, 4>(v, at, &queries[at..at + 4], scale, mass);
+            at += 4;
+        }
+        while at < end {
+            self.add_some::<V, T, PAIRS, 1>(v, at, &queries[at..at + 1], scale, mass);
+            at += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn add_some<V: Vector, T: Elem, const PAIRS: bool, const R: usize>(
+        &mut self,
+        v: V,
+        first: usize,
+        queries: &[(usize, f32)],
+        scale: f32,
+        mass: &mut [f32; TILE_SLOTS],
+    ) {
+        let steps = self.dims.steps;
+        let q = &self.q[first * steps..(first + R) * steps];
+        score::<V, T, PAIRS, R>(v, &self.k[..steps], q, &mut self.scores);
+        let scale = v.splat(scale);
+        for (scores, &(valid, lse)) in self.scores.iter().zip(queries) {
+            let lse = v.splat(-lse);
+            for (c, (s, mass)) in scores.chunks_exact(V::LANES).zip(mass.chunks_exact_mut(V::LANES)).enumerate() {
+                let x = v.fma(v.load(s), scale, lse);
+                let x = v.keep_first(valid.saturating_sub(c * V::LANES), x, v.splat(f32::NEG_INFINITY));
+                v.store(v.add(v.load(mass), v.exp2(x)), mass);
+            }
         }
     }
 

@@ -1,0 +1,348 @@
+//! Gates of branches and groups on the bundled model: prompts that become one, verdicts that are read early, and what
+//! both cost and leave behind.
+
+mod common;
+
+use common::*;
+use rksc::engine::{BranchId, EndReason, Engine, Event, EventKind, PrefillOptions};
+use rksc::gate::asks::Asks;
+use rksc::gate::verify::VerifyExit;
+use rksc::gate::{Effect, GateSpec, Over, ProbeNorm, Rule, Statistic};
+use rksc::solver::task::Task;
+
+const LAYERS: u64 = 8;
+
+/// The wordings of a problem as roots, each with a fork that has an approach behind it and generates.
+struct Wordings {
+    roots: Vec<BranchId>,
+    forks: Vec<BranchId>,
+    suffix: Vec<u32>,
+}
+
+fn wordings(e: &mut Engine, task: &dyn Task) -> Wordings {
+    let suffix = task.branch(0).unwrap().to_vec();
+    let mut w = Wordings { roots: Vec::new(), forks: Vec::new(), suffix };
+    for i in 0..task.num_wordings() {
+        w.roots.push(e.prefill(task.wording(i).unwrap(), uncached()).unwrap());
+    }
+    w
+}
+
+fn fork_all(e: &mut Engine, w: &mut Wordings) {
+    for &root in &w.roots {
+        let child = fork(e, root);
+        e.append(child, &w.suffix).unwrap();
+        e.start(child, greedy_to_end()).unwrap();
+        w.forks.push(child);
+    }
+}
+
+fn asks(tau: f32, probe_layers: u32) -> GateSpec {
+    Asks { tau, probe_layers, ..Asks::default() }.gate()
+}
+
+fn aliased(e: &mut Engine) -> Vec<(BranchId, BranchId)> {
+    let mut found = Vec::new();
+    while let Some(Event { branch, kind }) = e.next_event() {
+        if let EventKind::Aliased { to } = kind {
+            found.push((branch, to));
+        }
+    }
+    found
+}
+
+fn first_task() -> Box<dyn Task> {
+    tasks(&problems("dev", 1), "").remove(0)
+}
+
+/// Acceptance vector RK16: a branch whose prompt was shared says what the representative's prompt and its own suffix say.
+#[test]
+fn rk16_an_aliased_prompt_is_its_representatives() {
+    let task = first_task();
+    let mut e = engine(|_| ());
+    let mut w = wordings(&mut e, task.as_ref());
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    fork_all(&mut e, &mut w);
+    let rows: u64 = (0..task.num_wordings()).map(|i| task.wording(i).unwrap().len() as u64).sum();
+    e.step().unwrap();
+    e.check_integrity().unwrap();
+    let aliases = aliased(&mut e);
+    assert_eq!(aliases.len(), w.roots.len() - 1, "every wording but one");
+    let to = aliases[0].1;
+    assert!(aliases.iter().all(|a| a.1 == to));
+    let found = e.similarity(to).unwrap().unwrap();
+    let label = found.similarity.labels[0] as usize;
+    assert_eq!((found.members.clone(), w.roots[label]), (w.roots.clone(), to));
+
+    // Two layers of every prompt, the other six of one.
+    let kept = task.wording(label).unwrap().len() as u64;
+    assert_eq!(e.engine_stats().layer_rows, 2 * rows + (LAYERS - 2) * kept);
+    assert_eq!(e.engine_stats().blocks_used, (kept as usize).div_ceil(e.config().block_size));
+
+    run_all(&mut e);
+    let mut alone = engine(|_| ());
+    let root = alone.prefill(task.wording(label).unwrap(), uncached()).unwrap();
+    let child = fork(&mut alone, root);
+    alone.append(child, &w.suffix).unwrap();
+    alone.start(child, greedy_to_end()).unwrap();
+    run_all(&mut alone);
+    for &f in &w.forks {
+        assert_eq!(e.tokens(f).unwrap(), alone.tokens(child).unwrap());
+        assert_eq!(row_bits(&e, f), row_bits(&alone, child));
+    }
+    e.check_integrity().unwrap();
+}
+
+/// Prompts below the threshold lose nothing but the look: every bit is as without the gate.
+#[test]
+fn prompts_that_stay_themselves_keep_every_bit() {
+    let task = first_task();
+    let run = |gate: Option<GateSpec>| {
+        let mut e = engine(|_| ());
+        let mut w = wordings(&mut e, task.as_ref());
+        if let Some(gate) = gate {
+            e.gate(&gate, &w.roots).unwrap();
+        }
+        fork_all(&mut e, &mut w);
+        run_all(&mut e);
+        let bits: Vec<_> = w.forks.iter().map(|&f| (e.tokens(f).unwrap().to_vec(), row_bits(&e, f))).collect();
+        (bits, e.engine_stats().layer_rows)
+    };
+    assert_eq!(run(None), run(Some(asks(1.5, 3))));
+}
+
+#[test]
+fn different_keys_never_become_one() {
+    let task = first_task();
+    let mut e = engine(|_| ());
+    let w = wordings(&mut e, task.as_ref());
+    let keys: Vec<u64> = (0..w.roots.len() as u64).map(|i| i % 2).collect();
+    e.gate_keyed(&asks(-1.0, 1), &w.roots, &keys).unwrap();
+    e.step().unwrap();
+    let place = |id: BranchId| w.roots.iter().position(|&r| r == id).unwrap();
+    let aliases = aliased(&mut e);
+    assert_eq!(aliases.len(), w.roots.len() - 2);
+    assert!(aliases.iter().all(|&(a, b)| keys[place(a)] == keys[place(b)]));
+}
+
+#[test]
+fn a_group_that_does_not_fit_one_pass_is_not_compared() {
+    let task = first_task();
+    let mut e = engine(|c| c.max_batch_tokens = 64);
+    let mut w = wordings(&mut e, task.as_ref());
+    e.gate(&asks(-1.0, 1), &w.roots).unwrap();
+    fork_all(&mut e, &mut w);
+    run_all(&mut e);
+    assert!(w.roots.iter().all(|&r| e.similarity(r).unwrap().is_none()));
+}
+
+#[test]
+fn a_group_runs_together_beside_decoding_branches_and_after_a_failed_step() {
+    let task = first_task();
+    let mut e = engine(|_| ());
+    let other = e.prefill(&[5, 9, 300, 301], uncached()).unwrap();
+    e.start(other, greedy(40)).unwrap();
+    e.step().unwrap();
+    let w = wordings(&mut e, task.as_ref());
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    e.fail_allocation(99);
+    assert!(e.step().is_err());
+    e.check_integrity().unwrap();
+    e.step().unwrap();
+    assert_eq!(aliased(&mut e).len(), w.roots.len() - 1, "the gate was still set after the failure");
+    run_all(&mut e);
+    assert_eq!(e.stats(other).unwrap().num_generated_tokens, 40);
+}
+
+#[test]
+fn gates_on_the_wrong_branches_are_refused() {
+    let mut e = engine(|_| ());
+    let a = e.prefill(&[300, 301], uncached()).unwrap();
+    let b = e.prefill(&[302, 303], uncached()).unwrap();
+    let refused = |e: &mut Engine, gate: &GateSpec, ids: &[BranchId], keys: &[u64]| {
+        e.gate_keyed(gate, ids, keys).unwrap_err().to_string()
+    };
+    assert!(refused(&mut e, &asks(0.9, 8), &[a, b], &[]).contains("between 1 and 7"));
+    assert!(refused(&mut e, &asks(0.9, 2), &[a, a], &[]).contains("twice"));
+    assert!(refused(&mut e, &asks(0.9, 2), &[a, b], &[1]).contains("1 keys for 2"));
+    e.start(b, greedy(3)).unwrap();
+    assert!(refused(&mut e, &asks(0.9, 2), &[a, b], &[]).contains("generates"));
+    run_all(&mut e);
+    assert!(refused(&mut e, &asks(0.9, 2), &[a], &[]).contains("no tokens to run"));
+    assert!(e.set_gates(&[asks(0.9, 2)]).unwrap_err().to_string().contains("named"));
+}
+
+/// A problem's branches, decoded, each with a fork that is asked for the verdict.
+fn verifiers(e: &mut Engine, task: &dyn Task) -> Vec<BranchId> {
+    let root = e.prefill(task.root(), PrefillOptions::default()).unwrap();
+    let mut ids = Vec::new();
+    for i in 0..4 {
+        let b = fork(e, root);
+        e.append(b, task.branch(i).unwrap()).unwrap();
+        e.start(b, greedy_to_end()).unwrap();
+        ids.push(b);
+    }
+    run_all(e);
+    let (yes, no) = task.verdict_tokens();
+    let watched = [yes, no].concat();
+    ids.iter()
+        .map(|&b| {
+            let v = fork(e, b);
+            e.append(v, task.verify_suffix()).unwrap();
+            e.watch(v, &watched, 0).unwrap();
+            v
+        })
+        .collect()
+}
+
+fn observed(over: Over, norm: ProbeNorm) -> (Engine, Vec<BranchId>) {
+    let task = first_task();
+    let mut e = engine(|_| ());
+    let ids = verifiers(&mut e, task.as_ref());
+    e.gate(&VerifyExit { over, norm, ..VerifyExit::PAPER }.observer(LAYERS as usize), &ids).unwrap();
+    e.step().unwrap();
+    (e, ids)
+}
+
+#[test]
+fn the_last_layers_probe_is_the_row_itself() {
+    let (e, ids) = observed(Over::Vocabulary, ProbeNorm::Final);
+    for &id in &ids {
+        let row = e.row(id).unwrap().unwrap();
+        let layers: Vec<u32> = row.layers.iter().map(|l| l.layer).collect();
+        assert_eq!(layers, (1..=LAYERS as u32).collect::<Vec<_>>());
+        let last = row.layers.last().unwrap().stats;
+        assert_eq!(last.argmax, row.stats.argmax);
+        assert!((last.entropy - row.stats.entropy).abs() < 1e-4 && (last.lse - row.stats.lse).abs() < 1e-3);
+        assert_eq!(e.stats(id).unwrap().exit_layer, None, "it has only been looked at");
+    }
+    let (e, ids) = observed(Over::Watched, ProbeNorm::Final);
+    for &id in &ids {
+        let row = e.row(id).unwrap().unwrap();
+        let p: Vec<f64> = row.watched.iter().map(|x| f64::from(*x).exp()).collect();
+        let share = p[0] / p.iter().sum::<f64>();
+        let entropy = -(share * share.ln() + (1.0 - share) * (1.0 - share).ln());
+        let last = row.layers.last().unwrap().stats;
+        assert!((f64::from(last.entropy) - entropy).abs() < 1e-4, "{} {entropy}", last.entropy);
+        assert!((f64::from(last.top1) - share.max(1.0 - share)).abs() < 1e-4);
+    }
+    // The raw form unembeds another vector.
+    let (raw, ids) = observed(Over::Vocabulary, ProbeNorm::Raw);
+    let row = raw.row(ids[0]).unwrap().unwrap();
+    assert!((row.layers[7].stats.entropy - row.stats.entropy).abs() > 1e-3);
+}
+
+/// An exit is where the numbers of the observer say it should be, whatever is stacked, and reported only where one
+/// happened.
+#[test]
+fn verdicts_leave_where_their_entropy_settles() {
+    let (seen, ids) = observed(Over::Watched, ProbeNorm::Final);
+    let entropies: Vec<Vec<f32>> =
+        ids.iter().map(|&id| seen.row(id).unwrap().unwrap().layers.iter().map(|l| l.stats.entropy).collect()).collect();
+    let task = first_task();
+    let exits = |exit: VerifyExit| {
+        let mut e = engine(|_| ());
+        let ids = verifiers(&mut e, task.as_ref());
+        let before = e.engine_stats();
+        e.gate(&exit.gate(LAYERS as usize).unwrap(), &ids).unwrap();
+        e.step().unwrap();
+        e.check_integrity().unwrap();
+        assert!(ids.iter().all(|&id| e.row(id).unwrap().unwrap().watched.len() == 2), "every verdict is there");
+        let exits: Vec<Option<u32>> = ids.iter().map(|&id| e.stats(id).unwrap().exit_layer).collect();
+        for (&id, exit) in ids.iter().zip(&exits) {
+            assert_eq!(e.stats(id).unwrap().ended, exit.map(|_| EndReason::Stopped));
+        }
+        let layer_rows = e.engine_stats().layer_rows - before.layer_rows;
+        let saved: u64 = exits.iter().map(|x| x.map_or(0, |l| LAYERS - u64::from(l))).sum();
+        let rows = task.verify_suffix().len() as u64;
+        assert_eq!(layer_rows, rows * (4 * LAYERS - saved));
+        exits
+    };
+    for (theta, epsilon) in [(0.7, 9.0), (0.6, 0.05), (0.5, 0.3), (0.05, 0.05)] {
+        let exit = VerifyExit { theta, epsilon, min_layer: 1, ..VerifyExit::CANDIDATES };
+        let settled =
+            |xs: &Vec<f32>, layer: usize| xs[layer - 1] < theta && (xs[layer - 1] - xs[layer - 2]).abs() < epsilon;
+        let expected: Vec<Option<u32>> =
+            entropies.iter().map(|xs| (2..8).find(|&l| settled(xs, l)).map(|l| l as u32)).collect();
+        assert_eq!(exits(exit), expected, "theta {theta}, epsilon {epsilon}");
+        // Probes after layers 1, 2, 3 are read after 3; 4, 5, 6 after 6; 7 by itself.
+        let stacked: Vec<Option<u32>> =
+            expected.iter().map(|l| l.map(|l| l.div_ceil(3) * 3).map(|l| l.min(7))).collect();
+        assert_eq!(exits(VerifyExit { stacked: 3, ..exit }), stacked);
+        let all = (2..8).find(|&l| entropies.iter().all(|xs| settled(xs, l))).map(|l| l as u32);
+        assert_eq!(exits(VerifyExit { all_or_none: true, ..exit }), [all; 4]);
+    }
+}
+
+#[test]
+fn a_watched_entropy_needs_somebody_who_watches() {
+    let mut e = engine(|_| ());
+    let a = e.prefill(&[300, 301], uncached()).unwrap();
+    let statistic = Statistic::Entropy { over: Over::Watched, norm: ProbeNorm::Final, stacked: 1 };
+    let spec = GateSpec { statistic, rule: Rule::Below(9.0), effect: Effect::Stop, ..asks(0.5, 2) };
+    e.gate(&spec, &[a]).unwrap();
+    assert!(e.step().unwrap_err().to_string().contains("watches"));
+    e.check_integrity().unwrap();
+}
+
+/// Prompts that keep their own tokens take only what they have in common, and everything else is theirs.
+#[test]
+fn a_recomputed_prompt_keeps_its_tokens() {
+    let task = first_task();
+    let plain = |e: &mut Engine| {
+        let mut w = wordings(e, task.as_ref());
+        fork_all(e, &mut w);
+        w
+    };
+    let mut exact = engine(|c| c.dtype = rksc::DType::F32);
+    let reference = plain(&mut exact);
+    run_all(&mut exact);
+    let run = |share: f32| {
+        let mut e = engine(|c| c.dtype = rksc::DType::F32);
+        let mut w = wordings(&mut e, task.as_ref());
+        let asks = Asks { tau: -1.0, probe_layers: 2, recompute: Some(share), ..Asks::default() };
+        e.gate(&asks.gate(), &w.roots).unwrap();
+        fork_all(&mut e, &mut w);
+        e.step().unwrap();
+        e.check_integrity().unwrap();
+        let layer_rows = e.engine_stats().layer_rows;
+        run_all(&mut e);
+        let found = e.similarity(w.roots[0]).unwrap().unwrap().similarity.labels.clone();
+        for (i, (&root, &fork)) in w.roots.iter().zip(&w.forks).enumerate() {
+            assert_eq!(e.tokens(root).unwrap(), task.wording(i).unwrap(), "its tokens are its own");
+            let state = e.stats(fork).unwrap().state;
+            assert_eq!(state == rksc::kv::block_pool::BlockState::Exact, found[i] as usize == i);
+        }
+        assert_eq!(e.engine_stats().blocks_cached, 0);
+        (layer_rows, w.forks.iter().map(|&f| (e.tokens(f).unwrap().to_vec(), row_bits(&e, f))).collect::<Vec<_>>())
+    };
+    // Everything computed: every bit is as without the gate.
+    let (full, all) = run(1.0);
+    let bits: Vec<_> =
+        reference.forks.iter().map(|&f| (exact.tokens(f).unwrap().to_vec(), row_bits(&exact, f))).collect();
+    assert_eq!(all, bits);
+    let (some, _) = run(0.3);
+    let (none, _) = run(0.0);
+    assert!(none < some && some < full, "{none} {some} {full}");
+}
+
+#[test]
+fn a_marked_prompt_survives_preemption_bit_for_bit() {
+    let task = first_task();
+    let run = |blocks: u64| {
+        let mut e = engine(|c| c.kv_cache_memory = Some(blocks * 16 * 2 * 2 * 8 * 32 * 2));
+        let mut w = wordings(&mut e, task.as_ref());
+        let asks = Asks { tau: -1.0, probe_layers: 1, recompute: Some(0.1), ..Asks::default() };
+        e.gate(&asks.gate(), &w.roots).unwrap();
+        fork_all(&mut e, &mut w);
+        run_all(&mut e);
+        e.check_integrity().unwrap();
+        let bits: Vec<_> = w.forks.iter().map(|&f| (e.tokens(f).unwrap().to_vec(), row_bits(&e, f))).collect();
+        (bits, e.engine_stats().preemptions)
+    };
+    let (roomy, calm) = run(200);
+    let (tight, busy) = run(22);
+    assert_eq!(calm, 0);
+    assert!(busy > 0, "the small cache did not make anybody give way");
+    assert_eq!(roomy, tight);
+}
