@@ -246,6 +246,12 @@ def ladder(args, lines, select_rule):
     return out, {p["policy"]: {line["id"]: line for line in p["per_problem"]} for p in out["policies"]}
 
 
+def cpu_seconds():
+    """(of the whole machine, of this process and the children it waited for)"""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
 def measure(args):
     torch.set_num_threads(args.threads)
     model_dir = ROOT / "models/tinymath"
@@ -281,9 +287,15 @@ def measure(args):
                                               "exit_layers": line["exit_layers"]}
 
     # ours, theirs, ours, theirs, ...: a slow minute of the machine hits both.
+    begin, (all_before, own_before) = time.perf_counter(), cpu_seconds()
     for _ in range(args.rounds):
         ours()
         theirs()
+    all_after, own_after = cpu_seconds()
+    others = (all_after - all_before - own_after + own_before) / (time.perf_counter() - begin)
+    print(f"other programs took {others:.2f} of {os.cpu_count()} cores meanwhile", file=sys.stderr)
+    if others > args.max_others:
+        sys.exit("nothing recorded: the machine was not idle (--max-others)")
     _, by_policy = ladder(args, lines, "score*sqrt(conf)")  # for the answers alone
     for record in records:
         for policy, of in by_policy.items():
@@ -321,7 +333,7 @@ def arm_row(records, engine, arm):
            "right_interval": wilson(right["vote"], len(ms)), "skipped": sum(x["skipped"] for x in results),
            "left_early": len(layers), "mean_exit_layer": statistics.mean(layers) if layers else None, "same_answer_as_rksc": agree}
     if engine == "torch":
-        row["phase_ms"] = {p: statistics.mean(x[p + "_ms"] for x in results) for p in ("prefill", "decode", "verify")}
+        row["phase_ms"] = {p: statistics.median(x[p + "_ms"] for x in results) for p in ("prefill", "decode", "verify")}
         row["tokens"] = statistics.mean(x["tokens"] for x in results)
     return row
 
@@ -379,6 +391,7 @@ def main():
     parser.add_argument("--eps", type=float, default=3.0, help="nats")
     parser.add_argument("--theta-scale", type=float, default=1.0, help="on theta and eps")
     parser.add_argument("--l-min", type=int, default=2)
+    parser.add_argument("--max-others", type=float, default=0.15, help="cores that other programs may take before a piece is thrown away")
     parser.add_argument("--no-level2", action="store_true")
     args = parser.parse_args()
     if args.limit > 0:
