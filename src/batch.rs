@@ -29,6 +29,8 @@ pub struct Batch {
     pub copies: Vec<BlockCopy>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// The pass measures the attention that each of `blocks` receives from the last row of its sequence.
+    pub measures_mass: bool,
 }
 
 /// One sequence of a [`Batch`].

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kv::eviction::Eviction;
 
 /// Where the weights come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +71,12 @@ pub struct EngineConfig {
     pub max_batch_tokens: usize,
     /// Host bytes for branches that cannot be recomputed exactly.
     pub swap_space: u64,
+    /// Whose blocks go when the cache is full.
+    pub eviction: Eviction,
+    /// Under [`Eviction::Mass`], attention mass is measured in every so many-th decode pass (and where a prompt ends).
+    pub mass_every: usize,
+    /// What a measurement leaves of the mass measured before, in `(0, 1]`.
+    pub mass_decay: f64,
     /// Look for NaN and infinities in the weights while opening.
     pub check_tensors: bool,
 }
@@ -86,6 +93,9 @@ impl Default for EngineConfig {
             block_size: 16,
             max_batch_tokens: 2048,
             swap_space: 4 << 30,
+            eviction: Eviction::Lru,
+            mass_every: 16,
+            mass_decay: 0.9,
             check_tensors: false,
         }
     }
@@ -99,6 +109,12 @@ impl EngineConfig {
         }
         if self.max_batch_tokens == 0 || self.max_batch_tokens > 1 << 20 {
             return Err(Error::config("max-batch-tokens", "must be between 1 and 1048576"));
+        }
+        if self.mass_every == 0 {
+            return Err(Error::config("mass-every", "must be at least 1"));
+        }
+        if !(self.mass_decay > 0.0 && self.mass_decay <= 1.0) {
+            return Err(Error::config("mass-decay", "must be above 0 and at most 1"));
         }
         check_threads(self.threads)?;
         self.device.parse::<DeviceChoice>().map(drop)
@@ -135,6 +151,9 @@ mod tests {
         assert!(bad(|c| c.device = "tpu".into()).starts_with("device"));
         assert!(bad(|c| c.device = "cuda:x".into()).starts_with("device"));
         assert!(bad(|c| c.max_batch_tokens = 0).starts_with("max-batch-tokens"));
+        assert!(bad(|c| c.mass_every = 0).starts_with("mass-every"));
+        assert!(bad(|c| c.mass_decay = 0.0).starts_with("mass-decay"));
+        assert!(bad(|c| c.mass_decay = f64::NAN).starts_with("mass-decay"));
         assert!(EngineConfig::default().validate().is_ok());
     }
 }

@@ -8,6 +8,9 @@
 //! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
 //! object, and outputs go to buffers of the caller.
 
+mod evict;
+#[cfg(test)]
+mod evict_tests;
 #[cfg(test)]
 mod gate_tests;
 mod gating;
@@ -27,6 +30,7 @@ use crate::gate::GateSpec;
 use crate::kv::KvLayout;
 use crate::kv::block_pool::{BlockPool, BlockState};
 use crate::kv::block_table::BlockTable;
+use crate::kv::eviction::Evictor;
 use crate::kv::prefix_cache::PrefixCache;
 use crate::model::family::ModelConfig;
 use crate::model::{RowQuery, Runner};
@@ -119,6 +123,9 @@ pub struct Engine {
     tree: BranchTree,
     pool: BlockPool,
     cache: PrefixCache,
+    evictor: Evictor,
+    /// Passes with a decoding branch since the engine opened: when to measure attention mass.
+    decode_passes: u64,
     gates: Vec<GateSpec>,
     events: VecDeque<Event>,
     cancel: CancelFlag,
@@ -183,6 +190,7 @@ impl Engine {
             num_computed,
             fork_point,
             state: parent.state,
+            num_lost: parent.num_lost,
             salt: parent.salt,
             votes: parent.votes,
             num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
@@ -218,6 +226,7 @@ impl Engine {
         }
         b.tokens.truncate(num_tokens);
         b.num_computed = b.num_computed.min(num_tokens);
+        b.num_lost = b.num_lost.min(num_tokens);
         b.prompt_len = b.prompt_len.min(num_tokens);
         b.num_generated = 0;
         b.num_cached_blocks = b.num_cached_blocks.min(num_tokens / self.layout.block_size);
@@ -579,8 +588,9 @@ impl Engine {
         }
         let at = fork.at.min(parent.num_computed + num_planned);
         let table = parent.table.fork(&mut self.pool, at)?;
-        let (state, cached) = (parent.state, parent.num_cached_blocks);
+        let (state, cached, num_lost) = (parent.state, parent.num_cached_blocks, parent.num_lost.min(fork.at));
         let c = self.tree.get_mut(child)?;
+        c.num_lost = c.num_lost.max(num_lost);
         c.table = table;
         c.num_computed = at;
         c.num_cached_blocks = cached.min(at / self.layout.block_size);

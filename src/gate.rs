@@ -177,11 +177,12 @@ impl GateSpec {
         let compares = matches!(self.statistic, Statistic::BranchSimilarity { .. });
         let clusters = matches!(self.rule, Rule::Cluster { .. });
         check(compares == clusters || self.rule == Rule::Never, "rule: clusters go with branch similarity alone")?;
+        let gives_way = self.effect.needs_clusters();
         check(
-            !compares || matches!(self.effect, Effect::Observe | Effect::Alias),
-            "effect: clusters alias or observe",
+            !compares || gives_way || self.effect == Effect::Observe,
+            "effect: clusters alias, recompute or observe",
         )?;
-        check(self.effect != Effect::Alias || clusters, "effect: alias needs clusters")?;
+        check(!gives_way || clusters, "effect: alias needs clusters")?;
         let stacked = !matches!(self.statistic, Statistic::Entropy { stacked: 0, .. });
         check(stacked, "stacked: at least 1")?;
         let numbers = match (self.rule, self.statistic) {

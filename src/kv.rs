@@ -11,6 +11,7 @@
 
 pub mod block_pool;
 pub mod block_table;
+pub mod eviction;
 pub mod prefix_cache;
 
 use crate::dtype::DType;

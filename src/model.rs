@@ -10,6 +10,7 @@ pub(crate) mod fields;
 mod gating;
 mod live;
 mod load;
+mod mass;
 pub mod weights;
 
 use std::ops::Range;
@@ -95,6 +96,8 @@ pub(crate) struct PassOutput {
     pub(crate) similarities: Vec<Option<Similarity>>,
     /// KV slots attention reads in each layer before any gate, shared runs once.
     pub(crate) slots_read: usize,
+    /// What each of the batch's `blocks` received from the last row of its sequence; empty unless that was measured.
+    pub(crate) mass: Vec<f32>,
     /// Rows in flight, summed over the layers.
     pub(crate) layer_rows: u64,
 }
@@ -244,9 +247,11 @@ impl<B: Backend> Model<B> {
             layers: vec![Vec::new(); if gates.is_empty() { 0 } else { batch.seqs.len() }],
             exits: Vec::new(),
             watches: gates.iter().map(Watch::new).collect(),
+            mass: Vec::new(),
         };
         let mut layer_rows = 0;
-        let repeatable = gates.is_empty() && batch.copies.is_empty() && queries.len() <= self.ws.chunk;
+        let repeatable =
+            gates.is_empty() && batch.copies.is_empty() && !batch.measures_mass && queries.len() <= self.ws.chunk;
         self.backend.begin_pass(&pass.inputs, repeatable)?;
         let hidden = self.config.hidden;
         self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden })?;
@@ -261,8 +266,8 @@ impl<B: Backend> Model<B> {
         self.flush_delta(&mut pass, None)?;
         self.answer(queries, &mut pass)?;
         let similarities = pass.watches.into_iter().map(|w| w.similarity).collect();
-        let Pass { answers, fates, layers, .. } = pass;
-        Ok(PassOutput { answers, fates, layers, similarities, slots_read, layer_rows })
+        let Pass { answers, fates, layers, mass, .. } = pass;
+        Ok(PassOutput { answers, fates, layers, similarities, slots_read, layer_rows, mass })
     }
 
     /// One layer for every row in flight, each with its weight set.
@@ -312,12 +317,13 @@ impl<B: Backend> Model<B> {
                 layout,
             })?;
         }
-        if !batch.copies.is_empty() {
-            backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
-        }
+        // Before the copies: what is transferred may stand in a block that a fork copies.
         if pass.live.has_transfers() {
             let (inputs, inv_freq) = (&pass.inputs, &self.inv_freq);
             backend.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq, layout })?;
+        }
+        if !batch.copies.is_empty() {
+            backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
         }
         backend.paged_attention(PagedAttention {
             inputs: &pass.inputs,
@@ -330,6 +336,9 @@ impl<B: Backend> Model<B> {
             sm_scale: config.sm_scale(),
             layout,
         })?;
+        if batch.measures_mass && layer_idx == mass::layer(config) {
+            pass.mass = mass::measure(backend, ws, k_cache, (config, layout), (batch, &pass.live))?;
+        }
 
         // Output projection and MLP half.
         for (rows, set) in groups {
@@ -445,6 +454,8 @@ struct Pass<B: Backend> {
     exits: Vec<Exit<B>>,
     /// One a gate.
     watches: Vec<Watch<B>>,
+    /// See [`PassOutput::mass`].
+    mass: Vec<f32>,
 }
 
 type Groups = Vec<(Range<usize>, WeightSet)>;

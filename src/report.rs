@@ -1,5 +1,6 @@
 //! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
 
+pub mod html;
 pub mod ladder;
 mod plan;
 
@@ -19,12 +20,14 @@ pub struct TokenCounts {
     pub decode: u64,
     /// Verification.
     pub verify: u64,
+    /// Prompts that ran only through the layers before another stood in for them.
+    pub probed: u64,
 }
 
 impl TokenCounts {
     /// All phases.
     pub fn total(&self) -> u64 {
-        self.prefill + self.decode + self.verify
+        self.prefill + self.decode + self.verify + self.probed
     }
 }
 
@@ -319,6 +322,7 @@ impl SolveReport {
             prefill: t.prefill + r.tokens.prefill,
             decode: t.decode + r.tokens.decode,
             verify: t.verify + r.tokens.verify,
+            probed: t.probed + r.tokens.probed,
         });
         Self {
             problems: results.len(),

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod branch_similarity;
+pub mod clairvoyant;
 pub mod entropy_probe;
 pub mod fill;
 pub mod kv_compact;

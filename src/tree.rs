@@ -117,6 +117,8 @@ pub(crate) struct Branch {
     pub(crate) num_generated: usize,
     /// `tokens[..num_computed]` have their KV in `table` (or in swap).
     pub(crate) num_computed: usize,
+    /// `tokens[..num_lost]` were computed before and evicted since; what of them runs is computed again.
+    pub(crate) num_lost: usize,
     pub(crate) table: BlockTable,
     pub(crate) fork_point: Option<ForkPoint>,
     /// The weakest state of anything it attended to.
@@ -168,6 +170,7 @@ impl Branch {
             tokens,
             num_generated: 0,
             num_computed: 0,
+            num_lost: 0,
             table,
             fork_point: None,
             state: BlockState::Exact,

@@ -284,3 +284,65 @@ fn a_watched_entropy_needs_somebody_who_watches() {
     assert!(e.step().unwrap_err().to_string().contains("watches"));
     e.check_integrity().unwrap();
 }
+
+/// Prompts that keep their own tokens take only what they have in common, and everything else is theirs.
+#[test]
+fn a_recomputed_prompt_keeps_its_tokens() {
+    let task = first_task();
+    let plain = |e: &mut Engine| {
+        let mut w = wordings(e, task.as_ref());
+        fork_all(e, &mut w);
+        w
+    };
+    let mut exact = engine(|c| c.dtype = rksc::DType::F32);
+    let reference = plain(&mut exact);
+    run_all(&mut exact);
+    let run = |share: f32| {
+        let mut e = engine(|c| c.dtype = rksc::DType::F32);
+        let mut w = wordings(&mut e, task.as_ref());
+        let asks = Asks { tau: -1.0, probe_layers: 2, recompute: Some(share), ..Asks::default() };
+        e.gate(&asks.gate(), &w.roots).unwrap();
+        fork_all(&mut e, &mut w);
+        e.step().unwrap();
+        e.check_integrity().unwrap();
+        let layer_rows = e.engine_stats().layer_rows;
+        run_all(&mut e);
+        let found = e.similarity(w.roots[0]).unwrap().unwrap().similarity.labels.clone();
+        for (i, (&root, &fork)) in w.roots.iter().zip(&w.forks).enumerate() {
+            assert_eq!(e.tokens(root).unwrap(), task.wording(i).unwrap(), "its tokens are its own");
+            let state = e.stats(fork).unwrap().state;
+            assert_eq!(state == rksc::kv::block_pool::BlockState::Exact, found[i] as usize == i);
+        }
+        assert_eq!(e.engine_stats().blocks_cached, 0);
+        (layer_rows, w.forks.iter().map(|&f| (e.tokens(f).unwrap().to_vec(), row_bits(&e, f))).collect::<Vec<_>>())
+    };
+    // Everything computed: every bit is as without the gate.
+    let (full, all) = run(1.0);
+    let bits: Vec<_> =
+        reference.forks.iter().map(|&f| (exact.tokens(f).unwrap().to_vec(), row_bits(&exact, f))).collect();
+    assert_eq!(all, bits);
+    let (some, _) = run(0.3);
+    let (none, _) = run(0.0);
+    assert!(none < some && some < full, "{none} {some} {full}");
+}
+
+#[test]
+fn a_marked_prompt_survives_preemption_bit_for_bit() {
+    let task = first_task();
+    let run = |blocks: u64| {
+        let mut e = engine(|c| c.kv_cache_memory = Some(blocks * 16 * 2 * 2 * 8 * 32 * 2));
+        let mut w = wordings(&mut e, task.as_ref());
+        let asks = Asks { tau: -1.0, probe_layers: 1, recompute: Some(0.1), ..Asks::default() };
+        e.gate(&asks.gate(), &w.roots).unwrap();
+        fork_all(&mut e, &mut w);
+        run_all(&mut e);
+        e.check_integrity().unwrap();
+        let bits: Vec<_> = w.forks.iter().map(|&f| (e.tokens(f).unwrap().to_vec(), row_bits(&e, f))).collect();
+        (bits, e.engine_stats().preemptions)
+    };
+    let (roomy, calm) = run(200);
+    let (tight, busy) = run(22);
+    assert_eq!(calm, 0);
+    assert!(busy > 0, "the small cache did not make anybody give way");
+    assert_eq!(roomy, tight);
+}

@@ -8,6 +8,7 @@ use rksc::Error;
 use rksc::kv::BlockCopy;
 use rksc::kv::block_pool::{BlockId, BlockPool, BlockState};
 use rksc::kv::block_table::BlockTable;
+use rksc::kv::eviction::{Eviction, Evictor};
 use rksc::kv::prefix_cache::{PathLock, PrefixCache, hash_block};
 
 const NUM_SEQUENCES: u64 = if cfg!(miri) { 2 } else { 10_000 };
@@ -87,6 +88,7 @@ struct World {
     block_size: usize,
     pool: BlockPool,
     cache: PrefixCache,
+    evictor: Evictor,
     branches: Vec<Branch>,
     waiting: Vec<Waiting>,
     locks: Vec<PathLock>,
@@ -119,6 +121,7 @@ impl World {
             block_size,
             pool: BlockPool::new(num_blocks),
             cache,
+            evictor: Evictor::new(Eviction::ALL[seed as usize % 3], num_blocks, 0.9),
             branches: Vec::new(),
             waiting: Vec::new(),
             locks: Vec::new(),
@@ -134,7 +137,7 @@ impl World {
             assert!(self.pool.try_take(n).is_none());
             return None;
         }
-        assert_eq!(self.cache.evict(missing, &mut self.pool).unwrap(), missing);
+        assert_eq!(self.cache.evict(missing, &self.evictor, &mut self.pool).unwrap(), missing);
         Some(self.pool.try_take(n).unwrap())
     }
 
@@ -194,9 +197,12 @@ impl World {
         for &(slot, tag) in &writes[..num_writes] {
             self.slots[slot as usize] = tag;
         }
+        self.evictor.mass.begin_measurement();
         for (b, tokens) in work {
             let branch = &mut self.branches[*b];
             if reached > 2 {
+                let mass = self.rng.below(9) as f64;
+                branch.table.blocks().iter().for_each(|&id| self.evictor.mass.add(id, mass));
                 branch.table.commit(&mut self.pool).unwrap();
             } else {
                 branch.table.rollback(&mut self.pool).unwrap();
@@ -316,7 +322,7 @@ impl World {
             13 => {
                 let (n, most) = (self.rng.below(6), self.cache.num_evictable(&self.pool).unwrap());
                 let blocks: Vec<BlockId> = self.cache.blocks().collect();
-                assert_eq!(self.cache.evict(n, &mut self.pool).unwrap(), n.min(most));
+                assert_eq!(self.cache.evict(n, &self.evictor, &mut self.pool).unwrap(), n.min(most));
                 self.bury(&blocks);
             }
             14 if num > 0 => self.preempt(b),
@@ -396,12 +402,15 @@ fn sequence(seed: u64) -> [usize; 3] {
     for &id in &w.dead {
         assert!(matches!(w.pool.retain(id), Err(Error::Block { .. })), "{id:?}");
     }
+    let live: Vec<BlockId> =
+        w.branches.iter().flat_map(|b| b.table.blocks().to_vec()).chain(w.cache.blocks()).collect();
+    assert!(live.iter().all(|&id| w.evictor.mass.of(id) >= 0.0));
     for branch in w.branches.drain(..) {
         branch.table.free(&mut w.pool).unwrap();
     }
     w.locks.drain(..).for_each(|lock| w.cache.unlock(lock).unwrap());
     let num_cached = w.cache.len();
-    assert_eq!(w.cache.evict(usize::MAX, &mut w.pool).unwrap(), num_cached);
+    assert_eq!(w.cache.evict(usize::MAX, &w.evictor, &mut w.pool).unwrap(), num_cached);
     assert_eq!(w.pool.num_free(), w.pool.num_blocks());
     w.check_owners();
     seen
@@ -494,7 +503,8 @@ fn table_and_cache_refuse_a_pool_that_is_not_theirs() {
         table.clear(&mut other).err(),
         table.num_shared_blocks(&other).err(),
         cache.lookup(0, &[1; 6], 5, &mut other).err(),
-        cache.evict(1, &mut other).err(),
+        cache.evict(1, &Evictor::new(Eviction::Lru, 8, 1.0), &mut other).err(),
+        cache.evict(1, &Evictor::new(Eviction::Mass, 8, 1.0), &mut other).err(),
         cache.num_evictable(&other).err(),
         cache.clear(&mut other).err(),
     ];
@@ -517,6 +527,7 @@ fn colliding_hashes_never_share_wrongly() {
     let mut rng = Rng(6);
     let mut pool = BlockPool::new(2_000);
     let mut cache = PrefixCache::with_hasher(BS, |h, t| hash_block(h, t) & 0xff);
+    let evictor = Evictor::new(Eviction::Lru, 2_000, 1.0);
     // What each block holds: the salt and all tokens up to its end.
     let mut contents: Vec<(u64, Vec<u32>)> = vec![Default::default(); 2_000];
     let (mut num_hits, mut num_misses) = (0, 0);
@@ -532,7 +543,7 @@ fn colliding_hashes_never_share_wrongly() {
         num_misses += tokens.len() / BS - 1 - found.len();
         let missing = tokens.len() / BS - found.len();
         if pool.num_free() < missing {
-            cache.evict(500, &mut pool).unwrap();
+            cache.evict(500, &evictor, &mut pool).unwrap();
         }
         let fresh = pool.try_take(missing).unwrap();
         for (i, id) in fresh.iter().enumerate() {

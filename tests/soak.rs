@@ -9,6 +9,7 @@ use common::*;
 use rksc::engine::{
     BranchId, BranchStats, Engine, EngineStats, Event, EventKind, GenerateParams, PrefillOptions, RowAnswer,
 };
+use rksc::kv::eviction::Eviction;
 use rksc::sampler::SamplingParams;
 use rksc::{DType, Error};
 
@@ -16,10 +17,15 @@ const NUM_REQUESTS: usize = 600;
 const MAX_IN_FLIGHT: usize = 12;
 
 fn small(blocks: u64) -> Engine {
+    small_with(blocks, Eviction::Lru)
+}
+
+fn small_with(blocks: u64, eviction: Eviction) -> Engine {
     let block_bytes = 16 * engine(|_| {}).info().kv_bytes_per_token;
     let engine = engine(|c| {
         c.kv_cache_memory = Some(blocks * block_bytes);
         c.max_batch_tokens = 256;
+        c.eviction = eviction;
     });
     assert_eq!(engine.engine_stats().blocks as u64, blocks);
     engine
@@ -65,7 +71,11 @@ fn params(rng: &mut Rng) -> GenerateParams {
 
 #[test]
 fn six_hundred_requests_leave_nothing_behind() {
-    let mut engine = small(72);
+    Eviction::ALL.into_iter().for_each(six_hundred_requests);
+}
+
+fn six_hundred_requests(eviction: Eviction) {
+    let mut engine = small_with(72, eviction);
     let mut rng = Rng(20_240_601);
     let common = rng.tokens(150);
     let mut live: Vec<Request> = Vec::new();
@@ -123,7 +133,7 @@ fn six_hundred_requests_leave_nothing_behind() {
     }
     let stats = engine.engine_stats();
     println!(
-        "{finished} finished, {cancelled} cancelled in {steps} steps; {} preemptions, {} tokens computed, {} from the cache",
+        "{eviction}: {finished} finished, {cancelled} cancelled in {steps} steps; {} preemptions, {} tokens computed, {} from the cache",
         stats.preemptions, stats.tokens_computed, stats.tokens_from_cache
     );
     assert!(finished + cancelled == NUM_REQUESTS && cancelled > NUM_REQUESTS / 10);
@@ -260,14 +270,17 @@ fn a_pool_for_one_finishes_sixty_four() {
     let branches = start(&mut huge);
     let (expected, never) = finish(&mut huge, &branches);
     assert_eq!(never, 0);
-    let mut tight = small(21);
-    let branches = start(&mut tight);
-    let (got, preempted) = finish(&mut tight, &branches);
-    println!("{} preemptions in all, at most {preempted} of one branch", tight.engine_stats().preemptions);
-    assert!(tight.engine_stats().preemptions > 0, "the pool was not tight");
-    assert!(preempted <= 8, "one branch was preempted {preempted} times");
-    assert!(got == expected, "tokens depend on the size of the pool");
-    assert!(got.iter().zip(&prompts).all(|(t, p)| t.len() == p.len() + NEW));
+    for eviction in Eviction::ALL {
+        let mut tight = small_with(21, eviction);
+        let branches = start(&mut tight);
+        let (got, preempted) = finish(&mut tight, &branches);
+        let preemptions = tight.engine_stats().preemptions;
+        println!("{eviction}: {preemptions} preemptions in all, at most {preempted} of one branch");
+        assert!(preemptions > 0, "the pool was not tight");
+        assert!(preempted <= 8, "{eviction}: one branch was preempted {preempted} times");
+        assert!(got == expected, "{eviction}: tokens depend on the size of the pool");
+        assert!(got.iter().zip(&prompts).all(|(t, p)| t.len() == p.len() + NEW));
+    }
 }
 
 #[test]
@@ -293,13 +306,16 @@ fn a_pool_for_one_finishes_sixty_four_forks_of_an_idle_root() {
         let mut huge = engine(|_| {});
         let branches = start(&mut huge);
         let (expected, _) = finish(&mut huge, &branches);
-        // 250 + 23 + 40 tokens: 20 blocks.
-        let mut tight = small(21);
-        let branches = start(&mut tight);
-        let (got, preempted) = finish(&mut tight, &branches);
-        println!("cached {cached}: {} preemptions, at most {preempted} of one", tight.engine_stats().preemptions);
-        assert!(got == expected, "tokens depend on the size of the pool");
-        assert!(preempted <= 8, "cached {cached}: one branch was preempted {preempted} times");
+        for eviction in Eviction::ALL {
+            // 250 + 23 + 40 tokens: 20 blocks.
+            let mut tight = small_with(21, eviction);
+            let branches = start(&mut tight);
+            let (got, preempted) = finish(&mut tight, &branches);
+            let preemptions = tight.engine_stats().preemptions;
+            println!("cached {cached}, {eviction}: {preemptions} preemptions, at most {preempted} of one");
+            assert!(got == expected, "{eviction}: tokens depend on the size of the pool");
+            assert!(preempted <= 8, "cached {cached}, {eviction}: one branch was preempted {preempted} times");
+        }
     }
 }
 

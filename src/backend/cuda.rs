@@ -25,6 +25,7 @@ pub mod interop;
 #[doc(hidden)]
 pub mod kernels;
 mod ops;
+mod probes;
 
 use self::cublas::Cublas;
 use self::device::{Device, DeviceBuf};
@@ -93,8 +94,19 @@ struct Scratch {
     linear: Option<DeviceBuf<u8>>,
     /// `row_stats`; zeroed.
     row_stats: Option<DeviceBuf<u8>>,
-    /// Results of `row_stats`.
+    /// Results of `row_stats` and `entropy_probe`.
     stats: Option<DeviceBuf<u8>>,
+    /// `entropy_probe`, and its candidates.
+    probe: Option<DeviceBuf<u8>>,
+    candidates: Option<DeviceBuf<u8>>,
+    /// `branch_similarity`, its weights and its results.
+    similarities: Option<DeviceBuf<u8>>,
+    layer_weights: Option<DeviceBuf<u8>>,
+    similarity_results: Option<DeviceBuf<u8>>,
+    /// Sequences, tables and results of `attention_mass`.
+    mass_sequences: Option<DeviceBuf<u8>>,
+    mass_blocks: Option<DeviceBuf<u8>>,
+    mass: Option<DeviceBuf<u8>>,
     /// Unmerged outputs of `paged_attention`.
     partial_o: Option<DeviceBuf<u8>>,
     /// Their maxima and sums.

@@ -13,6 +13,7 @@ use crate::config::{DeviceChoice, EngineConfig, ModelSource};
 use crate::error::{Error, Result};
 use crate::kv::KvLayout;
 use crate::kv::block_pool::BlockPool;
+use crate::kv::eviction::Evictor;
 use crate::kv::prefix_cache::PrefixCache;
 use crate::model::family::ModelConfig;
 use crate::model::weights::WeightStore;
@@ -70,6 +71,8 @@ impl Engine {
         Ok(Self {
             pool: BlockPool::new(layout.num_blocks),
             cache: PrefixCache::new(layout.block_size),
+            evictor: Evictor::new(config.eviction, layout.num_blocks, config.mass_decay),
+            decode_passes: 0,
             runner,
             tree: BranchTree::default(),
             gates: Vec::new(),

@@ -56,6 +56,13 @@ pub struct EngineStats {
     pub tokens_from_cache: u64,
     /// Times a branch gave up its blocks.
     pub preemptions: u64,
+    /// Of the computed tokens, those whose KV had been there before and was evicted: from the prefix cache, or with a
+    /// branch that gave way.
+    pub tokens_recomputed: u64,
+    /// Blocks freed to make room: taken from the prefix cache, or from a branch that gave way.
+    pub blocks_evicted: u64,
+    /// Their bytes.
+    pub bytes_evicted: u64,
     /// Live branches.
     pub branches: usize,
     /// KV blocks in all.

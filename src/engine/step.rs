@@ -9,13 +9,13 @@ use crate::kv::block_pool::{BlockId, BlockState};
 use crate::kv::block_table::BlockTable;
 use crate::model::{Draw, Fate, PassOutput, RowQuery};
 use crate::sampler::DrawKey;
-use crate::scheduler::{self, Budget, Candidate, Decision, Holder, PlanItem};
-use crate::tree::{Branch, BranchId, EndReason, Mode, RowAnswer, SwappedBlocks};
+use crate::scheduler::{self, Budget, Candidate, Decision, PlanItem};
+use crate::tree::{Branch, BranchId, EndReason, Mode, RowAnswer};
 
 /// An item of the plan with what it holds until the step commits.
 pub(super) struct Reserved {
     pub(super) branch: BranchId,
-    num_new_tokens: usize,
+    pub(super) num_new_tokens: usize,
     /// Slots its table had before.
     old_len: usize,
     /// Its table came into being in this step.
@@ -49,6 +49,7 @@ impl Engine {
             }
         };
         let reserved = self.reserve(&plan)?;
+        self.batch.measures_mass = self.measures_mass(&reserved)?;
         if let Err(error) = self.trip(None) {
             self.roll_back(reserved)?;
             return Err(error);
@@ -86,6 +87,8 @@ impl Engine {
         let Some(salt) = b.salt.filter(|_| has_nothing) else { return Ok(()) };
         // The last token always runs: its row is what the caller waits for.
         let blocks = self.cache.lookup(salt, &b.tokens, b.tokens.len() - 1, &mut self.pool)?;
+        let num_evicted = self.cache.num_evicted_blocks(salt, &b.tokens[..b.tokens.len() - 1], blocks.len());
+        b.num_lost = b.num_lost.max((blocks.len() + num_evicted) * self.layout.block_size);
         b.num_cached_blocks = blocks.len();
         b.num_computed = blocks.len() * self.layout.block_size;
         self.totals.tokens_from_cache += b.num_computed as u64;
@@ -98,18 +101,13 @@ impl Engine {
             self.tree.iter().filter(|b| b.is_runnable() && !self.waits_for_gate(b)).collect();
         runnable.sort_by_key(|b| b.arrival);
         let candidates: Vec<Candidate> = runnable.iter().map(|b| self.candidate(b)).collect::<Result<_>>()?;
-        let mut holding: Vec<&Branch> = self.tree.iter().filter(|b| !b.table.is_empty()).collect();
-        holding.sort_by_key(|b| std::cmp::Reverse(b.arrival));
-        let holders: Vec<Holder> = holding
-            .iter()
-            .filter(|b| self.can_give_way(b))
-            .map(|b| Holder { branch: b.id.index as usize, runnable: b.is_runnable() })
-            .collect();
         let block_size = self.layout.block_size;
         let wanted: usize =
             candidates.iter().map(|c| c.copy_blocks + c.growth_blocks + c.pending / block_size + 1).sum();
-        // Counting what could be evicted walks the cache: only when it may matter.
-        let evictable = if wanted > self.pool.num_free() { self.cache.num_evictable(&self.pool)? } else { 0 };
+        // Counting what could be evicted walks the cache, and ranking branches walks their tables: only when it may matter.
+        let is_tight = wanted > self.pool.num_free();
+        let evictable = if is_tight { self.cache.num_evictable(&self.pool)? } else { 0 };
+        let holders = if is_tight { self.holders()? } else { Vec::new() };
         let budget = Budget {
             max_tokens: self.config.max_batch_tokens,
             free_blocks: self.pool.num_free() + evictable,
@@ -165,12 +163,6 @@ impl Engine {
         }
     }
 
-    /// An exact branch can always be recomputed; another needs room in the swap space.
-    fn can_give_way(&self, b: &Branch) -> bool {
-        let bytes = b.table.blocks().len() as u64 * self.layout.block_bytes(self.model.num_layers);
-        b.state == BlockState::Exact || self.swap_used + bytes <= self.config.swap_space
-    }
-
     fn stuck(&self, index: usize) -> Error {
         let block_size = self.layout.block_size;
         let needed = self.tree.at(index).map_or(0, |b| b.tokens.len().div_ceil(block_size) + 1);
@@ -179,37 +171,12 @@ impl Engine {
         Error::OutOfBlocks { needed, capacity, missing_bytes: missing * self.layout.block_bytes(self.model.num_layers) }
     }
 
-    /// Takes a branch's blocks. An exact branch will be recomputed; any other is swapped out bit for bit.
-    pub(super) fn preempt(&mut self, index: usize) -> Result<()> {
-        let Some(id) = self.tree.at(index).map(|b| b.id) else { return Ok(()) };
-        let b = self.tree.get_mut(id)?;
-        b.rests |= b.mode == Mode::Idle && b.num_computed == b.tokens.len();
-        if b.state == BlockState::Exact {
-            b.num_computed = 0;
-            b.num_cached_blocks = 0;
-        } else {
-            let mut swapped = SwappedBlocks { bytes: Vec::new(), num_slots: b.table.len() };
-            for &block in b.table.indices() {
-                self.runner.read_block(block, &mut swapped.bytes)?;
-            }
-            self.swap_used += swapped.bytes.len() as u64;
-            b.swapped = Some(swapped);
-        }
-        b.table.clear(&mut self.pool)?;
-        b.preemptions += 1;
-        let was_runnable = b.is_runnable();
-        self.totals.preemptions += 1;
-        tracing::debug!(branch = %id, was_runnable, "preempted");
-        self.events.push_back(Event { branch: id, kind: EventKind::Preempted });
-        Ok(())
-    }
-
     /// Takes the blocks of the whole plan, then lays out the batch. Nothing can fail after the blocks are taken but a
     /// bug, and then everything taken is given back.
     fn reserve(&mut self, plan: &[PlanItem]) -> Result<Vec<Reserved>> {
         let needed: usize = plan.iter().map(|i| i.num_blocks).sum();
         if needed > self.pool.num_free() {
-            self.cache.evict(needed - self.pool.num_free(), &mut self.pool)?;
+            self.evict_cached(needed - self.pool.num_free())?;
         }
         let mut fresh = self.pool.try_take(needed).ok_or_else(|| {
             Error::Internal(format!("the plan needs {needed} blocks, {} are free", self.pool.num_free()))
@@ -252,6 +219,7 @@ impl Engine {
         batch.seqs.clear();
         batch.blocks.clear();
         batch.copies.clear();
+        batch.measures_mass = false;
         self.queries.clear();
     }
 
@@ -326,6 +294,7 @@ impl Engine {
     /// Makes the step true: tokens computed, tokens generated, blocks offered to the cache, events.
     fn commit(&mut self, reserved: Vec<Reserved>, mut output: PassOutput) -> Result<StepSummary> {
         let mut summary = StepSummary { items: Vec::with_capacity(reserved.len()), slots_read: output.slots_read };
+        self.add_mass(&reserved, &output)?;
         self.totals.layer_rows += output.layer_rows;
         let leads = self.leads(&reserved, &output.fates);
         for (i, r) in reserved.into_iter().enumerate() {
@@ -341,6 +310,7 @@ impl Engine {
             let item = StepItem { branch: r.branch, num_tokens: r.num_new_tokens, num_layers, is_decode };
             summary.items.push(item);
             self.totals.tokens_computed += r.num_new_tokens as u64;
+            self.count_recomputed(&r)?;
             match output.fates[i] {
                 Fate::Done => self.commit_kv(&r, BlockState::Exact)?,
                 Fate::River(_) => self.commit_kv(&r, BlockState::River)?,
@@ -386,6 +356,11 @@ impl Engine {
     fn commit_kv(&mut self, r: &Reserved, written: BlockState) -> Result<()> {
         let b = self.tree.get_mut(r.branch)?;
         b.table.mark(&mut self.pool, r.old_len, written)?;
+        if let (Some(from), Some(&to)) =
+            (b.table.copied_from(), b.table.blocks().get(r.old_len / self.layout.block_size))
+        {
+            self.evictor.mass.copy(from, to);
+        }
         b.table.commit(&mut self.pool)?;
         b.num_computed += r.num_new_tokens;
         b.state = b.state.inherit(b.table.state());

@@ -13,9 +13,11 @@
 
 mod forget;
 
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
 
 use super::block_pool::{BlockId, BlockPool, BlockState, next_owner};
+use super::eviction::{Eviction, Evictor, Rank};
 use crate::error::{Error, Result};
 
 /// Hash of a block of tokens, chained from the hash of what precedes it.
@@ -52,6 +54,8 @@ struct Node {
     hash: u64,
     /// Next node with the same hash.
     next: Option<u32>,
+    /// Blocks before this one.
+    depth: u32,
     num_children: u32,
     num_locks: u32,
     /// Clock of the last look-up or insertion that went through here; a parent's is never earlier.
@@ -83,7 +87,19 @@ pub struct PrefixCache {
     leaves: BTreeMap<(u64, u64), u32>,
     clock: u64,
     next_age: u64,
+    evicted: Evicted,
 }
+
+/// Hashes of evicted nodes, for [`PrefixCache::num_evicted_blocks`]: the latest, in two halves of which the older is
+/// dropped when the newer is full.
+#[derive(Debug, Default)]
+struct Evicted {
+    newer: HashSet<u64>,
+    older: HashSet<u64>,
+}
+
+/// Evicted nodes remembered, in blocks of the pool.
+const REMEMBERED_POOLS: usize = 8;
 
 impl PrefixCache {
     /// An empty cache of blocks of `block_size` tokens, at least 1.
@@ -105,6 +121,7 @@ impl PrefixCache {
             leaves: BTreeMap::new(),
             clock: 0,
             next_age: 0,
+            evicted: Evicted::default(),
         }
     }
 
@@ -166,9 +183,17 @@ impl PrefixCache {
         Ok(num_new)
     }
 
-    /// Frees up to `n` blocks that nobody but the cache owns, leaves first, of these the least recently used first, of
-    /// these the oldest. Returns how many. `evict(0)` is always safe.
-    pub fn evict(&mut self, n: usize, pool: &mut BlockPool) -> Result<usize> {
+    /// Frees up to `n` blocks that nobody but the cache owns, leaves first, of these in the order of `by`, and of equals
+    /// the oldest. Returns how many. `evict(0)` is always safe.
+    pub fn evict(&mut self, n: usize, by: &Evictor, pool: &mut BlockPool) -> Result<usize> {
+        match by.policy {
+            Eviction::Lru => self.evict_least_recent(n, pool),
+            Eviction::Fifo | Eviction::Mass => self.evict_lowest_rank(n, by, pool),
+        }
+    }
+
+    /// By the index of leaves, which has this order.
+    fn evict_least_recent(&mut self, n: usize, pool: &mut BlockPool) -> Result<usize> {
         let mut num_freed = 0;
         // Everything before the cursor is owned by others too, or was a parent when the cursor passed.
         let mut cursor = (0, 0);
@@ -183,7 +208,7 @@ impl PrefixCache {
                 if num_freed == n || pool.ref_count(block)? != 1 {
                     break;
                 }
-                self.remove(idx);
+                self.evict_node(idx, pool.num_blocks());
                 pool.release(block)?;
                 num_freed += 1;
                 // A parent that became a leaf behind the cursor is the next in order; ahead of it, the cursor comes by.
@@ -191,6 +216,51 @@ impl PrefixCache {
             }
         }
         Ok(num_freed)
+    }
+
+    /// Ranks change behind the cache's back, so the leaves are ranked anew each time.
+    fn evict_lowest_rank(&mut self, n: usize, by: &Evictor, pool: &mut BlockPool) -> Result<usize> {
+        let mut heap = BinaryHeap::new();
+        let leaves: Vec<u32> = if n > 0 { self.leaves.values().copied().collect() } else { Vec::new() };
+        for idx in leaves {
+            heap.extend(self.ranked(idx, by, pool)?);
+        }
+        let mut num_freed = 0;
+        while num_freed < n
+            && let Some(Reverse((_, idx))) = heap.pop()
+        {
+            let Some(node) = self.node(idx) else { break };
+            let (block, parent) = (node.block, node.parent);
+            self.evict_node(idx, pool.num_blocks());
+            pool.release(block)?;
+            num_freed += 1;
+            if let Some(parent) = parent {
+                heap.extend(self.ranked(parent, by, pool)?);
+            }
+        }
+        Ok(num_freed)
+    }
+
+    /// The node with its place, if it is an unlocked leaf that nobody else owns.
+    fn ranked(&self, idx: u32, by: &Evictor, pool: &BlockPool) -> Result<Option<Reverse<(Rank, u32)>>> {
+        let Some(node) = self.node(idx).filter(|node| node.is_free_leaf()) else { return Ok(None) };
+        let is_evictable = pool.ref_count(node.block)? == 1;
+        Ok(is_evictable.then(|| Reverse((by.block_rank(node.block, node.depth as usize, node.age), idx))))
+    }
+
+    /// How many blocks behind the first `num_cached` of these tokens were in the cache once, and were evicted: what has
+    /// to be computed again. Of the longest gone only so many are remembered as the pool has blocks, eight times over.
+    pub fn num_evicted_blocks(&self, salt: u64, tokens: &[u32], num_cached: usize) -> usize {
+        if self.evicted.newer.is_empty() {
+            return 0;
+        }
+        let mut hash = salt;
+        let is_evicted = |(i, block_tokens): (usize, &[u32])| {
+            hash = (self.hasher)(hash, block_tokens);
+            i < num_cached || self.evicted.newer.contains(&hash) || self.evicted.older.contains(&hash)
+        };
+        let num_known = tokens.chunks_exact(self.block_size).enumerate().map(is_evicted).take_while(|&e| e).count();
+        num_known.saturating_sub(num_cached)
     }
 
     /// Blocks that [`evict`](Self::evict) could free: owned by nobody else, not locked, and no such node below them.
@@ -258,6 +328,7 @@ impl PrefixCache {
         self.by_block.clear();
         self.leaves.clear();
         self.vacant.clear();
+        self.evicted = Evicted::default();
         for (idx, entry) in self.entries.iter_mut().enumerate() {
             entry.generation = entry.generation.wrapping_add(u32::from(entry.node.take().is_some()));
             self.vacant.push(idx as u32);
@@ -299,14 +370,17 @@ impl PrefixCache {
         for (idx, node) in self.nodes() {
             num_nodes += 1;
             num_free_leaves += usize::from(node.is_free_leaf());
-            let parent_hash = match node.parent.map(|p| (p, self.node(p))) {
-                None => node.salt,
+            let (parent_hash, depth) = match node.parent.map(|p| (p, self.node(p))) {
+                None => (node.salt, 0),
                 Some((p, Some(parent))) if parent.salt == node.salt && parent.last_used >= node.last_used => {
                     num_children[p as usize] += 1;
-                    parent.hash
+                    (parent.hash, parent.depth + 1)
                 }
                 Some((p, _)) => return fail(format!("node {idx} hangs under {p}, which is vacant or older")),
             };
+            if node.depth != depth {
+                return fail(format!("node {idx} has depth {} below {depth} blocks", node.depth));
+            }
             if node.tokens.len() != self.block_size || (self.hasher)(parent_hash, &node.tokens) != node.hash {
                 return fail(format!("node {idx} has a hash that is not of its tokens"));
             }
@@ -374,8 +448,10 @@ impl PrefixCache {
             self.entries.push(Entry::default());
             self.entries.len() as u32 - 1
         });
+        let mut depth = 0;
         if let Some(parent) = parent.and_then(|p| self.node_mut(p)) {
             parent.num_children += 1;
+            depth = parent.depth + 1;
             let key = parent.key();
             self.leaves.remove(&key);
         }
@@ -386,6 +462,7 @@ impl PrefixCache {
             block,
             hash,
             next: self.heads.insert(hash, idx),
+            depth,
             num_children: 0,
             num_locks: 0,
             last_used: self.clock,
@@ -396,6 +473,14 @@ impl PrefixCache {
         self.by_block.insert(block.index(), idx);
         self.entries[idx as usize].node = Some(node);
         idx
+    }
+
+    /// [`remove`](Self::remove)s a node, and remembers that it was there.
+    fn evict_node(&mut self, idx: u32, num_pool_blocks: usize) {
+        if let Some(hash) = self.node(idx).map(|node| node.hash) {
+            self.evicted.remember(hash, num_pool_blocks * REMEMBERED_POOLS);
+            self.remove(idx);
+        }
     }
 
     /// Takes a childless node out of the tree and all indexes; the block's reference is the caller's to release.
@@ -436,6 +521,15 @@ impl PrefixCache {
     }
 }
 
+impl Evicted {
+    fn remember(&mut self, hash: u64, capacity: usize) {
+        if self.newer.len() >= capacity.div_ceil(2) {
+            self.older = std::mem::take(&mut self.newer);
+        }
+        self.newer.insert(hash);
+    }
+}
+
 impl Node {
     fn key(&self) -> (u64, u64) {
         (self.last_used, self.age)
@@ -452,6 +546,10 @@ mod tests {
     use crate::kv::test_rng::Rng;
 
     const BS: usize = 4;
+
+    fn lru() -> Evictor {
+        Evictor::new(Eviction::Lru, 0, 1.0)
+    }
 
     /// Takes blocks for `tokens`, caches them, and lets go of them: afterwards the cache alone owns what is new.
     fn cache(cache: &mut PrefixCache, pool: &mut BlockPool, salt: u64, tokens: &[u32]) -> Vec<BlockId> {
@@ -545,7 +643,7 @@ mod tests {
         assert_eq!(c.insert(0, &[1; 4], &blocks, &mut pool).unwrap(), 1);
         assert_eq!(c.insert(1, &[1; 4], &blocks, &mut pool).unwrap(), 0);
         pool.release_all(&blocks).unwrap();
-        assert_eq!(c.evict(9, &mut pool).unwrap(), 1);
+        assert_eq!(c.evict(9, &lru(), &mut pool).unwrap(), 1);
     }
 
     #[test]
@@ -557,11 +655,59 @@ mod tests {
         assert_eq!(c.num_evictable(&pool).unwrap(), 5);
         // a2 and a1 are older than b; a0 was used after b.
         for (n, gone) in [(1, vec![a[2]]), (2, vec![a[1], b[1]]), (1, vec![b[0]]), (9, vec![a[0]])] {
-            assert_eq!(c.evict(n, &mut pool).unwrap(), gone.len());
+            assert_eq!(c.evict(n, &lru(), &mut pool).unwrap(), gone.len());
             assert!(gone.iter().all(|&id| pool.ref_count(id).is_err()));
             c.check_integrity(&pool).unwrap();
         }
         assert_eq!((c.len(), pool.num_free()), (0, 8));
+    }
+
+    #[test]
+    fn fifo_takes_the_path_that_came_first_however_it_is_used() {
+        let (mut pool, mut c) = (BlockPool::new(8), PrefixCache::new(BS));
+        let a = cache(&mut c, &mut pool, 0, &[1; 12]);
+        let b = cache(&mut c, &mut pool, 0, &[2; 8]);
+        hits(&mut c, &mut pool, 0, &[1; 12]);
+        let fifo = Evictor::new(Eviction::Fifo, 8, 1.0);
+        for gone in [a[2], a[1], a[0], b[1], b[0]] {
+            assert_eq!(c.evict(1, &fifo, &mut pool).unwrap(), 1);
+            assert!(pool.ref_count(gone).is_err(), "{gone}");
+            c.check_integrity(&pool).unwrap();
+        }
+    }
+
+    #[test]
+    fn mass_takes_the_least_attended_leaf_and_the_first_block_of_a_path_last() {
+        let (mut pool, mut c) = (BlockPool::new(8), PrefixCache::new(BS));
+        let a = cache(&mut c, &mut pool, 0, &[1; 12]);
+        let b = cache(&mut c, &mut pool, 0, &[2; 8]);
+        let mut by = Evictor::new(Eviction::Mass, 8, 1.0);
+        // Worth mass / (depth + 1). a: 0.0, 4.0, 2.0; b: 0.0, 1.0. The first blocks are worth nothing and stay all the
+        // same; a1 is hidden behind a2.
+        for (id, mass) in [(a[0], 0.0), (a[1], 8.0), (a[2], 6.0), (b[0], 0.0), (b[1], 2.0)] {
+            by.mass.add(id, mass);
+        }
+        for gone in [b[1], a[2], a[1], a[0], b[0]] {
+            assert_eq!(c.evict(1, &by, &mut pool).unwrap(), 1);
+            assert!(pool.ref_count(gone).is_err(), "{gone}");
+            c.check_integrity(&pool).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_was_evicted_is_known_until_it_is_cleared() {
+        let (mut pool, mut c) = (BlockPool::new(8), PrefixCache::new(BS));
+        cache(&mut c, &mut pool, 0, &[1; 12]);
+        assert_eq!(c.num_evicted_blocks(0, &[1; 14], 3), 0);
+        c.evict(2, &lru(), &mut pool).unwrap();
+        assert_eq!(c.num_evicted_blocks(0, &[1; 14], 1), 2);
+        assert_eq!(c.num_evicted_blocks(0, &[1; 11], 1), 1);
+        assert_eq!(c.num_evicted_blocks(0, &[[1; 8], [2; 8]].concat(), 1), 1);
+        assert_eq!(c.num_evicted_blocks(1, &[1; 14], 0), 0);
+        cache(&mut c, &mut pool, 0, &[1; 12]);
+        assert_eq!(c.num_evicted_blocks(0, &[1; 14], 3), 0);
+        c.clear(&mut pool).unwrap();
+        assert_eq!(c.num_evicted_blocks(0, &[1; 14], 0), 0);
     }
 
     #[test]
@@ -573,12 +719,12 @@ mod tests {
         let lock = c.lock(0, &[2, 2, 2, 2, 7, 7, 7, 7]).unwrap();
         assert!(c.lock(0, &[3; 4]).is_none());
         assert_eq!(c.num_evictable(&pool).unwrap(), 2);
-        assert_eq!(c.evict(9, &mut pool).unwrap(), 2);
+        assert_eq!(c.evict(9, &lru(), &mut pool).unwrap(), 2);
         assert!(pool.ref_count(a[2]).is_err());
         c.check_integrity(&pool).unwrap();
         c.unlock(lock).unwrap();
         pool.release_all(&held).unwrap();
-        assert_eq!(c.evict(9, &mut pool).unwrap(), 3);
+        assert_eq!(c.evict(9, &lru(), &mut pool).unwrap(), 3);
     }
 
     #[test]
@@ -600,7 +746,12 @@ mod tests {
 
     #[test]
     fn evicting_thousands_of_blocks_is_not_quadratic() {
+        Eviction::ALL.into_iter().for_each(evicts_thousands);
+    }
+
+    fn evicts_thousands(policy: Eviction) {
         let n = 20_000;
+        let by = Evictor::new(policy, 2 * n, 1.0);
         let (mut pool, mut c) = (BlockPool::new(2 * n), PrefixCache::new(BS));
         let chain: Vec<u32> = (0..(n * BS) as u32).collect();
         cache(&mut c, &mut pool, 0, &chain);
@@ -610,8 +761,8 @@ mod tests {
             pool.release_all(&blocks).unwrap();
         }
         let started = std::time::Instant::now();
-        assert_eq!(c.evict(3, &mut pool).unwrap(), 3);
-        assert_eq!(c.evict(usize::MAX, &mut pool).unwrap(), 2 * n - 3);
+        assert_eq!(c.evict(3, &by, &mut pool).unwrap(), 3);
+        assert_eq!(c.evict(usize::MAX, &by, &mut pool).unwrap(), 2 * n - 3);
         // 40,000 evictions at well below a microsecond each; the bound only has to tell n log n from n^2.
         assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
         assert!(c.is_empty());
@@ -619,8 +770,9 @@ mod tests {
 
     #[test]
     fn random_walk_of_inserts_lookups_locks_and_evictions_stays_consistent() {
-        for seed in 0..50 {
+        for seed in 0..60 {
             let mut rng = Rng(seed);
+            let mut by = Evictor::new(Eviction::ALL[seed as usize % 3], 24, 0.5);
             let (mut pool, mut c) = (BlockPool::new(24), PrefixCache::with_hasher(BS, |h, t| hash_block(h, t) & 7));
             let (mut held, mut locks): (Vec<BlockId>, Vec<PathLock>) = (Vec::new(), Vec::new());
             for _ in 0..300 {
@@ -638,8 +790,10 @@ mod tests {
                     4 if !locks.is_empty() => c.unlock(locks.swap_remove(rng.below(locks.len()))).unwrap(),
                     4 => held.drain(..).for_each(|id| pool.release(id).unwrap()),
                     _ => {
+                        by.mass.begin_measurement();
+                        held.iter().for_each(|&id| by.mass.add(id, rng.below(9) as f64));
                         let (n, most) = (rng.below(6), c.num_evictable(&pool).unwrap());
-                        assert_eq!(c.evict(n, &mut pool).unwrap(), n.min(most), "seed {seed}");
+                        assert_eq!(c.evict(n, &by, &mut pool).unwrap(), n.min(most), "seed {seed}");
                     }
                 }
                 c.check_integrity(&pool).unwrap();
@@ -653,7 +807,7 @@ mod tests {
             held.drain(..).for_each(|id| pool.release(id).unwrap());
             locks.into_iter().for_each(|lock| c.unlock(lock).unwrap());
             let all = c.len();
-            assert_eq!(c.evict(usize::MAX, &mut pool).unwrap(), all);
+            assert_eq!(c.evict(usize::MAX, &by, &mut pool).unwrap(), all);
             assert_eq!(pool.num_free(), 24, "seed {seed}");
         }
     }

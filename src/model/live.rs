@@ -122,6 +122,10 @@ impl LiveRows {
         self.seqs.is_empty()
     }
 
+    pub(super) fn num_seqs(&self) -> usize {
+        self.seqs.len()
+    }
+
     pub(super) fn num_rows(&self) -> usize {
         self.seqs.last().map_or(0, |s| s.rows.end)
     }

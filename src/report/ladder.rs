@@ -193,6 +193,25 @@ pub struct ArmReport {
     pub priced_ms: f64,
     /// The whole configuration.
     pub config: SolverConfig,
+    /// One entry a problem, for comparisons paired with something outside.
+    pub per_problem: Vec<ProblemLine>,
+}
+
+/// What one policy made of one problem.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProblemLine {
+    /// Its id.
+    pub id: String,
+    /// Latency of each round.
+    pub latency_ms: Vec<f64>,
+    /// The selected answer, in the first round.
+    pub answer: Option<String>,
+    /// Whether it is right; null where that is not known.
+    pub correct: Option<bool>,
+    /// True when its verification was skipped.
+    pub skipped: bool,
+    /// Layers at which branches left the verification before its end, of those that did.
+    pub exit_layers: Vec<u32>,
 }
 
 /// KV blocks of a policy: the most over all problems.
@@ -322,7 +341,20 @@ fn arm_report(arm: &Arm, base: Option<&Arm>, prices: &PriceList) -> ArmReport {
         pass_ms: arm.passes.iter().map(|p| p.seconds).sum::<f64>() * 1e3 / runs,
         priced_ms: prices.total(&arm.passes) * 1e3 / runs,
         config: sums.config,
+        per_problem: arm.results.iter().filter_map(|rounds| problem_line(rounds)).collect(),
     }
+}
+
+fn problem_line(rounds: &[ProblemResult]) -> Option<ProblemLine> {
+    let first = rounds.first()?;
+    Some(ProblemLine {
+        id: first.id.clone(),
+        latency_ms: rounds.iter().map(|r| r.latency_ms).collect(),
+        answer: first.answer.clone(),
+        correct: first.correct,
+        skipped: first.verify.skipped,
+        exit_layers: first.branches.iter().filter_map(|b| b.exit_layer).collect(),
+    })
 }
 
 fn agreement(results: &[ProblemResult], base: &Arm) -> f64 {
@@ -356,7 +388,7 @@ mod tests {
             winner: 0,
             latency_ms,
             phase_ms: PhaseMs::default(),
-            tokens: TokenCounts { prefill: 10, decode: 2, verify: 1 },
+            tokens: TokenCounts { prefill: 10, decode: 2, verify: 1, ..TokenCounts::default() },
             verify: VerifyOutcome::default(),
             blocks_peak: 7,
             blocks_shared: 3,
@@ -433,6 +465,8 @@ mod tests {
         assert_eq!((base.accuracy, best.accuracy), (Some(0.5), Some(1.0)));
         assert_eq!((base.agreement, best.agreement), (Some(1.0), Some(0.5)));
         assert_eq!((best.latency_ms.mean, best.tokens.prefill, best.blocks.peak), (4.0, 20, 7));
+        assert_eq!(base.per_problem[1].latency_ms, [10.0, 30.0]);
+        assert_eq!((base.per_problem[1].answer.as_deref(), base.per_problem[1].correct), (Some("2"), Some(false)));
         assert_eq!(report.accuracy_difference.map(|d| (d.value, d.lo, d.hi)), Some((0.5, 0.0, 1.0)));
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["ratios"]["no-sharing/rksc"]["value"], 5.0);

@@ -111,25 +111,31 @@ impl Case {
         format!("entropy_probe {level} {} {}x{}x{}{candidates}", self.dtype, self.rows(), self.hidden, self.vocab)
     }
 
-    fn check(&self, level: SimdLevel, stats: &[RowStats]) {
+    /// What the oracle says of each row, or of some where there are many: they say as much as all.
+    fn wanted(&self) -> Vec<(usize, oracle::Probe)> {
         let all = wide(&self.w);
         let row = |&id: &u32| all[id as usize * self.hidden..][..self.hidden].to_vec();
         let w = self.candidates.as_ref().map_or_else(|| all.clone(), |ids| ids.iter().flat_map(row).collect());
+        let step = (self.rows() * w.len() / 4_000_000).max(1);
+        let norm = self.norm.as_deref().map(|w| (w, EPS));
+        let probe = |(row, x)| (row, oracle::entropy_probe(self.dtype, x, norm, &w));
+        self.x.chunks(self.hidden).enumerate().step_by(step).map(probe).collect()
+    }
+
+    fn check(&self, level: SimdLevel, stats: &[RowStats], wanted: &[(usize, oracle::Probe)]) {
         // Under a norm the type's rounding may fall the other way for an element of h now and then.
         let tol = match (self.dtype, &self.norm) {
             (DType::F32, _) | (_, None) => 1e-5,
             (DType::F16, _) => 1e-3,
             (DType::Bf16, _) => 8e-3,
         };
-        // A few of many rows say as much as all of them.
-        let step = (self.rows() * w.len() / 4_000_000).max(1);
-        for (row, x) in self.x.chunks(self.hidden).enumerate().step_by(step) {
-            let want = oracle::entropy_probe(self.dtype, x, self.norm.as_deref().map(|w| (w, EPS)), &w);
-            let (got, s) = (&stats[row], &want.stats);
+        for (row, want) in wanted {
+            let (got, s) = (&stats[*row], &want.stats);
             let what = format!("{} row {row}: {got:?} {s:?}", self.what(level));
             let tol = tol * want.logits.iter().fold(1.0f64, |a, l| a.max(l.abs()));
-            let near =
-                |got: f32, want: f64, tol: f64| assert!((f64::from(got) - want).abs() <= tol, "{what}: {got} {want}");
+            let near = |got: f32, want: f64, tol: f64| {
+                assert!((f64::from(got) - want).abs() <= tol, "{what}: {got} {want}");
+            };
             assert_eq!(got.finite, 1, "{what}");
             if s.margin > 2.0 * tol || want.logits.len() == 1 {
                 assert_eq!(got.argmax, self.token(s.argmax), "{what}");
@@ -141,16 +147,21 @@ impl Case {
             near(got.margin, s.margin, 2.0 * tol);
         }
     }
+
+    /// At every level.
+    fn check_levels(&self) {
+        let wanted = self.wanted();
+        for level in SimdLevel::available() {
+            self.check(level, &self.run(level, 1), &wanted);
+        }
+    }
 }
 
 #[test]
 fn entropy_probe_matches_oracle() {
-    for level in SimdLevel::available() {
-        for &(rows, hidden, vocab) in SHAPES {
-            for dtype in DTYPES {
-                let case = Case::new(rows, hidden, vocab, dtype, (rows + hidden + vocab) % 2 == 0, 2.0);
-                case.check(level, &case.run(level, 1));
-            }
+    for &(rows, hidden, vocab) in SHAPES {
+        for dtype in DTYPES {
+            Case::new(rows, hidden, vocab, dtype, (rows + hidden + vocab).is_multiple_of(2), 2.0).check_levels();
         }
     }
 }
@@ -184,17 +195,14 @@ fn with_candidates(rows: usize, hidden: usize, vocab: usize, count: usize, dtype
     let mut ids = Fill::new(vocab as u64).shuffled(vocab);
     ids.truncate(count);
     ids.sort_unstable();
-    Case { candidates: Some(ids), ..Case::new(rows, hidden, vocab, dtype, hidden % 2 == 0, 2.0) }
+    Case { candidates: Some(ids), ..Case::new(rows, hidden, vocab, dtype, hidden.is_multiple_of(2), 2.0) }
 }
 
 #[test]
 fn entropy_probe_over_candidates_matches_oracle() {
-    for level in SimdLevel::available() {
-        for &(rows, hidden, vocab, count) in CANDIDATES {
-            for dtype in DTYPES {
-                let case = with_candidates(rows, hidden, vocab, count, dtype);
-                case.check(level, &case.run(level, 1));
-            }
+    for &(rows, hidden, vocab, count) in CANDIDATES {
+        for dtype in DTYPES {
+            with_candidates(rows, hidden, vocab, count, dtype).check_levels();
         }
     }
 }
@@ -247,14 +255,11 @@ fn in_three_ops(case: &Case, level: SimdLevel) -> Vec<RowStats> {
 
 #[test]
 fn a_probe_has_the_bits_of_the_ops_it_stands_for() {
-    for level in SimdLevel::available() {
-        for dtype in DTYPES {
-            for &(rows, hidden, vocab) in SHAPES {
-                let case = Case::new(rows, hidden, vocab, dtype, hidden % 2 == 0, 2.0);
-                assert_eq!(case.run(level, 1), in_three_ops(&case, level), "{}", case.what(level));
-            }
-            for &(rows, hidden, vocab, count) in CANDIDATES {
-                let case = with_candidates(rows, hidden, vocab, count, dtype);
+    for dtype in DTYPES {
+        let whole = SHAPES.iter().map(|&(r, h, v)| Case::new(r, h, v, dtype, h.is_multiple_of(2), 2.0));
+        let some = CANDIDATES.iter().map(|&(r, h, v, c)| with_candidates(r, h, v, c, dtype));
+        for case in whole.chain(some) {
+            for level in SimdLevel::available() {
                 assert_eq!(case.run(level, 1), in_three_ops(&case, level), "{}", case.what(level));
             }
         }
@@ -292,7 +297,7 @@ fn single_precision_over_bf16_weights() {
         for candidates in [None, Some(vec![0, 7, 299])] {
             case.candidates = candidates;
             let got = case.run_rows(level, 1, 0..5, &w).unwrap();
-            case.check(level, &got);
+            case.check(level, &got, &case.wanted());
             assert_eq!(got, case.run(level, 1), "{level}");
         }
     }

@@ -21,4 +21,5 @@ mod elementwise;
 mod emulation;
 mod entropy_probe;
 mod linear;
+mod probes;
 mod row_stats;

@@ -25,7 +25,7 @@ const MAX_PARTIALS: usize = 1 << 14;
 /// Rows of one launch of the skinny kernel.
 const SKINNY_ROWS: usize = RKSC_SKINNY_MAX_ROWS as usize;
 
-fn code(dtype: DType) -> u32 {
+pub(super) fn code(dtype: DType) -> u32 {
     match dtype {
         DType::F32 => RKSC_F32,
         DType::Bf16 => RKSC_BF16,
@@ -129,7 +129,7 @@ impl Backend for Cuda {
     fn read_stats(&mut self, stats: &mut [RowStats]) -> Result<()> {
         self.counters.read_backs += 1;
         let Some(found) = &self.scratch.stats else {
-            return Err(Error::Internal("read_stats before row_stats".into()));
+            return Err(Error::Internal("read_stats before row_stats or entropy_probe".into()));
         };
         self.device.download(found, 0, bytemuck::cast_slice_mut(stats))
     }
@@ -396,16 +396,16 @@ impl Backend for Cuda {
         }
     }
 
-    fn entropy_probe(&mut self, _p: EntropyProbe<'_, Self>) -> Result<()> {
-        Err(Error::Unsupported { op: "entropy_probe", what: "this device".into() })
+    fn entropy_probe(&mut self, p: EntropyProbe<'_, Self>) -> Result<()> {
+        self.probe_entropy(p)
     }
 
-    fn branch_similarity(&mut self, _p: BranchSimilarity<'_, Self>) -> Result<()> {
-        Err(Error::Unsupported { op: "branch_similarity", what: "this device".into() })
+    fn branch_similarity(&mut self, p: BranchSimilarity<'_, Self>) -> Result<()> {
+        self.compare_branches(p)
     }
 
-    fn attention_mass(&mut self, _p: AttentionMass<'_, Self>) -> Result<()> {
-        Err(Error::Unsupported { op: "attention_mass", what: "this device".into() })
+    fn attention_mass(&mut self, p: AttentionMass<'_, Self>) -> Result<()> {
+        self.weigh_slots(p)
     }
 }
 

@@ -1,6 +1,7 @@
 //! `rksc-run bench`: policies against each other, whole passes, one op, the machine. Tables and JSON go to stdout.
 
 mod agree;
+mod evict;
 mod gemm;
 mod kernels;
 mod ladder;
@@ -25,6 +26,7 @@ pub(crate) enum Command {
     Gemm(gemm::Args),
     Kernels(Box<kernels::Args>),
     Agree(Box<agree::Args>),
+    Evict(Box<evict::Args>),
     /// What this machine can do at most: memory, and the linear op at each SIMD level.
     Roof(roof::Args),
     Tree(Box<tree::Args>),
@@ -39,6 +41,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Gemm(args) => gemm::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::Agree(args) => agree::run(args),
+        Command::Evict(args) => evict::run(args),
         Command::Roof(args) => roof::run(args),
         Command::Tree(args) => tree::run(args),
         Command::Trial(args) => trial::run(args),

@@ -10,6 +10,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rksc::config::{EngineConfig, ModelSource};
 use rksc::engine::{CancelFlag, Engine};
+use rksc::kv::eviction::Eviction;
 use rksc::sampler::SamplingParams;
 use rksc::tokenizer::Tokenizer;
 use rksc::{DType, Error, Result};
@@ -44,6 +45,9 @@ pub(crate) struct EngineArgs {
     /// Host memory for branches that cannot be recomputed exactly.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, default_value = "4GiB")]
     swap_space: u64,
+    /// Whose KV blocks go when the cache is full: lru, fifo, or mass (the least attended first).
+    #[arg(long, value_name = "POLICY", default_value_t)]
+    eviction: Eviction,
     /// Look for NaN and infinities in the weights first.
     #[arg(long)]
     check_tensors: bool,
@@ -69,7 +73,9 @@ impl EngineArgs {
             block_size: self.block_size,
             max_batch_tokens: self.max_batch_tokens,
             swap_space: self.swap_space,
+            eviction: self.eviction,
             check_tensors: self.check_tensors,
+            ..EngineConfig::default()
         }
     }
 
@@ -234,7 +240,7 @@ pub(crate) fn exit(result: anyhow::Result<()>) -> ExitCode {
 }
 
 /// The error and its causes, without those that the one before has quoted.
-fn message(error: &anyhow::Error) -> String {
+pub(crate) fn message(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if text.is_empty() {

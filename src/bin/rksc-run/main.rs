@@ -13,6 +13,7 @@ mod common;
 mod generate;
 mod inspect;
 mod plan;
+mod report_file;
 mod score;
 mod search;
 mod solve;

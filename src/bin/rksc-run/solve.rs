@@ -14,12 +14,14 @@ use rksc::gate::verify::SkipRule;
 use rksc::model::family::ModelConfig;
 use rksc::problems::{Problem, read_problems};
 use rksc::prompts::PromptPack;
+use rksc::report::html::ReportData;
 use rksc::report::{NodeEnd, ProblemResult, SolveReport};
 use rksc::solver::select::Select;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
 use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
 
 use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
+use crate::report_file::{self, ReportFile};
 use crate::search::SearchArgs;
 
 #[derive(ClapArgs)]
@@ -53,9 +55,20 @@ pub(crate) struct Args {
     /// Keep what --out holds already and solve the rest.
     #[arg(long, requires = "out")]
     resume: bool,
-    /// One JSON object on stdout instead of text.
+    /// The run as one HTML file with figures, written at its end (also when it ends with an error).
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// One JSON object on stdout instead of text; `results` holds what --out writes.
     #[arg(long)]
     json: bool,
+}
+
+/// What `--json` prints.
+#[derive(serde::Serialize)]
+struct JsonReport<'a> {
+    #[serde(flatten)]
+    report: &'a SolveReport,
+    results: &'a [ProblemResult],
 }
 
 /// What may be changed about a preset.
@@ -182,6 +195,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         None => source.sample_problems()?,
     };
     problems.truncate(args.limit.unwrap_or(usize::MAX));
+    let report_file = args.report.as_deref().map(|path| ReportFile::open(path, args.out.as_deref())).transpose()?;
     let mut engine = args.engine.open()?;
     let mut tasks = compile(args, &engine, &problems)?;
     tasks.first().map_or(Ok(()), |task| config.validate_task(task.as_ref()))?;
@@ -206,11 +220,18 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Ok(())
     });
     bar.finish_and_clear();
-    outcome?;
     results.sort_by_key(|(idx, _)| *idx);
     let results: Vec<ProblemResult> = results.into_iter().map(|(_, r)| r).collect();
     let report = SolveReport::new(&config, &results);
-    if args.json { print_json(&report) } else { print_summary(&report) }
+    let page = ReportData {
+        title: format!("{} of {} problems, policy {}", results.len(), tasks.len(), report.policy),
+        setting: report_file::setting(&engine),
+        report: Some(&report),
+        problems: &results,
+        ..ReportData::default()
+    };
+    report_file::finish(report_file.as_ref(), page, outcome.map_err(anyhow::Error::from))?;
+    if args.json { print_json(&JsonReport { report: &report, results: &results }) } else { print_summary(&report) }
 }
 
 fn compile(args: &Args, engine: &rksc::Engine, problems: &[Problem]) -> anyhow::Result<Vec<Box<dyn Task>>> {

@@ -14,7 +14,9 @@ use rksc::engine::PrefillOptions;
 use rksc::gate::step::DecodeExit;
 use rksc::gate::verify::SkipRule;
 use rksc::problems::{Problem, read_problems};
+use rksc::report::html::ReportData;
 use rksc::report::ladder::{Arm, ArmReport, Interval, LadderReport, Ratio};
+use rksc::report::{ProblemResult, SolveReport};
 use rksc::solver::select::Select;
 use rksc::solver::task::{SyntheticLengths, SyntheticTask, Task};
 use rksc::solver::{Policy, Solver, SolverConfig};
@@ -22,6 +24,7 @@ use rksc::{Engine, Error};
 
 use super::{Table, cpu_model};
 use crate::common::{self, EngineArgs, print_json, progress, read_text};
+use crate::report_file::{self, ReportFile};
 use crate::solve::{compile_pack, text_tasks};
 
 /// Problems of a random-weights ladder unless --limit says otherwise.
@@ -80,6 +83,9 @@ pub(crate) struct Args {
     /// No skipping and no decode exits in any policy: equal work.
     #[arg(long)]
     verify_all: bool,
+    /// The ladder, and what rksc (or the last policy) did in its first round, as one HTML file with figures.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// One JSON object on stdout instead of tables.
     #[arg(long)]
     json: bool,
@@ -105,6 +111,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Some(shape) => ModelSource::Random { shape: shape.clone(), seed: 0 },
         None => args.engine.source(),
     };
+    let report_file = args.report.as_deref().map(|path| ReportFile::open(path, None)).transpose()?;
     let mut engine = common::open(args.engine.config_for(source))?;
     let work = if args.shape.is_some() { synthetic(args, &engine)? } else { text(args, &engine)? };
     anyhow::ensure!(!work.tasks.is_empty(), "--limit: leaves no problems");
@@ -113,28 +120,61 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         .drain(..)
         .map(|config| Arm { config, results: vec![Vec::new(); work.tasks.len()], passes: Vec::new() })
         .collect();
-    let bar = progress(arms.len() * (1 + work.tasks.len() * args.rounds));
-    for arm in &mut arms {
+    let outcome = measure(&mut engine, &work, args.rounds, &mut arms);
+    let report = outcome.is_ok().then(|| LadderReport::new(&arms));
+    write_page(report_file.as_ref(), &engine, &arms, report.as_ref(), outcome)?;
+    match report {
+        Some(report) if args.json => print_json(&json(args, &engine, &report)),
+        Some(report) => print(&report),
+        None => Ok(()),
+    }
+}
+
+/// Each policy once without counting, then all of them in turn.
+fn measure(engine: &mut Engine, work: &Work, rounds: usize, arms: &mut [Arm]) -> anyhow::Result<()> {
+    let bar = progress(arms.len() * (1 + work.tasks.len() * rounds));
+    for arm in arms.iter_mut() {
         bar.set_message("warm-up");
-        run_one(&mut engine, &work, 0, arm)?;
+        run_one(engine, work, 0, arm)?;
         arm.results[0].clear();
         arm.passes.clear();
         bar.inc(1);
     }
-    for round in 0..args.rounds {
+    for round in 0..rounds {
         for problem in 0..work.tasks.len() {
             for turn in 0..arms.len() {
                 let at = (turn + problem + round) % arms.len();
                 let arm = &mut arms[at];
                 bar.set_message(arm.config.policy.name());
-                run_one(&mut engine, &work, problem, arm)?;
+                run_one(engine, work, problem, arm)?;
                 bar.inc(1);
             }
         }
     }
     bar.finish_and_clear();
-    let report = LadderReport::new(&arms);
-    if args.json { print_json(&json(args, &engine, &report)) } else { print(&report) }
+    Ok(())
+}
+
+/// The page shows one policy's problems beside the ladder; after an error those it came to.
+fn write_page(
+    file: Option<&ReportFile>,
+    engine: &Engine,
+    arms: &[Arm],
+    ladder: Option<&LadderReport>,
+    outcome: anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let Some(shown) = arms.iter().find(|a| a.config.policy == Policy::Rksc).or(arms.last()) else { return outcome };
+    let problems: Vec<ProblemResult> = shown.results.iter().filter_map(|rounds| rounds.first()).cloned().collect();
+    let sums = SolveReport::new(&shown.config, &problems);
+    let page = ReportData {
+        title: format!("Ladder of {} policies; in detail: {}", arms.len(), sums.policy),
+        setting: report_file::setting(engine),
+        report: Some(&sums),
+        problems: &problems,
+        ladder,
+        error: None,
+    };
+    report_file::finish(file, page, outcome)
 }
 
 fn configs(args: &Args) -> anyhow::Result<Vec<SolverConfig>> {

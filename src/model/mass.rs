@@ -1,0 +1,56 @@
+//! The attention mass that blocks receive in a pass, for the eviction that asks for it.
+
+use super::Workspace;
+use super::family::ModelConfig;
+use super::live::LiveRows;
+use crate::backend::{AttentionMass, Backend, MassSequence};
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::kv::KvLayout;
+
+/// The one layer it is measured at: a middle one. The first attend to what is near, the last to few slots.
+pub(super) fn layer(config: &ModelConfig) -> usize {
+    config.num_layers / 2
+}
+
+/// Right behind the layer's `paged_attention`, whose q and lse it takes from `ws`: for each entry of the batch's
+/// `blocks`, the attention of its sequence's last row, summed over the block's slots and all heads. Each live sequence
+/// sums to the number of query heads; one that has left the pass has zeros.
+pub(super) fn measure<B: Backend>(
+    backend: &mut B,
+    ws: &Workspace<B>,
+    k_cache: &B::Buf,
+    (config, layout): (&ModelConfig, &KvLayout),
+    (batch, live): (&Batch, &LiveRows),
+) -> Result<Vec<f32>> {
+    let sequences: Vec<MassSequence> = (0..live.num_seqs())
+        .map(|i| {
+            let (row, seq) = (live.last_row(i), &batch.seqs[live.seq_of(i)]);
+            MassSequence { rows: row..row + 1, block_start: seq.blocks.start, kv_len: seq.kv_len }
+        })
+        .collect();
+    let mut slots = Vec::new();
+    backend.attention_mass(AttentionMass {
+        q: &ws.q,
+        k_cache,
+        lse: &ws.lse,
+        blocks: &batch.blocks,
+        sequences: &sequences,
+        num_q_heads: config.num_q_heads,
+        sm_scale: config.sm_scale(),
+        layout,
+        mass: &mut slots,
+    })?;
+    let mut mass = vec![0.0; batch.blocks.len()];
+    let mut heads = slots.as_slice();
+    for seq in &sequences {
+        for _ in 0..layout.num_kv_heads {
+            let (head, rest) = heads.split_at(seq.kv_len.min(heads.len()));
+            heads = rest;
+            for (sum, slots) in mass[seq.block_start..].iter_mut().zip(head.chunks(layout.block_size)) {
+                *sum += slots.iter().sum::<f32>();
+            }
+        }
+    }
+    Ok(mass)
+}
