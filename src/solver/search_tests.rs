@@ -70,7 +70,7 @@ fn check_blocks(engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> 
     let mut search = Search::start(engine, config, 0, task).unwrap();
     // Of every expanded node: its computed tokens, and where it left its own parent's.
     let mut expanded: BTreeMap<usize, (usize, Option<usize>)> = BTreeMap::new();
-    let mut closed = 0;
+    let mut checked = 0;
     while !search.is_done() {
         step(engine, &mut search).unwrap();
         let Some(growth) = &search.growth else {
@@ -89,14 +89,10 @@ fn check_blocks(engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> 
             .collect();
         let leaves_before: usize = growth.leaves.len();
         search.advance(engine, config, task).unwrap();
-        let Some(growth) = &search.growth else {
-            closed += 1;
-            continue;
-        };
+        let Some(growth) = &search.growth else { continue };
         if growth.depth == depth {
             continue;
         }
-        closed += 1;
         // Nodes whose blocks are still needed, each once: leaves of this level, parents of the next, their ancestors.
         let mut kept: Vec<usize> = growth.level.iter().filter_map(|g| g.parent).collect();
         kept.dedup();
@@ -125,11 +121,12 @@ fn check_blocks(engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> 
         }
         assert_eq!(engine.engine_stats().blocks_used, used, "{}, level {depth}", task.id());
         engine.check_integrity().unwrap();
+        checked += 1;
     }
     let result = search.finish(engine, config, task).unwrap();
     assert!(!result.tree.is_empty());
     assert_eq!(engine.engine_stats().branches, 0);
-    closed
+    checked
 }
 
 #[test]
@@ -137,8 +134,8 @@ fn the_blocks_of_pruned_and_merged_nodes_are_free_within_the_step() {
     let mut engine = engine();
     for score in [StepScore::Confidence, StepScore::Both] {
         let config = config(4, 2, score);
-        let closed: usize = tasks(&engine).iter().take(4).map(|t| check_blocks(&mut engine, &config, t)).sum();
-        assert!(closed >= 12, "{closed} levels");
+        let checked: usize = tasks(&engine).iter().take(4).map(|t| check_blocks(&mut engine, &config, t)).sum();
+        assert!(checked >= 6, "{checked} levels");
     }
 }
 
