@@ -9,6 +9,9 @@
 //! pass over a model that no cache holds; activations stay in the caches, as they do between the ops of a pass, and can
 //! be faster than the floor. The bytes of each op stand beside its case, with t rows and 2 bytes a bf16.
 
+#[path = "kernels/probes.rs"]
+mod probes;
+
 use std::ops::Range;
 use std::time::Instant;
 
@@ -94,7 +97,7 @@ impl Harness {
         let gb_per_s = bytes as f64 / us.p50 / 1e3;
         let (of_read, gflops) = (gb_per_s * 1e9 / self.read, arithmetic as f64 / us.p50 / 1e3);
         println!(
-            "{op:<15} | {shape:<34} | {:>9.1} {:>9.1} {:>9.1} | {bytes:>11} | {gb_per_s:>6.1} | {:>4.0} % | {gflops:>6.0} | {floor_us:>9.1}",
+            "{op:<17} | {shape:<34} | {:>9.1} {:>9.1} {:>9.1} | {bytes:>11} | {gb_per_s:>6.1} | {:>4.0} % | {gflops:>6.0} | {floor_us:>9.1}",
             us.p50,
             us.p10,
             us.p90,
@@ -130,7 +133,7 @@ fn main() -> anyhow::Result<()> {
         flops / 1e9
     );
     println!(
-        "{:<15} | {:<34} | {:>9} {:>9} {:>9} | {:>11} | {:>6} | {:>6} | {:>6} | {:>9}",
+        "{:<17} | {:<34} | {:>9} {:>9} {:>9} | {:>11} | {:>6} | {:>6} | {:>6} | {:>9}",
         "op", "shape", "us", "p10", "p90", "bytes", "GB/s", "read", "GF/s", "floor us"
     );
     let mut h = Harness { cpu, read: memory.read, flops, filter, cases: Vec::new() };
@@ -146,8 +149,11 @@ fn main() -> anyhow::Result<()> {
     for heads in [TINY_HEADS, HEADS] {
         attention_decode(&mut h, heads)?;
         attention_prefill(&mut h, heads)?;
+        probes::attention_mass(&mut h, heads)?;
     }
     row_stats(&mut h)?;
+    probes::entropy_probe(&mut h)?;
+    probes::branch_similarity(&mut h)?;
     if let Some(path) = json {
         let roof = serde_json::json!({"read": memory.read, "copy": memory.copy, "linear_flops": flops});
         let all = serde_json::json!({"device": device, "dtype": COMPUTE, "roof": roof, "cases": h.cases});

@@ -44,7 +44,7 @@ pub use crate::model::LayerRow;
 pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
 pub(crate) use gating::BranchGate;
 pub use gating::GroupSimilarity;
-pub use stats::{BranchStats, EngineStats, ModelInfo, StepItem, StepSummary};
+pub use stats::{BranchStats, EngineStats, MemoryUse, ModelInfo, StepItem, StepSummary};
 
 /// How a root takes part in the prefix cache, and how its draws are keyed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,6 +253,15 @@ impl Engine {
             self.swap_used -= swapped.bytes.len() as u64;
         }
         b.table.clear(&mut self.pool)
+    }
+
+    /// Takes a branch out of the prefix cache: what only it and the cache hold is forgotten there, and nothing of it is
+    /// offered any more. For a branch that nobody will ask for again: pruned, it then leaves no cached block behind.
+    pub fn uncache(&mut self, branch: BranchId) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        b.num_cached_blocks = 0;
+        let Some(salt) = b.salt.take() else { return Ok(()) };
+        self.cache.forget(salt, &b.tokens, b.table.blocks(), &mut self.pool).map(|_| ())
     }
 
     /// Prunes `merged` and gives its votes to `survivor`.

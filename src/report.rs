@@ -49,10 +49,8 @@ pub struct VerifyOutcome {
     pub run: usize,
     /// True when a rule skipped it.
     pub skipped: bool,
-    #[serde(skip)]
-    pub(crate) open: usize,
-    #[serde(skip)]
-    pub(crate) num_yes_spellings: usize,
+    /// Of the verified, those that left their pass before its last layer.
+    pub exited: usize,
 }
 
 /// What became of a problem's trial answers.
@@ -62,7 +60,7 @@ pub struct TrialCounts {
     pub run: usize,
     /// Of those, how many took their branch's place.
     pub stood: usize,
-    /// Tokens computed on them; part of the decoded tokens and prompts.
+    /// Tokens computed on them; part of the decoded tokens.
     pub tokens: u64,
 }
 
@@ -195,6 +193,8 @@ pub struct BranchResult {
     pub layers: Vec<LayerEntropy>,
     /// The wording of the problem it was asked in; 0 is the question itself.
     pub wording: usize,
+    /// The branch that has its votes, where the two had become one.
+    pub merged_into: Option<usize>,
     /// KV blocks it shared when decoding ended.
     pub blocks_shared: usize,
     /// KV blocks of its own.

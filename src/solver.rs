@@ -4,13 +4,19 @@
 //! how branches are verified, when verification or decoding may be cut short, and how the answer is selected.
 
 mod beam;
+mod candidate;
 mod config;
+mod merge;
+mod prompts;
 mod run;
 mod search;
+#[cfg(test)]
+mod search_tests;
 pub mod select;
 mod steps;
 pub mod task;
 mod trial;
+mod verdicts;
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -20,6 +26,7 @@ pub use config::{Policy, Sharing, SolverConfig, VerifyMode};
 
 use crate::engine::{BranchId, Engine, EventKind};
 use crate::error::{Error, Result};
+use crate::gate::asks::AsksScope;
 use crate::report::{PassRecord, ProblemResult};
 use search::Search;
 use task::Task;
@@ -70,6 +77,7 @@ impl<'e> Solver<'e> {
     ) -> Result<()> {
         let mut waiting = 0..tasks.len();
         loop {
+            let mut started = Vec::new();
             while flight.runs.len() < self.config.concurrency
                 && let Some(idx) = waiting.next()
             {
@@ -78,10 +86,12 @@ impl<'e> Solver<'e> {
                 }
                 let run = Search::start(self.engine, &self.config, idx, tasks[idx].as_ref())?;
                 flight.add(run);
+                started.push(idx);
             }
             if flight.runs.is_empty() {
                 return Ok(());
             }
+            self.compare_across(flight, &started)?;
             self.step(tasks, flight)?;
             for idx in flight.finished() {
                 let run = flight.remove(idx);
@@ -112,14 +122,50 @@ impl<'e> Solver<'e> {
                 EventKind::Token(_) => run.on_token(self.engine, event.branch)?,
                 EventKind::Ended(reason) => run.on_ended(self.engine, event.branch, reason)?,
                 EventKind::Ready => run.on_ready(self.engine, event.branch)?,
-                EventKind::Preempted | EventKind::Aliased { .. } => {}
+                EventKind::Aliased { .. } => run.on_aliased(self.engine, event.branch)?,
+                EventKind::Preempted => {}
             }
         }
+        self.record_similarities(tasks, flight)?;
         for run in &mut flight.runs {
             let task = tasks[run.task_idx()].as_ref();
             run.advance(self.engine, &self.config, task)?;
+            if self.config.record {
+                run.sample_memory(self.engine);
+            }
         }
         flight.reindex();
+        Ok(())
+    }
+
+    /// Compares the prompts of the problems that have just been taken up, whatever problem they belong to.
+    fn compare_across(&mut self, flight: &Flight, started: &[usize]) -> Result<()> {
+        let Some(asks) = self.config.asks.as_ref().filter(|a| a.scope == AsksScope::Batch) else { return Ok(()) };
+        let new = flight.runs.iter().filter(|r| started.contains(&r.task_idx()));
+        let (ids, numbers): (Vec<BranchId>, Vec<&[String]>) = new.flat_map(|r| r.prompts().numbered()).unzip();
+        match ids.len() {
+            0 | 1 => Ok(()),
+            _ => self.engine.gate_keyed(&asks.gate(), &ids, &prompts::keys(&numbers)),
+        }
+    }
+
+    /// Writes down what comparisons of prompts found, under names that say whose each prompt is.
+    fn record_similarities(&mut self, tasks: &[Box<dyn Task>], flight: &mut Flight) -> Result<()> {
+        if self.config.asks.is_none() {
+            return Ok(());
+        }
+        let is_batch = self.config.asks.as_ref().is_some_and(|a| a.scope == AsksScope::Batch);
+        let mut names: HashMap<BranchId, String> = HashMap::new();
+        for run in &flight.runs {
+            let id = tasks[run.task_idx()].id();
+            for (i, (root, _)) in run.prompts().numbered().enumerate() {
+                names.insert(root, if is_batch { format!("{id}, wording {i}") } else { format!("wording {i}") });
+            }
+        }
+        let name = |id: BranchId| names.get(&id).cloned().unwrap_or_else(|| "a finished problem".into());
+        for run in &mut flight.runs {
+            run.prompts_mut().take_similarity(self.engine, &self.config, &name)?;
+        }
         Ok(())
     }
 }

@@ -47,6 +47,8 @@ pub enum EndReason {
     NonFinite = 4,
     /// It reached the model's last position.
     Context = 5,
+    /// Another branch that had become the same speaks for it.
+    Merged = 6,
 }
 
 /// How a branch generates.

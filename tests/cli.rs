@@ -106,6 +106,10 @@ fn solve_json_is_one_object_with_the_promised_keys() {
     assert_eq!(report["policy"], "exact");
     let (peak, shared) = (report["blocks"]["peak"].as_u64().unwrap(), report["blocks"]["shared"].as_u64().unwrap());
     assert!(peak > shared && shared > 0, "{peak} {shared}");
+    let results = report["results"].as_array().unwrap();
+    assert_eq!(results.iter().map(|r| r["branches"].as_array().unwrap().len()).collect::<Vec<_>>(), [8, 8, 8]);
+    let prefill: u64 = results.iter().map(|r| r["tokens"]["prefill"].as_u64().unwrap()).sum();
+    assert_eq!(report["tokens"]["prefill"], prefill);
 }
 
 #[test]
@@ -129,6 +133,50 @@ fn out_holds_a_whole_record_a_line() {
     }
     let right = lines.iter().filter(|l| l["correct"] == true).count();
     assert_eq!(report["correct"], right);
+}
+
+#[test]
+fn a_tree_search_writes_its_whole_tree() {
+    let dir = folder();
+    let args =
+        ["solve", "--limit", "2", "-B", "3", "--temperature", "0.9", "--depth", "2", "--beam", "1", "--score", "both"];
+    let report = json(dir.path(), &[&args[..], &["--out", "o", "--json"]].concat());
+    assert_eq!(
+        report["config"]["search"],
+        serde_json::json!({"depth": 2, "beam": 1, "score": "both", "min_score": null})
+    );
+    for line in lines(&dir.path().join("o")) {
+        let tree = line["tree"].as_array().unwrap();
+        let ended = |what: &str| tree.iter().filter(|n| n["ended"] == what).count();
+        assert_eq!(ended("expanded"), 1);
+        assert_eq!(tree.len(), 3 + 3);
+        assert!(tree.iter().all(|n| n["text"].is_string() && n["depth"].as_u64().unwrap() <= 2));
+        assert!(tree[3..].iter().all(|n| n["parent"].as_u64().is_some_and(|p| p < 3)));
+    }
+    let text = ok(dir.path(), &args);
+    assert!(text.contains("tree of 6 nodes: 1 expanded"), "{text}");
+    // A delimiter as a shell passes it on.
+    let same = json(dir.path(), &[&args[..], &["--json", "--step-delimiter", "\\n"]].concat());
+    assert_eq!(same["tokens"], report["tokens"]);
+}
+
+#[test]
+fn a_trial_exit_needs_words_for_it_and_counts_what_it_costs() {
+    let dir = folder();
+    let at = dir.path();
+    let args = ["solve", "--limit", "2", "--exit", "trial", "--trial-confidence", "0.5"];
+    ok(at, &[&args[..], &["--out", "o"]].concat());
+    let trials: Vec<Value> = lines(&at.join("o")).into_iter().map(|l| l["trials"].clone()).collect();
+    assert!(
+        trials.iter().all(|t| t["run"].as_u64() > Some(0) && t["tokens"].as_u64() > t["run"].as_u64()),
+        "{trials:?}"
+    );
+    let mut pack: Value = serde_json::from_str(&read(&model_file("prompts.json"))).unwrap();
+    pack.as_object_mut().unwrap().remove("trial");
+    std::fs::write(at.join("pack"), pack.to_string()).unwrap();
+    std::fs::write(at.join("keep"), "kept").unwrap();
+    refused(at, &[&args[..], &["--prompts", "pack", "--out", "keep"]].concat(), 1, "prompts: trial");
+    assert_eq!(read(&at.join("keep")), "kept");
 }
 
 #[test]
@@ -445,6 +493,12 @@ fn mistakes_are_named_with_their_exit_status() {
     refused(at, &["solve", "-B", most], 1, "branches: must be between 1 and 1024");
     refused(at, &["solve", "-B", "99999999999999999999"], 1, "99999999999999999999");
     refused(at, &["solve", "--max-new-tokens", "0"], 1, "max-new-tokens");
+    refused(at, &["solve", "--depth", "2"], 1, "use --temperature 0.7, or --depth 1");
+    refused(at, &["solve", "--depth", "0"], 1, "depth: must be between 1 and 64");
+    refused(at, &["solve", "--depth", "2", "--beam", "0"], 1, "beam: must be at least 1");
+    refused(at, &["solve", "--beam", "2"], 1, "--depth");
+    refused(at, &["solve", "--depth", "1", "--step-delimiter", ""], 1, "an empty delimiter ends nothing");
+    refused(at, &["solve", "--exit", "trial", "--trial-confidence", "2"], 1, "trial-confidence: must be between");
     refused(at, &["solve", "--agree", "0"], 1, "agree: must be at least 1");
     refused(at, &["solve", "--concurrency", "0"], 1, "concurrency");
     refused(at, &["solve", "--threads", most], 1, "threads: must be at most 1024");

@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use rksc::Error;
-use rksc::engine::{BranchId, EndReason, Engine, EventKind, GenerateParams};
+use rksc::engine::{BranchId, EndReason, Engine, EventKind, GenerateParams, PrefillOptions};
 
 /// Every call that takes a branch, with one that must be refused.
 fn refused(engine: &mut Engine, own: BranchId, bad: BranchId) {
@@ -72,6 +72,37 @@ fn numbers_at_the_end_of_their_range_are_limits_and_not_traps() {
     engine.append(branch, &[8]).unwrap();
     run_all(&mut engine);
     assert_eq!(engine.row(branch).unwrap().unwrap().top.len(), 768);
+}
+
+#[test]
+fn children_have_the_votes_of_their_parent() {
+    let mut engine = engine(|_| {});
+    let root = engine.prefill(&Rng(6).tokens(20), uncached()).unwrap();
+    let (a, b) = (fork(&mut engine, root), fork(&mut engine, root));
+    engine.merge(a, b).unwrap();
+    let child = fork(&mut engine, a);
+    assert_eq!([root, a, child].map(|id| engine.stats(id).unwrap().votes), [1.0, 2.0, 2.0]);
+}
+
+#[test]
+fn an_uncached_branch_leaves_nothing_in_the_prefix_cache() {
+    let mut engine = engine(|_| {});
+    let root = engine.prefill(&Rng(6).tokens(40), PrefillOptions::default()).unwrap();
+    let ids = [fork(&mut engine, root), fork(&mut engine, root)];
+    for (i, &id) in ids.iter().enumerate() {
+        engine.append(id, &Rng(7 + i as u64).tokens(40)).unwrap();
+    }
+    run_all(&mut engine);
+    let used = |e: &Engine| (e.engine_stats().blocks_used, e.engine_stats().blocks_cached);
+    // Root: 2 whole blocks and a tail. Each fork: 3 whole blocks of its own, no tail.
+    assert_eq!(used(&engine), (3 + 2 * 3, 2 + 2 * 3));
+    engine.prune(ids[0]).unwrap();
+    assert_eq!(used(&engine), (9, 8), "pruned alone, a branch's whole blocks stay cached");
+    engine.uncache(ids[1]).unwrap();
+    assert_eq!(used(&engine), (9, 5));
+    engine.prune(ids[1]).unwrap();
+    assert_eq!(used(&engine), (6, 5));
+    engine.check_integrity().unwrap();
 }
 
 #[test]

@@ -13,22 +13,8 @@ use rksc::engine::{BranchId, EndReason, Engine};
 use rksc::prompts::PromptPack;
 use rksc::report::ProblemResult;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
-use rksc::solver::{Policy, Sharing, Solver, SolverConfig, VerifyMode};
+use rksc::solver::{Policy, Sharing, SolverConfig, VerifyMode};
 use serde_json::Value;
-
-/// Solves `tasks`; the results in the order of the tasks.
-fn solve(engine: &mut Engine, config: &SolverConfig, tasks: &[Box<dyn Task>]) -> Vec<ProblemResult> {
-    let mut results: Vec<(usize, ProblemResult)> = Vec::new();
-    let mut take = |idx, result| {
-        results.push((idx, result));
-        Ok(())
-    };
-    Solver::new(engine, config.clone()).unwrap().solve(tasks, &mut take).unwrap();
-    assert_eq!(engine.engine_stats().branches, 0, "branches stayed behind");
-    engine.check_integrity().unwrap();
-    results.sort_by_key(|(idx, _)| *idx);
-    results.into_iter().map(|(_, r)| r).collect()
-}
 
 /// Every branch to its end, no verification.
 fn decode_only() -> SolverConfig {

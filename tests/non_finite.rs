@@ -9,8 +9,9 @@ use std::process::Command;
 use common::*;
 use rksc::engine::{BranchId, EndReason, Engine, EventKind};
 use rksc::prompts::PromptPack;
+use rksc::report::NodeEnd;
 use rksc::solver::task::{Task, TextTask};
-use rksc::solver::{Policy, Solver, SolverConfig};
+use rksc::solver::{Policy, SearchConfig, Solver, SolverConfig, StepScore};
 use rksc::{DType, Error, ErrorCode, ModelSource};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -214,6 +215,29 @@ fn a_problem_with_a_broken_branch_is_answered_by_the_others() {
             assert_eq!(a.score.map(f64::to_bits), b.score.map(f64::to_bits), "{}: branch {i}", policy.name());
         }
     }
+}
+
+#[test]
+fn a_tree_whose_nodes_all_break_has_leaves_that_say_so_and_no_answer() {
+    let dir = model(f32::NAN);
+    let mut pack = PromptPack::from_file(&dir.path().join("prompts.json")).unwrap();
+    pack.approaches = vec!["Mail @ once.".into(), "Mail @ twice.".into()];
+    let task = |pack| -> Vec<Box<dyn Task>> {
+        vec![Box::new(TextTask::new(compiled(pack, ""), problems("test", 1).remove(0)).unwrap())]
+    };
+    let mut engine = open(dir.path(), DType::Bf16, "auto");
+    let tree = SearchConfig { depth: 3, beam: 2, score: StepScore::Both, min_score: None };
+    let mut config = SolverConfig { num_branches: 2, search: Some(tree), ..SolverConfig::preset(Policy::Exact) };
+    config.sampling.temperature = 0.7;
+    let broken = solve(&mut engine, &config, &task(pack.clone())).remove(0);
+    assert_eq!((&broken.answer, broken.verify.run), (&None, 0));
+    assert!(broken.tree.len() == 2 && broken.tree.iter().all(|n| (n.ended, n.tokens) == (NodeEnd::Failed, 0)));
+    assert!(broken.branches.iter().all(|b| b.ended == Some(EndReason::NonFinite)));
+    // One that breaks leaves the tree to the others.
+    pack.approaches[1] = "Make a table.".into();
+    let half = solve(&mut engine, &config, &task(pack)).remove(0);
+    assert_eq!(half.tree[0].ended, NodeEnd::Failed);
+    assert_eq!((half.tree[1].ended, half.correct), (NodeEnd::Expanded, Some(true)));
 }
 
 #[test]

@@ -77,6 +77,19 @@ pub struct EngineStats {
     pub swapped_bytes: u64,
 }
 
+/// Where the KV blocks are at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Held by more than one branch.
+    pub shared: usize,
+    /// Held by one branch.
+    pub private: usize,
+    /// Held by the prefix cache alone.
+    pub cached: usize,
+    /// Given back since the engine was opened.
+    pub freed: u64,
+}
+
 /// What was loaded.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct ModelInfo {
@@ -113,6 +126,8 @@ pub struct StepItem {
     pub num_tokens: usize,
     /// Layers they went through.
     pub num_layers: u32,
+    /// A gate let it leave before the last.
+    pub left_early: bool,
     /// True when the token was one it had generated.
     pub is_decode: bool,
 }
@@ -169,6 +184,24 @@ impl Engine {
     /// The mean top-1 probability of a branch over its generated steps.
     pub fn confidence(&self, branch: BranchId) -> Result<f64> {
         Ok(self.tree.get(branch)?.mean_confidence())
+    }
+
+    /// The layer after which a gate let the branch leave, if one did.
+    pub fn exit_layer(&self, branch: BranchId) -> Result<Option<u32>> {
+        Ok(self.tree.get(branch)?.exit_layer)
+    }
+
+    /// Where the KV blocks are. Looks at every table: not for inner loops.
+    pub fn memory(&self) -> MemoryUse {
+        let owners = self.shared_blocks();
+        let shared = owners.values().filter(|&&n| n > 1).count();
+        let used = self.pool.num_in_use();
+        MemoryUse {
+            shared,
+            private: owners.len() - shared,
+            cached: used.saturating_sub(owners.len()),
+            freed: self.pool.num_freed(),
+        }
     }
 
     /// The engine at a glance.

@@ -308,7 +308,8 @@ impl Engine {
                 Fate::Done | Fate::River(_) | Fate::Mixed(_) => self.model.num_layers as u32,
                 Fate::Dropped(layer) | Fate::Stopped(layer) | Fate::Aliased { layer, .. } => layer,
             };
-            let item = StepItem { branch: r.branch, num_tokens: r.num_new_tokens, num_layers, is_decode };
+            let left_early = (num_layers as usize) < self.model.num_layers;
+            let item = StepItem { branch: r.branch, num_tokens: r.num_new_tokens, num_layers, left_early, is_decode };
             summary.items.push(item);
             self.totals.tokens_computed += r.num_new_tokens as u64;
             self.count_recomputed(&r)?;

@@ -1,4 +1,7 @@
-//! Between two decode steps: which branches stop.
+//! Between two decode steps: which branches stop, and which have become one.
+
+use super::{Effect, GateSpec, Rule, Scope, Statistic};
+use crate::error::{Error, Result};
 
 /// When decoding ends before every branch has ended by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -15,6 +18,43 @@ pub enum DecodeExit {
     /// As `Decided`; and at each step delimiter a fork of the branch is asked for the answer, and the branch stops with
     /// that answer when the fork is sure of it. The branch itself decodes on meanwhile. Not lossless.
     Trial,
+}
+
+/// When two decoding branches have become one: the states of their newest tokens are alike.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Converged {
+    /// Similarity from which two are one. Above 1, none ever are.
+    pub tau: f32,
+    /// Steps from one comparison to the next.
+    pub every: usize,
+    /// Layer l of L weighs `exp(alpha l / L)`.
+    pub alpha: f32,
+}
+
+impl Converged {
+    /// Compared every eight steps; alike in the upper half of the layers.
+    pub const fn at(tau: f32) -> Self {
+        Self { tau, every: 8, alpha: 1.5 }
+    }
+
+    /// The gate that compares: it reads the middle layer and the last, and lets every branch go on.
+    pub fn gate(&self, num_layers: usize) -> GateSpec {
+        let last = num_layers as u32;
+        GateSpec {
+            layers: if last > 1 { vec![last / 2, last] } else { vec![last] },
+            statistic: Statistic::BranchSimilarity { alpha: self.alpha },
+            rule: Rule::Cluster { tau: self.tau },
+            scope: Scope::Sequence,
+            effect: Effect::Observe,
+        }
+    }
+
+    /// Refuses what cannot work, by name.
+    pub fn validate(&self) -> Result<()> {
+        let check = |ok: bool, field: &str, why: &str| if ok { Ok(()) } else { Err(Error::config(field, why)) };
+        check(self.tau.is_finite() && self.alpha.is_finite(), "merge-converged", "must be a number")?;
+        check(self.every >= 1, "merge-every", "must be at least 1")
+    }
 }
 
 /// Constants of [`DecodeExit::Trial`].

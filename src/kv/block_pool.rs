@@ -84,6 +84,8 @@ pub struct BlockPool {
     /// A stack. Owners release tail first, so that the next taker gets a freed table's blocks in table order.
     free: Vec<u32>,
     peak_in_use: usize,
+    /// Blocks given back so far.
+    num_freed: u64,
 }
 
 impl BlockPool {
@@ -96,6 +98,7 @@ impl BlockPool {
             meta: vec![BlockMeta { generation: 0, ref_count: 0, state: BlockState::Exact }; num_blocks],
             free: (0..num_blocks as u32).rev().collect(),
             peak_in_use: 0,
+            num_freed: 0,
         }
     }
 
@@ -115,6 +118,11 @@ impl BlockPool {
             .collect();
         self.peak_in_use = self.peak_in_use.max(self.meta.len() - keep);
         Some(blocks)
+    }
+
+    /// Blocks given back since the pool was made.
+    pub fn num_freed(&self) -> u64 {
+        self.num_freed
     }
 
     /// Adds an owner.
@@ -142,6 +150,7 @@ impl BlockPool {
         if block.ref_count == 0 {
             block.generation = block.generation.wrapping_add(1);
             self.free.push(id.index);
+            self.num_freed += 1;
         }
         Ok(())
     }

@@ -11,6 +11,8 @@
 //! index never names another node than the one its children were hung under; a leaf is among `leaves` exactly while
 //! it is not locked. The cache never writes a block, and by owning it makes it read-only for every table.
 
+mod forget;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
 
@@ -206,7 +208,7 @@ impl PrefixCache {
                 if num_freed == n || pool.ref_count(block)? != 1 {
                     break;
                 }
-                self.remove(idx, pool.num_blocks());
+                self.evict_node(idx, pool.num_blocks());
                 pool.release(block)?;
                 num_freed += 1;
                 // A parent that became a leaf behind the cursor is the next in order; ahead of it, the cursor comes by.
@@ -229,7 +231,7 @@ impl PrefixCache {
         {
             let Some(node) = self.node(idx) else { break };
             let (block, parent) = (node.block, node.parent);
-            self.remove(idx, pool.num_blocks());
+            self.evict_node(idx, pool.num_blocks());
             pool.release(block)?;
             num_freed += 1;
             if let Some(parent) = parent {
@@ -473,12 +475,18 @@ impl PrefixCache {
         idx
     }
 
-    /// Takes a childless node out of the tree and all indexes, and remembers that it was there; the block's reference is
-    /// the caller's to release.
-    fn remove(&mut self, idx: u32, num_pool_blocks: usize) {
+    /// [`remove`](Self::remove)s a node, and remembers that it was there.
+    fn evict_node(&mut self, idx: u32, num_pool_blocks: usize) {
+        if let Some(hash) = self.node(idx).map(|node| node.hash) {
+            self.evicted.remember(hash, num_pool_blocks * REMEMBERED_POOLS);
+            self.remove(idx);
+        }
+    }
+
+    /// Takes a childless node out of the tree and all indexes; the block's reference is the caller's to release.
+    fn remove(&mut self, idx: u32) {
         let entry = &mut self.entries[idx as usize];
         let Some(node) = entry.node.take() else { return };
-        self.evicted.remember(node.hash, num_pool_blocks * REMEMBERED_POOLS);
         entry.generation = entry.generation.wrapping_add(1);
         self.vacant.push(idx);
         self.leaves.remove(&node.key());

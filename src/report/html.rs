@@ -94,8 +94,13 @@ pub fn render(data: &ReportData<'_>) -> String {
         tree::section(data),
         memory::section(data),
     ];
-    let main =
-        El::new("main").child(header(data)).children(sections.map(Section::into_el)).children(all_problems(data));
+    // What there is comes first; what there is not is said in a line each at the end.
+    let (absent, present): (Vec<Section>, Vec<Section>) = sections.into_iter().partition(|s| s.is_absent);
+    let main = El::new("main")
+        .child(header(data))
+        .children(present.into_iter().map(Section::into_el))
+        .children(all_problems(data))
+        .children(absent.into_iter().map(Section::into_el));
     let html = El::new("html").attr("lang", "en").child(head).child(El::new("body").child(main));
     // HTML has no end tag for `meta`; everything else of the page is XML as it stands.
     format!("<!DOCTYPE html>\n{html}\n").replace("></meta>", "/>")
@@ -117,10 +122,11 @@ fn header(data: &ReportData<'_>) -> El {
         header = header.child(El::new("p").class("setting").text(&setting.join(" | ")));
     }
     if let Some(report) = data.report {
-        header = header
-            .child(summary::summary(report, data.problems))
+        let words = El::new("div")
             .child(El::new("p").text(&words::configuration(&report.config).join(" ")))
             .child(summary::configuration(report));
+        let numbers = El::new("div").child(summary::summary(report, data.problems));
+        header = header.child(El::new("div").class("overview").child(numbers).child(words));
     }
     header
 }

@@ -1,8 +1,9 @@
 //! Policies as data: what is shared, what is verified, what may be cut short, how the answer is chosen.
 
 use crate::error::{Error, Result};
-use crate::gate::step::{DecodeExit, StopAllRule, TrialRule};
-use crate::gate::verify::SkipRule;
+use crate::gate::asks::{Asks, AsksScope};
+use crate::gate::step::{Converged, DecodeExit, StopAllRule, TrialRule};
+use crate::gate::verify::{SkipRule, VerifyExit};
 use crate::sampler::SamplingParams;
 use crate::solver::beam::SearchConfig;
 use crate::solver::select::Select;
@@ -91,10 +92,18 @@ pub struct SolverConfig {
     pub forced_length: bool,
     /// What branches share.
     pub sharing: Sharing,
+    /// Wordings of a problem that its branches take turns among, as far as there are: 1 is the question alone.
+    pub wordings: usize,
+    /// Prompts that look alike become one.
+    pub asks: Option<Asks>,
+    /// Decoding branches that have become alike are merged.
+    pub merge: Option<Converged>,
     /// How branches are verified.
     pub verify: VerifyMode,
     /// When verification is skipped.
     pub skip: SkipRule,
+    /// When a verification that runs leaves its pass before the last layer.
+    pub verify_exit: Option<VerifyExit>,
     /// When decoding ends early.
     pub decode_exit: DecodeExit,
     /// Constants of the confidence-based decode exits.
@@ -113,6 +122,9 @@ pub struct SolverConfig {
     pub concurrency: usize,
     /// Empty the prefix cache before each problem.
     pub cold_cache: bool,
+    /// Write down what reports draw: what each layer of a verification says, and where the KV blocks are at each step.
+    /// Costs time, and changes no answer.
+    pub record: bool,
 }
 
 impl SolverConfig {
@@ -124,8 +136,12 @@ impl SolverConfig {
             max_new_tokens: 256,
             forced_length: false,
             sharing: Sharing::Exact,
+            wordings: 1,
+            asks: None,
+            merge: None,
             verify: VerifyMode::Suffix,
             skip: SkipRule::Never,
+            verify_exit: None,
             decode_exit: DecodeExit::Off,
             exit_rule: StopAllRule::default(),
             trial_rule: TrialRule::default(),
@@ -135,6 +151,7 @@ impl SolverConfig {
             step_delimiter: None,
             concurrency: 1,
             cold_cache: true,
+            record: false,
         };
         match policy {
             Policy::NoSharing => Self { sharing: Sharing::None, verify: VerifyMode::Fresh, ..base },
@@ -144,6 +161,7 @@ impl SolverConfig {
             Policy::RkscPaper => Self {
                 verify: VerifyMode::Fresh,
                 skip: SkipRule::CODE,
+                verify_exit: Some(VerifyExit::PAPER),
                 decode_exit: DecodeExit::StopAll,
                 select: Select::ScoreSqrtConf,
                 ..base
@@ -174,6 +192,28 @@ impl SolverConfig {
         )?;
         if let Some(search) = &self.search {
             search.validate(self)?;
+        }
+        check(self.wordings >= 1, "wordings", "must be at least 1")?;
+        if let Some(asks) = &self.asks {
+            asks.validate()?;
+            check(self.sharing == Sharing::Exact, "asks", "needs a policy that shares KV")?;
+            let has_pairs = self.wordings > 1 || (asks.scope == AsksScope::Batch && self.concurrency > 1);
+            check(
+                has_pairs,
+                "asks",
+                "has nothing to compare: give --wordings N, or --asks-scope batch with --concurrency N",
+            )?;
+        }
+        if let Some(merge) = &self.merge {
+            merge.validate()?;
+            check(
+                self.search.is_none(),
+                "merge-converged",
+                "works on plain branches; a tree merges what says the same",
+            )?;
+        }
+        if let Some(exit) = &self.verify_exit {
+            exit.validate()?;
         }
         self.sampling.validate()
     }

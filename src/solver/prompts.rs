@@ -111,7 +111,9 @@ impl Prompts {
         config: &SolverConfig,
         name: &dyn Fn(BranchId) -> String,
     ) -> Result<()> {
-        let (Some(asks), Some(first), None) = (&config.asks, self.wordings.first(), &self.record) else { return Ok(()) };
+        let (Some(asks), Some(first), None) = (&config.asks, self.wordings.first(), &self.record) else {
+            return Ok(());
+        };
         let Some(found) = engine.similarity(first.id)? else { return Ok(()) };
         let n = found.members.len();
         self.record = Some(SimilarityRecord {
@@ -125,8 +127,8 @@ impl Prompts {
         Ok(())
     }
 
-    pub(super) fn into_record(self) -> Option<SimilarityRecord> {
-        self.record
+    pub(super) fn take_record(&mut self) -> Option<SimilarityRecord> {
+        self.record.take()
     }
 }
 

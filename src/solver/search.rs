@@ -10,21 +10,24 @@
 //! them to their end, verifies and selects. A problem without a tree is such a run from its beginning.
 
 use super::beam::{self, LevelNode, NodeFate, SearchConfig, StepScore};
+use super::candidate::{Candidate, generate_params};
 use super::config::SolverConfig;
-use super::run::{Candidate, Run, generate_params, yes_share};
+use super::prompts::Prompts;
+use super::run::Run;
 use super::steps::StepWatch;
 use super::task::Task;
+use super::verdicts::yes_share;
 use crate::engine::{BranchId, EndReason, Engine, StepItem};
 use crate::error::Result;
 use crate::report::{BranchResult, NodeEnd, NodeResult, ProblemResult};
 
 /// See the module text.
 pub(super) struct Search {
-    run: Run,
+    pub(super) run: Run,
     /// Every node ever made, parents first; empty without a tree.
     nodes: Vec<Node>,
     /// While a level before the last is open.
-    growth: Option<Growth>,
+    pub(super) growth: Option<Growth>,
 }
 
 struct Node {
@@ -52,13 +55,13 @@ struct Said {
 }
 
 /// A level before the last, and what waits for the end of the growth.
-struct Growth {
+pub(super) struct Growth {
     config: SearchConfig,
-    depth: usize,
-    level: Vec<Growing>,
+    pub(super) depth: usize,
+    pub(super) level: Vec<Growing>,
     /// Children of the level, while it is being closed.
     next: Vec<Growing>,
-    leaves: Vec<(usize, Candidate)>,
+    pub(super) leaves: Vec<(usize, Candidate)>,
     /// While the steps are scored by a verifier: (its branch, the node of the level it judges).
     verifiers: Option<Vec<(BranchId, usize)>>,
     /// Verdicts still to come.
@@ -66,10 +69,10 @@ struct Growth {
     num_yes: usize,
 }
 
-struct Growing {
-    node: usize,
-    parent: Option<usize>,
-    candidate: Candidate,
+pub(super) struct Growing {
+    pub(super) node: usize,
+    pub(super) parent: Option<usize>,
+    pub(super) candidate: Candidate,
     watch: StepWatch,
     /// It ended at a step delimiter, and can go on.
     is_open: bool,
@@ -163,6 +166,29 @@ impl Search {
             Some(growth) => growth.on_verdict(engine, branch),
             None => self.run.on_ready(engine, branch),
         }
+    }
+
+    /// A prompt of this problem has become another's: its branches' prompts are as long as that one.
+    pub(super) fn on_aliased(&mut self, engine: &Engine, root: BranchId) -> Result<()> {
+        let Some(wording) = self.run.prompts.wording_of(root) else { return Ok(()) };
+        let longer = self.run.prompts.on_aliased(engine, wording)?;
+        let growing = self.growth.iter_mut().flat_map(|g| g.level.iter_mut().map(|g| &mut g.candidate));
+        for c in self.run.branches.iter_mut().chain(growing).filter(|c| c.wording == wording) {
+            c.prompt_len = c.prompt_len.saturating_add_signed(longer);
+        }
+        Ok(())
+    }
+
+    pub(super) fn prompts(&self) -> &Prompts {
+        &self.run.prompts
+    }
+
+    pub(super) fn prompts_mut(&mut self) -> &mut Prompts {
+        &mut self.run.prompts
+    }
+
+    pub(super) fn sample_memory(&mut self, engine: &Engine) {
+        self.run.sample_memory(engine);
     }
 
     /// Between two steps: the end of steps, of levels, and what the run has to decide.
@@ -308,8 +334,9 @@ fn close_level(
     config: &SolverConfig,
     task: &dyn Task,
 ) -> Result<()> {
-    while let Some((id, _)) = growth.verifiers.as_ref().and_then(|v| v.last()) {
-        engine.prune(*id)?;
+    while let Some(&(id, _)) = growth.verifiers.as_ref().and_then(|v| v.last()) {
+        engine.uncache(id)?;
+        engine.prune(id)?;
         growth.verifiers.as_mut().map(Vec::pop);
     }
     let scores: Vec<Option<f64>> =
@@ -326,17 +353,16 @@ fn close_level(
         nodes[g.node].score = score;
         nodes[g.node].said = g.said(&nodes[g.node], engine, ended)?;
     }
+    // Survivors may be pruned, and take the votes along: merge first.
     for (i, &fate) in fates.iter().enumerate() {
-        let id = growth.level[i].candidate.id;
-        match fate {
-            NodeFate::Merge(survivor) => {
-                engine.merge(growth.level[survivor].candidate.id, id)?;
-                growth.level[survivor].candidate.votes += growth.level[i].candidate.votes;
-            }
-            NodeFate::Leaf | NodeFate::Keep | NodeFate::Prune => {}
+        if let NodeFate::Merge(survivor) = fate {
+            engine.uncache(growth.level[i].candidate.id)?;
+            engine.merge(growth.level[survivor].candidate.id, growth.level[i].candidate.id)?;
+            growth.level[survivor].candidate.votes += growth.level[i].candidate.votes;
         }
     }
     for (i, _) in fates.iter().enumerate().filter(|(_, f)| **f == NodeFate::Prune) {
+        engine.uncache(growth.level[i].candidate.id)?;
         engine.prune(growth.level[i].candidate.id)?;
     }
     for (i, _) in fates.iter().enumerate().filter(|(_, f)| **f == NodeFate::Keep) {
@@ -452,7 +478,7 @@ fn node_end(reason: EndReason) -> NodeEnd {
         EndReason::EndToken => NodeEnd::Answered,
         EndReason::Length | EndReason::Context => NodeEnd::Length,
         EndReason::Stopped => NodeEnd::Stopped,
-        EndReason::Dropped | EndReason::NonFinite => NodeEnd::Failed,
+        EndReason::Dropped | EndReason::NonFinite | EndReason::Merged => NodeEnd::Failed,
     }
 }
 

@@ -2,8 +2,8 @@
 //! stops and the fork takes its place. The branch decodes on meanwhile, and what it said behind the delimiter is then
 //! dropped.
 
+use super::candidate::Candidate;
 use super::config::SolverConfig;
-use super::run::Candidate;
 use super::steps::StepWatch;
 use super::task::Task;
 use crate::engine::{BranchId, EndReason, Engine, GenerateParams, StepItem};
@@ -52,10 +52,12 @@ impl Trials {
     }
 
     /// Books a step's tokens, if they are a trial's.
-    pub(super) fn count(&mut self, item: &StepItem) {
-        if self.open.iter().any(|t| t.id == item.branch) {
+    pub(super) fn count(&mut self, item: &StepItem) -> bool {
+        let is_trial = self.open.iter().any(|t| t.id == item.branch);
+        if is_trial {
             self.counts.tokens += item.num_tokens as u64;
         }
+        is_trial
     }
 
     pub(super) fn on_token(&mut self, engine: &Engine, branch: BranchId) -> Result<()> {
@@ -95,6 +97,7 @@ impl Trials {
             if c.ended.is_none() && t.take_place(engine, config, task, c)? {
                 self.counts.stood += 1;
             } else {
+                engine.uncache(t.id)?;
                 engine.prune(t.id)?;
             }
             self.open.remove(idx);
@@ -108,6 +111,7 @@ impl Trials {
     /// Drops those that are still open.
     pub(super) fn clear(&mut self, engine: &mut Engine) -> Result<()> {
         while let Some(t) = self.open.last() {
+            engine.uncache(t.id)?;
             engine.prune(t.id)?;
             self.open.pop();
         }

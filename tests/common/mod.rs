@@ -10,7 +10,9 @@ use rksc::backend::cpu::simd::SimdLevel;
 use rksc::engine::{BranchId, Engine, Event, EventKind, GenerateParams, PrefillOptions};
 use rksc::problems::{Problem, read_problems};
 use rksc::prompts::PromptPack;
+use rksc::report::ProblemResult;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
+use rksc::solver::{Solver, SolverConfig};
 use rksc::tokenizer::Tokenizer;
 use rksc::{EngineConfig, ModelSource};
 
@@ -155,6 +157,20 @@ pub(crate) fn tasks(problems: &[Problem], prefix: &str) -> Vec<Box<dyn Task>> {
     let pack = compiled(prompt_pack(), prefix);
     let task = |p: &Problem| Box::new(TextTask::new(Arc::clone(&pack), p.clone()).unwrap()) as Box<dyn Task>;
     problems.iter().map(task).collect()
+}
+
+/// Solves `tasks`; the results in the order of the tasks.
+pub(crate) fn solve(engine: &mut Engine, config: &SolverConfig, tasks: &[Box<dyn Task>]) -> Vec<ProblemResult> {
+    let mut results: Vec<(usize, ProblemResult)> = Vec::new();
+    let mut take = |idx, result| {
+        results.push((idx, result));
+        Ok(())
+    };
+    Solver::new(engine, config.clone()).unwrap().solve(tasks, &mut take).unwrap();
+    assert_eq!(engine.engine_stats().branches, 0, "branches stayed behind");
+    engine.check_integrity().unwrap();
+    results.sort_by_key(|(idx, _)| *idx);
+    results.into_iter().map(|(_, r)| r).collect()
 }
 
 /// The whole prompt of a problem's branch `idx`.

@@ -15,7 +15,7 @@ use page::{Element, Scale, parse};
 use records::*;
 use rksc::report::html::{ReportData, render};
 use rksc::report::ladder::{Arm, LadderReport};
-use rksc::report::{MemorySample, PassRecord, ProblemResult, SolveReport, quantile};
+use rksc::report::{MemorySample, NodeEnd, NodeResult, PassRecord, PhaseMs, ProblemResult, SolveReport, quantile};
 use rksc::solver::{Policy, SolverConfig};
 use serde_json::{Value, json};
 
@@ -140,11 +140,10 @@ fn check_spread(page: &Element, results: &Value) {
     columns.extend(PHASES.map(|p| list(results).iter().map(|r| f(&r["phase_ms"][p])).collect()));
     columns.push(list(results).iter().map(rest).collect());
     assert_eq!(spread.len(), columns.len());
-    for ((name, [value, lo, hi, mean]), mut column) in spread.into_iter().zip(columns) {
+    for ((name, [value, lo, hi, _]), mut column) in spread.into_iter().zip(columns) {
         column.sort_by(f64::total_cmp);
-        let mut expected = [0.5, 0.1, 0.9].map(|q| quantile(&column, q)).to_vec();
-        expected.push(column.iter().sum::<f64>() / column.len() as f64);
-        assert!(all_same(&[value, lo, hi, mean], &expected), "{name}: {expected:?}");
+        let expected = [0.5, 0.1, 0.9].map(|q| quantile(&column, q));
+        assert!(all_same(&[value, lo, hi], &expected), "{name}: {expected:?}");
     }
 }
 
@@ -171,12 +170,17 @@ fn check_entropy(page: &Element, results: &Value) {
                     assert!(close(y.value(mark.number("cy")), entropy, y.grain()));
                 }
             }
-            let exits = g.with("data-exit-layer");
+            let branch = b["branch"].to_string();
+            let exits = figure.all(|e| e.get("data-exit-branch") == Some(&branch));
             let expected: Vec<f64> = b["exit_layer"].as_f64().into_iter().collect();
             assert_eq!(exits.iter().map(|e| e.number("data-exit-layer")).collect::<Vec<_>>(), expected);
             for (mark, layer) in exits.iter().zip(expected) {
                 assert!(close(x.value(mark.number("cx")), layer, x.grain()));
             }
+        }
+        for count in figure.with("data-after") {
+            let after = branches.iter().filter(|b| f(&b["exit_layer"]) == count.number("data-after")).count();
+            assert_eq!((count.number("data-exits"), count.text().trim()), (after as f64, after.to_string().as_str()));
         }
     }
     check_all_layers(page.figure("entropy-layers"), results);
@@ -241,7 +245,10 @@ fn check_similarity(page: &Element, results: &Value) {
         for frame in frames {
             let members = &clusters[&(frame.number("data-cluster") as u64)];
             assert_eq!(&frame.numbers("data-members"), members);
-            assert!(close(frame.number("width"), side * members.len() as f64, 0.1), "a frame is as wide as its cells");
+            assert!(
+                close(frame.number("width"), side * members.len() as f64, 0.011 * (members.len() + 1) as f64),
+                "a frame is as wide as its cells"
+            );
             // The cells of its members among themselves lie inside it, and no others.
             let inside = |c: &&&Element| {
                 let within = |k: &str, side: &str| {
@@ -345,7 +352,7 @@ fn every_figure_of_a_full_run_gives_its_numbers_back() {
     check_tree(&page, &results);
     check_memory(&page, &results);
     for kind in ["entropy", "similarity", "tree", "memory"] {
-        assert_eq!(page.figures(kind).len(), 6, "{kind}: at most so many problems one by one");
+        assert_eq!(page.figures(kind).len(), 5, "{kind}: at most so many problems one by one");
     }
     for kind in ["similarity-pairs", "memory-peaks", "tree-ends", "entropy-layers"] {
         page.figure(kind);
@@ -415,7 +422,7 @@ fn a_long_run_of_samples_is_thinned_and_keeps_its_peak() {
     let values = area[0].numbers("data-values");
     assert!(values.len() <= 321 && values.contains(&777.0));
     assert_eq!(area[0].numbers("data-steps").last(), Some(&4999.0));
-    assert!(page.figure("memory").text().contains("of 5000 samples"));
+    assert!(page.figure("memory").text().contains("of 5000 steps"));
 }
 
 #[test]
@@ -473,6 +480,48 @@ fn numbers_that_are_none_do_not_break_a_figure() {
     let results = serde_json::to_value([r]).unwrap();
     check_entropy(&page, &results);
     check_similarity(&page, &results);
+}
+
+/// Nothing here has a size that a real run could not have; the browser looks whether it still fits.
+#[test]
+fn extremes_keep_their_place() {
+    let mut draws = Draws(5);
+    let mut wide = full(0, 64);
+    wide.id = "an-identifier-without-an-end/".repeat(6);
+    wide.similarity = Some(similarity(40, &mut draws));
+    wide.latency_ms = 3_600_000.0;
+    wide.phase_ms.decode = 3_500_000.0;
+    // A beam of four over eight levels, and one thread down to level 30.
+    wide.tree = (0..300)
+        .map(|i| {
+            let (parent, depth) = if i < 8 {
+                (None, 1)
+            } else if i < 270 {
+                (Some((i - 8) / 4), 0)
+            } else {
+                (Some(i - 1), 0)
+            };
+            NodeResult { node: i, parent, depth, ended: NodeEnd::Duplicate(i / 2), ..tree().remove(0) }
+        })
+        .collect();
+    for i in 8..300 {
+        wide.tree[i].depth = wide.tree[wide.tree[i].parent.unwrap()].depth + 1;
+    }
+    let mut lone = full(1, 1);
+    lone.similarity = Some(similarity(1, &mut draws));
+    lone.branches[0].layers.clear();
+    lone.branches[0].exit_layer = Some(30);
+    lone.memory = vec![MemorySample { step: 0, shared: 0, private: 0, cached: 0, freed: 0 }];
+    lone.latency_ms = 0.0;
+    lone.phase_ms = PhaseMs::default();
+    let mut many = full(2, 8);
+    many.memory.iter_mut().for_each(|m| m.shared = 2_000_000);
+    let (page, results) = page("extremes", &[wide, lone, many], |_| {});
+    check_latency(&page, &results);
+    check_entropy(&page, &results);
+    check_similarity(&page, &results);
+    check_tree(&page, &results);
+    check_memory(&page, &results);
 }
 
 #[test]
@@ -578,8 +627,8 @@ fn check_ladder(page: &Element, json: &Value) {
     assert_eq!(latency.len(), policies.len());
     for ((name, numbers), p) in latency.iter().zip(policies) {
         assert_eq!(name.as_str(), p["policy"].as_str().unwrap());
-        let json = ["mean", "p10", "p90", "p50"].map(|k| f(&p["latency_ms"][k]));
-        assert!(all_same(numbers, &json), "{name}: {numbers:?} {json:?}");
+        let json = ["mean", "p10", "p90"].map(|k| f(&p["latency_ms"][k]));
+        assert!(all_same(&numbers[..3], &json), "{name}: {numbers:?} {json:?}");
     }
     for (name, [value, lo, hi, ceiling]) in points(page.figure("ladder-ratio")) {
         let r = &json["ratios"][format!("{name}/rksc")];

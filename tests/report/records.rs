@@ -7,7 +7,7 @@ use rksc::report::{
 };
 
 /// Numbers in [0, 1) that are the same in every run.
-pub(crate) struct Draws(u64);
+pub(crate) struct Draws(pub(crate) u64);
 
 impl Draws {
     pub(crate) fn next(&mut self) -> f64 {
@@ -33,6 +33,7 @@ pub(crate) fn branch(idx: usize, answer: &str, draws: &mut Draws) -> BranchResul
         exit_layer: None,
         layers: Vec::new(),
         wording: 0,
+        merged_into: None,
         blocks_shared: 12,
         blocks_private: 3,
     }

@@ -7,6 +7,8 @@ mod kernels;
 mod ladder;
 mod passes;
 mod roof;
+mod tree;
+mod trial;
 
 use clap::{Args, Subcommand};
 use rksc::DType;
@@ -27,6 +29,8 @@ pub(crate) enum Command {
     Evict(Box<evict::Args>),
     /// What this machine can do at most: memory, and the linear op at each SIMD level.
     Roof(roof::Args),
+    Tree(Box<tree::Args>),
+    Trial(Box<trial::Args>),
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
@@ -39,6 +43,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Agree(args) => agree::run(args),
         Command::Evict(args) => evict::run(args),
         Command::Roof(args) => roof::run(args),
+        Command::Tree(args) => tree::run(args),
+        Command::Trial(args) => trial::run(args),
     }
 }
 

@@ -166,7 +166,7 @@ impl Choice {
             EndReason::EndToken => "stop".into(),
             EndReason::Length | EndReason::Context => "length".into(),
             EndReason::NonFinite => NON_FINITE.into(),
-            EndReason::Stopped | EndReason::Dropped => "cancelled".into(),
+            EndReason::Stopped | EndReason::Dropped | EndReason::Merged => "cancelled".into(),
         });
         Ok(())
     }

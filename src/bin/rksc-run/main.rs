@@ -10,6 +10,7 @@ macro_rules! say {
 
 mod bench;
 mod common;
+mod gates;
 mod generate;
 mod inspect;
 mod plan;

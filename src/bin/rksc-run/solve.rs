@@ -21,6 +21,7 @@ use rksc::solver::task::{CompiledPack, Task, TextTask};
 use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
 
 use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
+use crate::gates::GateArgs;
 use crate::report_file::{self, ReportFile};
 use crate::search::SearchArgs;
 
@@ -45,6 +46,8 @@ pub(crate) struct Args {
     approaches: Option<PathBuf>,
     #[command(flatten)]
     policy: PolicyArgs,
+    #[command(flatten)]
+    gates: GateArgs,
     #[command(flatten)]
     search: SearchArgs,
     #[command(flatten)]
@@ -185,6 +188,8 @@ impl PolicyArgs {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut config = args.policy.config(&args.sampling);
     args.search.apply(&mut config);
+    args.gates.apply(&mut config);
+    config.record = args.report.is_some();
     config.validate()?;
     let source = args.engine.source();
     if let ModelSource::Dir(dir) = &source {

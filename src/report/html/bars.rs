@@ -85,6 +85,8 @@ pub(super) struct Point {
     pub(super) against: Option<f64>,
     /// At the right edge.
     pub(super) end: String,
+    /// As of a [`Series`].
+    pub(super) colour: &'static str,
 }
 
 /// Where a chart of points begins and what its upright line means.
@@ -98,8 +100,8 @@ pub(super) struct PointAxis {
     pub(super) max: Option<f64>,
 }
 
-/// Draws `points` into `figure`, below what is there.
-pub(super) fn points(figure: &mut Figure, axis: PointAxis, rows: &[Point]) {
+/// Draws `rows` into `figure`, below what is there; says on which scale.
+pub(super) fn points(figure: &mut Figure, axis: PointAxis, rows: &[Point]) -> Scale {
     let top = figure.height;
     let left = names_width(rows.iter().map(|r| r.name.as_str()));
     let ends = rows.iter().map(|r| text_width(&r.end)).fold(0.0, f64::max);
@@ -124,6 +126,7 @@ pub(super) fn points(figure: &mut Figure, axis: PointAxis, rows: &[Point]) {
     }
     figure.add(plot);
     figure.height = bottom + 18.0;
+    x
 }
 
 fn bounds(p: &Point) -> [Option<f64>; 2] {
@@ -145,14 +148,17 @@ fn point_row(p: &Point, x: &Scale, left: f64, top: f64) -> El {
     g = g.title(&words);
     g = g.child(label(left - 2.0, baseline, Anchor::End, &fitted(&p.name, left - 2.0)));
     if let Some([lo, hi]) = p.interval.filter(|i| i.iter().all(|v| v.is_finite())) {
-        g = g.child(line("interval", [x.at(lo), middle], [x.at(hi), middle]));
+        let class = format!("interval {}", p.colour);
+        g = g.child(line(&class, [x.at(lo), middle], [x.at(hi), middle]));
     }
     if let Some(against) = p.against.filter(|v| v.is_finite()) {
         let at = x.at(against);
-        g = g.child(line("against", [at, middle - 6.0], [at, middle + 6.0]));
+        g = g.child(line("against", [at, middle - 7.0], [at, middle + 7.0]));
     }
     if p.value.is_finite() {
-        g = g.child(El::new("circle").class("c1 dot").at("cx", x.at(p.value)).at("cy", middle).attr("r", 4));
+        g = g.child(
+            El::new("circle").class(&format!("{} dot", p.colour)).at("cx", x.at(p.value)).at("cy", middle).attr("r", 4),
+        );
     }
     g.child(label(WIDTH, baseline, Anchor::End, &p.end))
 }

@@ -1,9 +1,13 @@
 //! Which problems are shown one by one when there are too many to show all.
 
+use super::markup::clipped;
 use crate::report::ProblemResult;
 
-/// Figures of single problems in a section.
-pub(super) const CHOSEN: usize = 6;
+/// Figures of single problems in a section: with the one of all problems two rows of three on a wide page.
+pub(super) const CHOSEN: usize = 5;
+
+/// Characters of an id in a title.
+const MAX_ID: usize = 48;
 
 /// A problem worth a figure, and why.
 #[derive(Clone, Copy)]
@@ -12,8 +16,8 @@ pub(super) struct Chosen<'a> {
     pub(super) why: &'static str,
 }
 
-/// At most [`CHOSEN`] of the problems that `has` something to show: up to half of them wrong ones, then slow ones, then
-/// the first; in the order of the run.
+/// At most [`CHOSEN`] of the problems for which `has` is true: three wrong ones, then slow ones, then the first; in the
+/// order of the run.
 pub(super) fn chosen(problems: &[ProblemResult], has: impl Fn(&ProblemResult) -> bool) -> Vec<Chosen<'_>> {
     let all: Vec<usize> = (0..problems.len()).filter(|&i| has(&problems[i])).collect();
     let mut taken: Vec<(usize, &'static str)> = Vec::new();
@@ -22,7 +26,7 @@ pub(super) fn chosen(problems: &[ProblemResult], has: impl Fn(&ProblemResult) ->
             taken.push((i, why));
         }
     };
-    for &i in all.iter().filter(|&&i| problems[i].correct == Some(false)).take(CHOSEN / 2) {
+    for &i in all.iter().filter(|&&i| problems[i].correct == Some(false)).take(CHOSEN / 2 + 1) {
         take(i, "wrong", &mut taken);
     }
     let mut slow = all.clone();
@@ -38,9 +42,10 @@ pub(super) fn chosen(problems: &[ProblemResult], has: impl Fn(&ProblemResult) ->
 impl Chosen<'_> {
     /// Its id, and what it was chosen for.
     pub(super) fn title(&self) -> String {
+        let id = clipped(&self.problem.id, MAX_ID);
         match self.why {
-            "" => self.problem.id.clone(),
-            why => format!("{} ({why})", self.problem.id),
+            "" => id,
+            why => format!("{id} ({why})"),
         }
     }
 }

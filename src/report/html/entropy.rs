@@ -6,7 +6,7 @@ use super::chosen::{Chosen, chosen};
 use super::markup::{El, coordinate, count, grouped, short};
 use super::plot::{Anchor, Figure, Scale, WIDTH, axis_x, axis_y, label, line};
 use super::{ReportData, Section};
-use crate::report::{BranchResult, LatencyMs, ProblemResult};
+use crate::report::{BranchResult, LatencyMs, LayerEntropy, ProblemResult};
 
 const LEFT: f64 = 34.0;
 const RIGHT: f64 = WIDTH - 18.0;
@@ -22,11 +22,12 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
         return section.absent(why_absent(data));
     }
     section.lead = if exits.is_empty() {
-        "No verification stopped before the last layer.".into()
+        "No verification stopped before the last layer. Entropies in nats; of single problems, a line a branch.".into()
     } else {
         let mean = exits.iter().map(|&l| f64::from(l)).sum::<f64>() / exits.len() as f64;
         format!(
-            "The verification of {} stopped before the last layer, after layer {} on average.",
+            "The verification of {} stopped before the last layer, after layer {} on average. Entropies in nats; of \
+             single problems, a line a branch and a dot where it stopped.",
             count(exits.len(), "branch", "branches"),
             short(mean)
         )
@@ -53,7 +54,7 @@ fn why_absent(data: &ReportData<'_>) -> &'static str {
 fn layer_scale<'a>(branches: impl Iterator<Item = &'a BranchResult>) -> Scale {
     let of = |b: &BranchResult| b.layers.iter().map(|l| l.layer).chain(b.exit_layer).max();
     let deepest = branches.filter_map(of).max().unwrap_or(1).max(2);
-    Scale::new([1.0, f64::from(deepest)], [LEFT + 8.0, RIGHT])
+    Scale::new([1.0, f64::from(deepest)], [LEFT + 10.0, RIGHT - 10.0])
 }
 
 /// Whole layers, few enough to be read.
@@ -76,8 +77,7 @@ fn all_branches(problems: &[ProblemResult]) -> Figure {
             *exits.entry(layer).or_default() += 1;
         }
     }
-    let note = "Entropy in nats over all verified branches: median (dot), 10th to 90th percentile (line). Bars: \
-                branches that stopped after the layer.";
+    let note = "Median (dot), 10th to 90th percentile (line); below, branches that stopped after the layer.";
     let mut figure = Figure::new("entropy-layers", "All branches", note);
     let x = layer_scale(branches());
     let stats: Vec<(u32, LatencyMs, usize)> =
@@ -92,7 +92,7 @@ fn all_branches(problems: &[ProblemResult]) -> Figure {
         let g = El::new("g").class("layer").attr("data-layer", layer).attr("data-branches", n);
         let g = g.data("p10", s.p10).data("p50", s.p50).data("p90", s.p90);
         let words = format!("after layer {layer}: median {}, {} to {}", short(s.p50), short(s.p10), short(s.p90));
-        let g = g.title(&words).child(line("interval", [at, y.at(s.p10)], [at, y.at(s.p90)]));
+        let g = g.title(&words).child(line("interval c1", [at, y.at(s.p10)], [at, y.at(s.p90)]));
         plot = plot.child(g.child(El::new("circle").class("c1 dot").at("cx", at).at("cy", y.at(s.p50)).attr("r", 4)));
     }
     figure.add(plot);
@@ -125,34 +125,45 @@ fn place(x: &Scale, y: &Scale, layer: u32, entropy: f64) -> String {
     format!("{},{}", coordinate(x.at(f64::from(layer))), coordinate(y.at(entropy)))
 }
 
-/// A line a branch; a ring where its verification stopped.
-fn one_problem(Chosen { problem, why }: Chosen<'_>) -> Figure {
-    let exited = problem.branches.iter().filter(|b| b.exit_layer.is_some()).count();
-    let note = format!(
-        "Nats, a line a branch; {exited} of {} stopped early (filled dot, branch number).",
-        problem.branches.len()
-    );
-    let mut figure = Figure::new("entropy", Chosen { problem, why }.title(), note).of_problem(&problem.id);
-    let x = layer_scale(problem.branches.iter());
-    let entropies = problem.branches.iter().flat_map(|b| b.layers.iter().map(|l| l.entropy));
-    let y = Scale::from_zero(entropies, [PANEL, 8.0]);
+/// A line a branch; a dot where its verification stopped, and below how many stopped after each layer.
+fn one_problem(chosen: Chosen<'_>) -> Figure {
+    let branches = &chosen.problem.branches;
+    let mut exits: BTreeMap<u32, usize> = BTreeMap::new();
+    for layer in branches.iter().filter_map(|b| b.exit_layer) {
+        *exits.entry(layer).or_default() += 1;
+    }
+    let note =
+        format!("{} of {} stopped early.", exits.values().sum::<usize>(), count(branches.len(), "branch", "branches"));
+    let mut figure = Figure::new("entropy", chosen.title(), note).of_problem(&chosen.problem.id);
+    let x = layer_scale(branches.iter());
+    let y = Scale::from_zero(branches.iter().flat_map(|b| b.layers.iter().map(|l| l.entropy)), [PANEL, 8.0]);
     let mut plot = El::new("g").class("plot").attr("data-x", x.describe()).attr("data-y", y.describe());
     plot = plot.children(axis_y(&y, &y.ticks(4), LEFT, RIGHT));
-    plot = plot.children(axis_x(&x, &layer_ticks(&x), 8.0, PANEL));
-    let mut labels: Vec<(f64, f64)> = Vec::new();
-    for b in &problem.branches {
-        plot = plot.child(branch_line(b, &x, &y, &mut labels));
-    }
+    plot = plot.children(axis_x(&x, &layer_ticks(&x), 8.0, PANEL + 5.0));
+    plot = plot.children(branches.iter().map(|b| branch_line(b, &x, &y)));
+    // Above every line.
+    plot = plot.children(branches.iter().filter_map(|b| exit_dot(b, &x, &y)));
     figure.add(plot);
-    figure.add(label((LEFT + RIGHT) / 2.0, PANEL + 26.0, Anchor::Middle, "layer").class("tick"));
-    figure.height = PANEL + 32.0;
+    figure.add(label(0.0, PANEL + 17.0, Anchor::Start, "layer").class("tick"));
+    figure.height = PANEL + 22.0;
+    if !exits.is_empty() {
+        figure.add(label(0.0, PANEL + 31.0, Anchor::Start, "exits"));
+        for (&layer, &n) in &exits {
+            let at = label(x.at(f64::from(layer)), PANEL + 31.0, Anchor::Middle, &grouped(n as f64));
+            figure.add(at.attr("data-exits", n).attr("data-after", layer));
+        }
+        figure.height += 15.0;
+    }
     figure
 }
 
-fn branch_line(b: &BranchResult, x: &Scale, y: &Scale, labels: &mut Vec<(f64, f64)>) -> El {
+fn finite(b: &BranchResult) -> impl Iterator<Item = &LayerEntropy> {
+    b.layers.iter().filter(|l| l.entropy.is_finite())
+}
+
+fn branch_line(b: &BranchResult, x: &Scale, y: &Scale) -> El {
     let mut g = El::new("g").class("branch").attr("data-branch", b.branch);
-    let finite = || b.layers.iter().filter(|l| l.entropy.is_finite());
-    let points: Vec<String> = finite().map(|l| place(x, y, l.layer, l.entropy)).collect();
+    let points: Vec<String> = finite(b).map(|l| place(x, y, l.layer, l.entropy)).collect();
     if points.len() > 1 {
         g = g.child(El::new("polyline").class("thin").attr("points", points.join(" ")));
     }
@@ -164,17 +175,14 @@ fn branch_line(b: &BranchResult, x: &Scale, y: &Scale, labels: &mut Vec<(f64, f6
         let (cy, r) = if l.entropy.is_finite() { (y.at(l.entropy), 1.8) } else { (PANEL, 0.0) };
         g = g.child(dot.at("cx", x.at(f64::from(l.layer))).at("cy", cy).attr("r", r).title(&words));
     }
-    let Some(exit) = b.exit_layer else { return g };
-    // Where the layer itself was not probed, the dot stands on the axis: there is no entropy to show.
-    let entropy = finite().find(|l| l.layer == exit).map_or(0.0, |l| l.entropy);
-    let (cx, cy) = (x.at(f64::from(exit)), y.at(entropy));
-    g = g.child(
-        El::new("circle").class("c2 dot").attr("data-exit-layer", exit).at("cx", cx).at("cy", cy).attr("r", 4.5),
-    );
-    // One number per place; the others are told by the pointer and the table.
-    if labels.iter().all(|l| (l.0 - cx).abs() > 14.0 || (l.1 - cy).abs() > 11.0) {
-        labels.push((cx, cy));
-        g = g.child(label(cx, cy - 7.0, Anchor::Middle, &b.branch.to_string()));
-    }
     g
+}
+
+/// Where the layer itself was not probed, the dot stands on the axis: there is no entropy to show.
+fn exit_dot(b: &BranchResult, x: &Scale, y: &Scale) -> Option<El> {
+    let exit = b.exit_layer?;
+    let entropy = finite(b).find(|l| l.layer == exit).map_or(0.0, |l| l.entropy);
+    let dot = El::new("circle").class("c2 dot").attr("data-exit-branch", b.branch).attr("data-exit-layer", exit);
+    let dot = dot.at("cx", x.at(f64::from(exit))).at("cy", y.at(entropy)).attr("r", 4.5);
+    Some(dot.title(&format!("branch {}: stopped after layer {exit}", b.branch)))
 }

@@ -52,14 +52,15 @@ fn lead(ladder: &LadderReport) -> String {
 }
 
 fn latency(ladder: &LadderReport) -> Figure {
-    let note = "Milliseconds a problem: mean (dot, number), 10th to 90th percentile (line), median (stroke).";
+    let note = "Milliseconds a problem: mean (dot, number) and 10th to 90th percentile (line).";
     let mut figure = Figure::new("ladder-latency", "Latency", note);
     let row = |p: &ArmReport| Point {
         name: p.policy.into(),
         value: p.latency_ms.mean,
         interval: Some([p.latency_ms.p10, p.latency_ms.p90]),
-        against: Some(p.latency_ms.p50),
+        against: None,
         end: short(p.latency_ms.mean),
+        colour: "c1",
     };
     let rows: Vec<Point> = ladder.policies.iter().map(row).collect();
     points(&mut figure, PointAxis { zero: true, reference: None, max: None }, &rows);
@@ -79,6 +80,7 @@ fn ratios(ladder: &LadderReport) -> Figure {
             interval: Some([r.measured.lo, r.measured.hi]),
             against: Some(r.ceiling),
             end: format!("{:.2}x", r.measured.value),
+            colour: "c1",
         })
         .collect();
     points(&mut figure, PointAxis { zero: true, reference: Some(1.0), max: None }, &rows);
@@ -105,15 +107,18 @@ fn tokens(ladder: &LadderReport) -> Figure {
 }
 
 fn accuracy(ladder: &LadderReport) -> Figure {
-    let note = "Right answers in per cent, with the 95 % Wilson interval. The axis does not begin at zero.";
+    let note = "Right answers in per cent, with the 95 % Wilson interval.";
     let mut figure = Figure::new("ladder-accuracy", "Accuracy", note);
     let row = |p: &ArmReport| {
         let value = p.accuracy? * 100.0;
         let interval = p.accuracy_interval.map(|i| i.map(|x| x * 100.0));
-        Some(Point { name: p.policy.into(), value, interval, against: None, end: format!("{value:.1}") })
+        Some(Point { name: p.policy.into(), value, interval, against: None, end: format!("{value:.1}"), colour: "c1" })
     };
     let rows: Vec<Point> = ladder.policies.iter().filter_map(row).collect();
-    points(&mut figure, PointAxis { zero: false, reference: None, max: Some(100.0) }, &rows);
+    let x = points(&mut figure, PointAxis { zero: false, reference: None, max: Some(100.0) }, &rows);
+    if x.domain[0] > 0.0 {
+        figure.note += " The axis does not begin at zero.";
+    }
     figure
 }
 
@@ -145,7 +150,8 @@ fn arms(ladder: &LadderReport) -> super::markup::El {
             grouped(p.blocks.shared as f64),
             grouped(p.blocks.private as f64),
             p.agreement.map_or("-".into(), percent),
-            right.map_or("-".into(), |(a, [lo, hi])| format!("{} ({} to {})", percent(a), percent(lo), percent(hi))),
+            right
+                .map_or("-".into(), |(a, [lo, hi])| format!("{} ({:.1} to {:.1})", percent(a), lo * 100.0, hi * 100.0)),
         ]
     };
     table(&head, ladder.policies.iter().map(row).collect())

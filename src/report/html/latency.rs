@@ -1,7 +1,7 @@
 //! Where a problem's time went: prefill, decode, verify, and what is left.
 
 use super::bars::{BINS, Point, PointAxis, Population, points, stacked};
-use super::markup::{count, short};
+use super::markup::{count, grouped, short};
 use super::plot::{Figure, Series};
 use super::{ReportData, Section};
 use crate::report::{LatencyMs, ProblemResult};
@@ -36,7 +36,7 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
         let note = format!(
             "Milliseconds. {} in order of latency, fastest first; a bar is the mean of {} of them.",
             count(problems.len(), "problem", "problems"),
-            if each.fract() == 0.0 { short(each) } else { format!("{} or {}", each.floor(), each.ceil()) }
+            if each.fract() == 0.0 { grouped(each) } else { format!("{} or {}", each.floor(), each.ceil()) }
         );
         ("latency-bins", "All problems", note)
     };
@@ -49,21 +49,22 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
 
 /// Median and the middle four fifths of each phase.
 fn spread(problems: &[ProblemResult]) -> Figure {
-    let row = |name: &str, of: &dyn Fn(&ProblemResult) -> f64| {
+    let row = |name: &str, colour: &'static str, of: &dyn Fn(&ProblemResult) -> f64| {
         let l = LatencyMs::of(&problems.iter().map(of).collect::<Vec<f64>>());
         Point {
             name: name.into(),
             value: l.p50,
             interval: Some([l.p10, l.p90]),
-            against: Some(l.mean),
+            against: None,
             end: short(l.p50),
+            colour,
         }
     };
-    let mut rows = vec![row("whole", &|r| r.latency_ms)];
+    let mut rows = vec![row("whole", "ink", &|r| r.latency_ms)];
     for (i, phase) in PHASES.iter().enumerate() {
-        rows.push(row(phase.words, &|r| parts(r)[i]));
+        rows.push(row(phase.words, phase.colour, &|r| parts(r)[i]));
     }
-    let note = "Milliseconds a problem: median (dot, number), 10th to 90th percentile (line), mean (stroke).";
+    let note = "Milliseconds a problem: median (dot, number) and 10th to 90th percentile (line).";
     let mut figure = Figure::new("latency-phases", "Spread by phase", note);
     points(&mut figure, PointAxis { zero: true, reference: None, max: None }, &rows);
     figure

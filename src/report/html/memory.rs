@@ -8,11 +8,11 @@ use super::{ReportData, Section};
 use crate::report::{MemorySample, ProblemResult};
 
 const HELD: [Series; 3] = [
-    Series { key: "shared", words: "shared by branches", colour: "c1" },
+    Series { key: "shared", words: "shared", colour: "c1" },
     Series { key: "private", words: "of one branch", colour: "c2" },
-    Series { key: "cached", words: "held by the cache alone", colour: "c5" },
+    Series { key: "cached", words: "in the cache only", colour: "c5" },
 ];
-const LEFT: f64 = 34.0;
+const LEFT: f64 = 42.0;
 const RIGHT: f64 = WIDTH - 8.0;
 const PANEL: f64 = 110.0;
 const FREED: f64 = 44.0;
@@ -27,7 +27,7 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
     }
     let freed: u64 = sampled.iter().filter_map(|r| r.memory.last()).map(|m| m.freed).sum();
     section.lead = format!(
-        "Blocks of {}; {} were given back while the problems were open.",
+        "Blocks by engine step; {} recorded, {} blocks given back while they were open.",
         count(sampled.len(), "problem", "problems"),
         grouped(freed as f64)
     );
@@ -89,9 +89,9 @@ fn one_problem(chosen: Chosen<'_>) -> Figure {
     let samples = thinned(&problem.memory);
     let note = match problem.memory.len() {
         n if n > samples.len() => {
-            format!("Blocks by engine step; {} of {n} samples, the fullest of each run.", samples.len())
+            format!("{} of {n} steps, the fullest of each run of them.", samples.len())
         }
-        _ => "Blocks by engine step.".into(),
+        n => format!("{}.", count(n, "step", "steps")),
     };
     let mut figure = Figure::new("memory", chosen.title(), note).of_problem(&problem.id);
     let (marks, top) = key(&HELD, 0.0);

@@ -73,11 +73,10 @@ impl Scale {
         Self { domain: if sound { domain } else { [0.0, 1.0] }, range }
     }
 
-    /// From zero to the next round number above the largest value.
+    /// From zero to a little more than the largest value.
     pub(super) fn from_zero(values: impl IntoIterator<Item = f64>, range: [f64; 2]) -> Self {
         let max = values.into_iter().filter(|v| v.is_finite()).fold(0.0, f64::max);
-        let step = step(max, 4);
-        Self::new([0.0, (max / step).ceil() * step], range)
+        Self::new([0.0, max * 1.02], range)
     }
 
     pub(super) fn at(&self, value: f64) -> f64 {
@@ -112,22 +111,27 @@ fn step(span: f64, n: usize) -> f64 {
     nice.unwrap_or(10.0) * power
 }
 
-/// A short number for an axis: no more decimals than the ticks need.
+/// A short number for an axis: no more decimals than the ticks need, thousands and millions by letter.
 pub(super) fn tick_label(value: f64) -> String {
-    if value.abs() >= 1000.0 {
-        return short(value);
-    }
+    let (value, letter) = match value.abs() {
+        a if a >= 1e6 => (value / 1e6, "M"),
+        a if a >= 1e4 => (value / 1e3, "k"),
+        a if a >= 1e3 => return short(value),
+        _ => (value, ""),
+    };
     let text = format!("{value:.4}");
-    text.trim_end_matches('0').trim_end_matches('.').to_string()
+    format!("{}{letter}", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
-/// Estimated width in pixels; a little too wide rather than too narrow.
+/// Estimated width in pixels, rather too wide than too narrow: nothing can measure it here.
 pub(super) fn text_width(text: &str) -> f64 {
+    // By the wide fonts that free systems fall back to.
     let of = |c: char| match c {
-        'i' | 'j' | 'l' | '.' | ',' | ':' | ';' | '\'' | '|' | ' ' | '(' | ')' | 'I' | 'f' | 't' | 'r' | '-' => 0.37,
-        'm' | 'w' | 'M' | 'W' | '@' | '%' => 0.92,
-        'A'..='Z' => 0.72,
-        c if c.is_ascii() => 0.59,
+        'i' | 'j' | 'l' | '.' | ',' | ' ' | '\'' | 'I' => 0.32,
+        ':' | ';' | '|' | '(' | ')' | '[' | ']' | 'f' | 't' | 'r' | '-' | '/' => 0.41,
+        'm' | 'w' | 'M' | 'W' | '@' | '%' | '#' | '&' | '<' | '>' | '=' | '+' | '~' => 0.97,
+        'A'..='Z' => 0.74,
+        c if c.is_ascii() => 0.64,
         _ => 1.0,
     };
     text.chars().map(of).sum::<f64>() * FONT
@@ -202,7 +206,7 @@ pub(super) fn axis_y(scale: &Scale, ticks: &[f64], x: f64, right: f64) -> Vec<El
 pub(super) struct Series {
     pub(super) key: &'static str,
     pub(super) words: &'static str,
-    /// `c1` .. `c5`.
+    /// `c1` .. `c5` for kinds, `d1` .. `d5` for degrees.
     pub(super) colour: &'static str,
 }
 
@@ -228,9 +232,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn scales_begin_at_zero_and_end_at_a_round_number() {
-        let s = Scale::from_zero([3.0, f64::NAN, 87.0], [100.0, 300.0]);
-        assert_eq!((s.domain, s.at(0.0), s.at(100.0), s.at(25.0)), ([0.0, 100.0], 100.0, 300.0, 150.0));
+    fn scales_begin_at_zero_and_their_ticks_are_round() {
+        let s = Scale::from_zero([3.0, f64::NAN, 100.0], [100.0, 304.0]);
+        assert_eq!((s.domain, s.at(0.0), s.at(102.0), s.at(25.0)), ([0.0, 102.0], 100.0, 304.0, 150.0));
         assert_eq!(s.ticks(4), [0.0, 50.0, 100.0]);
         assert_eq!(Scale::from_zero([], [0.0, 1.0]).domain, [0.0, 1.0]);
         assert_eq!(Scale::new([2.0, 2.0], [0.0, 1.0]).domain, [0.0, 1.0]);
@@ -240,8 +244,8 @@ mod tests {
 
     #[test]
     fn ticks_say_no_more_than_they_must() {
-        let labels: Vec<String> = [0.0, 0.25, 2.0, 1500.0, 0.1 + 0.2].map(tick_label).to_vec();
-        assert_eq!(labels, ["0", "0.25", "2", "1,500", "0.3"]);
+        let labels: Vec<String> = [0.0, 0.25, 2.0, 1500.0, 0.1 + 0.2, 2.5e6, 2e4].map(tick_label).to_vec();
+        assert_eq!(labels, ["0", "0.25", "2", "1,500", "0.3", "2.5M", "20k"]);
     }
 
     #[test]

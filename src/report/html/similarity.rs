@@ -3,7 +3,7 @@
 use super::bars::{Row, stacked};
 use super::chosen::{Chosen, chosen};
 use super::markup::{El, coordinate, count, exact_f32, grouped, short};
-use super::plot::{Anchor, Figure, Series, WIDTH, fitted, label, line, text_width};
+use super::plot::{Anchor, Figure, Series, WIDTH, fitted, label, text_width};
 use super::{ReportData, Section};
 use crate::report::SimilarityRecord;
 
@@ -25,7 +25,8 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
     let members: usize = records.iter().map(|s| s.members.len()).sum();
     let kept: usize = records.iter().map(|s| clusters(s).len()).sum();
     section.lead = format!(
-        "In {}, {} made {}.",
+        "In {}, {} made {}. Cells are cosines, the first column those with the root; a frame is a cluster, its \
+         representative in bold.",
         count(records.len(), "problem", "problems"),
         count(members, "member", "members"),
         count(kept, "cluster", "clusters")
@@ -107,13 +108,14 @@ fn matrix(chosen: Chosen<'_>, s: &SimilarityRecord) -> Figure {
     let clusters = clusters(s);
     let n = s.members.len();
     let note = format!(
-        "Cosine up to layer {}, the root in the first column; threshold {}. Frames: {} of {n}, representative in bold.",
+        "Up to layer {}, threshold {}: {} of {n}.",
         s.depth,
         s.tau,
         count(clusters.len(), "cluster", "clusters"),
     );
     let mut figure = Figure::new("similarity", chosen.title(), note).of_problem(&chosen.problem.id);
-    let names = s.members.iter().map(|m| text_width(m)).fold(0.0, f64::max).min(90.0) + 6.0;
+    // A tenth more: representatives are bold.
+    let names = s.members.iter().map(|m| 1.1 * text_width(m)).fold(0.0, f64::max).min(100.0) + 8.0;
     let cell = ((WIDTH - names) / (n as f64 + 1.3)).min(MAX_CELL);
     let grid = Grid { s, cell, names, lowest: lowest(s) };
     let order: Vec<usize> = clusters.iter().flat_map(|c| c.1.iter().copied()).collect();
@@ -129,7 +131,9 @@ fn matrix(chosen: Chosen<'_>, s: &SimilarityRecord) -> Figure {
     }
     figure.add(plot);
     figure.height = grid.y(n) + 4.0;
-    scale_key(&mut figure, grid.lowest);
+    if !grid.is_numbered() {
+        scale_key(&mut figure, grid.lowest);
+    }
     figure
 }
 
@@ -162,11 +166,15 @@ impl Grid<'_> {
 
     /// Above the columns: the members' numbers.
     fn head(&self, order: &[usize]) -> Vec<El> {
-        let mut out = vec![label(self.names + self.cell / 2.0, 11.0, Anchor::Middle, "root").class("tick")];
-        let every = order.len().div_ceil(16);
+        let mut out = vec![label(self.names + self.cell, 11.0, Anchor::End, "root").class("tick")];
+        // Numbers of two digits need three of the narrowest columns.
+        let every = order.len().div_ceil(14);
         for (column, i) in order.iter().enumerate().filter(|(c, _)| c % every == 0) {
             let x = self.x(column) + self.cell / 2.0;
-            out.push(label(x, 11.0, Anchor::Middle, &i.to_string()).class("tick"));
+            let text = i.to_string();
+            if x + text_width(&text) / 2.0 <= WIDTH {
+                out.push(label(x, 11.0, Anchor::Middle, &text).class("tick"));
+            }
         }
         out
     }
@@ -176,7 +184,7 @@ impl Grid<'_> {
         let baseline = self.y(row) + self.cell / 2.0 + 4.0;
         let mut out = Vec::new();
         if self.cell >= 9.0 {
-            let name = fitted(&self.s.members[i], self.names - 4.0);
+            let name = fitted(&self.s.members[i], (self.names - 7.0) / 1.1);
             let class = if is_representative { "strong" } else { "" };
             out.push(label(self.names - 5.0, baseline, Anchor::End, &name).class(class));
         }
@@ -204,7 +212,12 @@ impl Grid<'_> {
         if self.is_numbered() {
             let text = if v.is_finite() { format!("{v:.2}").replacen("0.", ".", 1) } else { "-".into() };
             let y = self.y(row) + self.cell / 2.0 + 3.0;
-            let class = if strength > 0.5 { "cell-text on-mark" } else { "cell-text" };
+            // Between the two, one colour scheme still takes its ink and the other its paper.
+            let class = match 0.06 + 0.94 * strength {
+                o if o > 0.86 => "cell-text on-mark",
+                o if o > 0.62 => "cell-text on-middle",
+                _ => "cell-text",
+            };
             out.push(label(x + (self.cell - 1.0) / 2.0, y, Anchor::Middle, &text).class(class));
         }
         out
@@ -229,7 +242,5 @@ fn scale_key(figure: &mut Figure, lowest: f64) {
         figure.add(rect.attr("fill-opacity", coordinate(0.06 + 0.94 * f64::from(i) / 9.0)));
     }
     figure.add(label(127.0, y + 9.0, Anchor::Start, "1").class("tick"));
-    figure.add(line("frame", [150.0, y + 5.0], [166.0, y + 5.0]));
-    figure.add(label(172.0, y + 9.0, Anchor::Start, "one cluster").class("tick"));
     figure.height = y + 16.0;
 }

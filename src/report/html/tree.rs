@@ -13,6 +13,8 @@ use crate::report::{BranchResult, NodeEnd, NodeResult, ProblemResult};
 const ROW: f64 = 16.0;
 /// Right edges of the columns: tokens, confidence, score.
 const COLUMNS: [f64; 3] = [WIDTH - 84.0, WIDTH - 42.0, WIDTH];
+/// Nodes drawn one by one, all trees together; the first tree is drawn whatever its size.
+const MAX_ROWS: usize = 160;
 /// Characters of a node's text below the figure.
 const MAX_TEXT: usize = 400;
 
@@ -35,37 +37,40 @@ struct Node<'a> {
 struct End {
     key: &'static str,
     words: &'static str,
+    /// In words that need no other node.
+    kind: &'static str,
     other: Option<usize>,
 }
 
 impl From<NodeEnd> for End {
     fn from(end: NodeEnd) -> Self {
-        let (key, words, other) = match end {
-            NodeEnd::Expanded => ("expanded", "went on", None),
-            NodeEnd::Answered => ("answered", "answered", None),
-            NodeEnd::Length => ("length", "token limit", None),
-            NodeEnd::Stopped => ("stopped", "stopped early", None),
-            NodeEnd::Pruned => ("pruned", "pruned", None),
-            NodeEnd::Duplicate(of) => ("duplicate", "same as", Some(of)),
-            NodeEnd::Merged(into) => ("merged", "merged into", Some(into)),
-            NodeEnd::Aliased(to) => ("aliased", "took the KV of", Some(to)),
-            NodeEnd::Failed => ("failed", "not finite", None),
-        };
-        Self { key, words, other }
+        let alone = |key, words| Self { key, words, kind: words, other: None };
+        match end {
+            NodeEnd::Expanded => alone("expanded", "went on"),
+            NodeEnd::Answered => alone("answered", "answered"),
+            NodeEnd::Length => alone("length", "token limit"),
+            NodeEnd::Stopped => alone("stopped", "stopped early"),
+            NodeEnd::Pruned => alone("pruned", "pruned"),
+            NodeEnd::Failed => alone("failed", "not finite"),
+            NodeEnd::Duplicate(of) => Self { key: "duplicate", words: "same as", kind: "duplicate", other: Some(of) },
+            NodeEnd::Merged(into) => Self { key: "merged", words: "merged into", kind: "merged", other: Some(into) },
+            NodeEnd::Aliased(to) => Self { key: "aliased", words: "took the KV of", kind: "aliased", other: Some(to) },
+        }
     }
 }
 
 impl End {
     /// Of a branch that no tree was recorded for.
-    fn of_branch(ended: Option<EndReason>) -> Self {
-        let other = |key, words| Self { key, words, other: None };
-        match ended {
+    fn of_branch(b: &BranchResult) -> Self {
+        let other = |key, words| Self { key, words, kind: words, other: None };
+        match b.ended {
             Some(EndReason::EndToken) => NodeEnd::Answered.into(),
             Some(EndReason::Length) => NodeEnd::Length.into(),
             Some(EndReason::Stopped) => NodeEnd::Stopped.into(),
             Some(EndReason::NonFinite) => NodeEnd::Failed.into(),
             Some(EndReason::Dropped) => other("dropped", "dropped between layers"),
             Some(EndReason::Context) => other("context", "end of the context"),
+            Some(EndReason::Merged) => NodeEnd::Merged(b.merged_into.unwrap_or(b.branch)).into(),
             None => other("open", "still open"),
         }
     }
@@ -98,7 +103,7 @@ impl<'a> From<&'a BranchResult> for Node<'a> {
             score: b.score,
             answer: b.answer.as_deref(),
             text: &b.text,
-            end: End::of_branch(b.ended),
+            end: End::of_branch(b),
         }
     }
 }
@@ -118,28 +123,36 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
     if !data.problems.iter().any(any) {
         return section.absent("No branch was recorded.");
     }
+    section.lead =
+        "A line a node: its number, why it ended, and its answer, in bold where the problem's is the same. Behind it \
+                    the tokens it generated itself, its confidence, and the verifier's score."
+            .into();
     section.figures.push(ends(data.problems));
+    let mut rows = 0;
     for problem in chosen(data.problems, any) {
-        section.figures.push(tree(problem));
+        rows += nodes(problem.problem).len();
+        if rows <= MAX_ROWS || section.figures.len() == 1 {
+            section.figures.push(tree(problem));
+        }
     }
     section
 }
 
-/// All nodes of all problems by why they ended, a colour per depth.
+/// All nodes below the roots of all problems by why they ended, a shade per depth.
 fn ends(problems: &[ProblemResult]) -> Figure {
     const DEPTHS: [Series; 5] = [
-        Series { key: "1", words: "depth 0 or 1", colour: "c1" },
-        Series { key: "2", words: "depth 2", colour: "c2" },
-        Series { key: "3", words: "depth 3", colour: "c3" },
-        Series { key: "4", words: "depth 4", colour: "c4" },
-        Series { key: "5", words: "deeper", colour: "c5" },
+        Series { key: "1", words: "depth 1", colour: "d1" },
+        Series { key: "2", words: "depth 2", colour: "d2" },
+        Series { key: "3", words: "depth 3", colour: "d3" },
+        Series { key: "4", words: "depth 4", colour: "d4" },
+        Series { key: "5", words: "deeper", colour: "d5" },
     ];
     let mut counts: BTreeMap<&str, (&str, [usize; 5])> = BTreeMap::new();
     let mut deepest = 1;
-    for n in problems.iter().flat_map(nodes) {
+    for n in problems.iter().flat_map(nodes).filter(|n| n.depth > 0) {
         let level = n.depth.clamp(1, 5);
         deepest = deepest.max(level);
-        counts.entry(n.end.key).or_insert((n.end.words, [0; 5])).1[level - 1] += 1;
+        counts.entry(n.end.key).or_insert((n.end.kind, [0; 5])).1[level - 1] += 1;
     }
     let mut rows: Vec<(&str, &str, [usize; 5])> = counts.into_iter().map(|(k, (w, n))| (k, w, n)).collect();
     rows.sort_by_key(|r| std::cmp::Reverse(r.2.iter().sum::<usize>()));
@@ -153,7 +166,10 @@ fn ends(problems: &[ProblemResult]) -> Figure {
             data: vec![("end", key.to_string()), ("total", total.to_string())],
         }
     };
-    let note = format!("Nodes of {} by why they ended.", count(problems.len(), "problem", "problems"));
+    let note = format!(
+        "Nodes of {} by why they ended, darker nearer to the root.",
+        count(problems.len(), "problem", "problems")
+    );
     let mut figure = Figure::new("tree-ends", "All problems", note);
     stacked(&mut figure, &DEPTHS[..deepest], &rows.iter().map(row).collect::<Vec<_>>());
     figure
@@ -168,8 +184,7 @@ fn tree(chosen: Chosen<'_>) -> Figure {
         Some(false) => format!(", expected {}", clipped(r.expected.as_deref().unwrap_or("another"), 40)),
         None => String::new(),
     };
-    let mut figure =
-        Figure::new("tree", chosen.title(), format!("{answer}{verdict}. In bold: who gave it.")).of_problem(&r.id);
+    let mut figure = Figure::new("tree", chosen.title(), format!("{answer}{verdict}.")).of_problem(&r.id);
     let deepest = nodes.iter().map(|n| n.depth).max().unwrap_or(1);
     let layout = Layout { indent: (90.0 / deepest as f64).min(16.0), answer: r.answer.as_deref() };
     for (x, head) in COLUMNS.into_iter().zip(["tokens", "conf.", "score"]) {
@@ -249,7 +264,7 @@ impl Layout<'_> {
         }
         let class = if n.answer.is_some() && n.answer == self.answer { "strong" } else { "" };
         let from = x + 9.0;
-        let words = fitted(&words(n), COLUMNS[0] - 26.0 - from);
+        let words = fitted(&words(n), (COLUMNS[0] - 30.0 - from) / if class.is_empty() { 1.0 } else { 1.1 });
         g.child(label(from, y + 4.0, Anchor::Start, &words).class(class))
     }
 }
