@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::chosen::{Chosen, chosen};
 use super::markup::{El, coordinate, count, grouped, short};
 use super::plot::{Anchor, Figure, Scale, WIDTH, axis_x, axis_y, label, line};
+use super::words::entropy_over;
 use super::{ReportData, Section};
 use crate::report::{BranchResult, LatencyMs, LayerEntropy, ProblemResult};
 
@@ -21,22 +22,27 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
     if !probed && exits.is_empty() {
         return section.absent(why_absent(data));
     }
-    section.lead = if exits.is_empty() {
-        "No verification stopped before the last layer. Entropies in nats; of single problems, a line a branch.".into()
-    } else {
-        let mean = exits.iter().map(|&l| f64::from(l)).sum::<f64>() / exits.len() as f64;
-        format!(
-            "The verification of {} stopped before the last layer, after layer {} on average. Entropies in nats; of \
-             single problems, a line a branch and a dot where it stopped.",
-            count(exits.len(), "branch", "branches"),
-            short(mean)
-        )
-    };
+    section.lead = lead(data, &exits);
     section.figures.push(all_branches(data.problems));
     for problem in chosen(data.problems, |r| r.branches.iter().any(|b| !b.layers.is_empty())) {
         section.figures.push(one_problem(problem));
     }
     section
+}
+
+fn lead(data: &ReportData<'_>, exits: &[u32]) -> String {
+    let stopped = if exits.is_empty() {
+        "No verification stopped before the last layer.".into()
+    } else {
+        let mean = exits.iter().map(|&l| f64::from(l)).sum::<f64>() / exits.len() as f64;
+        format!(
+            "The verification of {} stopped before the last layer, after layer {} on average.",
+            count(exits.len(), "branch", "branches"),
+            short(mean)
+        )
+    };
+    let over = data.report.map_or(String::new(), |r| format!(" over {}", entropy_over(&r.config)));
+    format!("{stopped} Entropies{over} in nats; of single problems, a line a branch and a dot where it stopped.")
 }
 
 fn why_absent(data: &ReportData<'_>) -> &'static str {

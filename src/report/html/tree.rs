@@ -29,6 +29,8 @@ struct Node<'a> {
     score: Option<f64>,
     answer: Option<&'a str>,
     text: &'a str,
+    /// Of the problem; 0 is the question itself.
+    wording: usize,
     end: End,
 }
 
@@ -87,6 +89,7 @@ impl<'a> From<&'a NodeResult> for Node<'a> {
             score: n.score,
             answer: n.answer.as_deref(),
             text: &n.text,
+            wording: 0,
             end: n.ended.into(),
         }
     }
@@ -103,6 +106,7 @@ impl<'a> From<&'a BranchResult> for Node<'a> {
             score: b.score,
             answer: b.answer.as_deref(),
             text: &b.text,
+            wording: b.wording,
             end: End::of_branch(b),
         }
     }
@@ -251,6 +255,9 @@ impl Layout<'_> {
         if let Some(answer) = n.answer {
             g = g.attr("data-answer", answer);
         }
+        if n.wording > 0 {
+            g = g.attr("data-wording", n.wording);
+        }
         g = g.title(&format!("{} {}: {}", n.id, n.end.words, clipped(n.text.trim(), MAX_TEXT)));
         if n.depth > 0 {
             let stem = x - self.indent;
@@ -280,6 +287,9 @@ fn words(n: &Node<'_>) -> String {
     }
     if let Some(answer) = n.answer {
         words += &format!(": {}", clipped(answer, 24));
+    }
+    if n.wording > 0 {
+        words += &format!(" (wording {})", n.wording);
     }
     words
 }
@@ -314,7 +324,7 @@ mod tests {
 
     fn node(id: usize, parent: Option<usize>) -> Node<'static> {
         let end = NodeEnd::Pruned.into();
-        Node { id, parent, depth: 1, tokens: 0, confidence: 0.0, score: None, answer: None, text: "", end }
+        Node { id, parent, depth: 1, tokens: 0, confidence: 0.0, score: None, answer: None, text: "", wording: 0, end }
     }
 
     #[test]
