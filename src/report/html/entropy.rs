@@ -42,7 +42,8 @@ fn lead(data: &ReportData<'_>, exits: &[u32]) -> String {
         )
     };
     let over = data.report.map_or(String::new(), |r| format!(" over {}", entropy_over(&r.config)));
-    format!("{stopped} Entropies{over} in nats; of single problems, a line a branch and a dot where it stopped.")
+    let dots = if exits.is_empty() { "" } else { " and a dot where it stopped" };
+    format!("{stopped} Entropies{over} in nats; of single problems, a line a branch{dots}.")
 }
 
 fn why_absent(data: &ReportData<'_>) -> &'static str {
@@ -83,7 +84,8 @@ fn all_branches(problems: &[ProblemResult]) -> Figure {
             *exits.entry(layer).or_default() += 1;
         }
     }
-    let note = "Median (dot), 10th to 90th percentile (line); below, branches that stopped after the layer.";
+    let below = if exits.is_empty() { "" } else { "; below, branches that stopped after the layer" };
+    let note = format!("Median (dot), 10th to 90th percentile (line){below}.");
     let mut figure = Figure::new("entropy-layers", "All branches", note);
     let x = layer_scale(branches());
     let stats: Vec<(u32, LatencyMs, usize)> =
@@ -101,8 +103,14 @@ fn all_branches(problems: &[ProblemResult]) -> Figure {
         let g = g.title(&words).child(line("interval c1", [at, y.at(s.p10)], [at, y.at(s.p90)]));
         plot = plot.child(g.child(El::new("circle").class("c1 dot").at("cx", at).at("cy", y.at(s.p50)).attr("r", 4)));
     }
+    if exits.is_empty() {
+        plot = plot.children(axis_x(&x, &layer_ticks(&x), 8.0, PANEL + 5.0));
+        plot = plot.child(label(0.0, PANEL + 17.0, Anchor::Start, "layer").class("tick"));
+        figure.height = PANEL + 22.0;
+    } else {
+        exit_counts(&mut figure, &x, &exits);
+    }
     figure.add(plot);
-    exit_counts(&mut figure, &x, &exits);
     figure
 }
 

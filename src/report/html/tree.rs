@@ -170,10 +170,8 @@ fn ends(problems: &[ProblemResult]) -> Figure {
             data: vec![("end", key.to_string()), ("total", total.to_string())],
         }
     };
-    let note = format!(
-        "Nodes of {} by why they ended, darker nearer to the root.",
-        count(problems.len(), "problem", "problems")
-    );
+    let shades = if deepest > 1 { ", stronger nearer to the root" } else { "" };
+    let note = format!("Nodes of {} by why they ended{shades}.", count(problems.len(), "problem", "problems"));
     let mut figure = Figure::new("tree-ends", "All problems", note);
     stacked(&mut figure, &DEPTHS[..deepest], &rows.iter().map(row).collect::<Vec<_>>());
     figure
@@ -277,7 +275,7 @@ impl Layout<'_> {
 }
 
 fn finite(x: f64) -> Option<String> {
-    x.is_finite().then(|| format!("{x:.2}"))
+    x.is_finite().then(|| format!("{x:.3}"))
 }
 
 fn words(n: &Node<'_>) -> String {
