@@ -29,8 +29,11 @@ struct Request {
     tokens: Vec<u32>,
 }
 
-pub(super) fn run(args: &Args, model: &Engine, tasks: &[Box<dyn Task>]) -> anyhow::Result<Report> {
-    anyhow::ensure!(args.prefixes >= 1 && args.requests >= 1, "--prefixes, --requests: must be at least 1");
+pub(super) fn run(args: &Args, model: &Engine, tasks: &[Box<dyn Task>]) -> anyhow::Result<Option<Report>> {
+    if args.requests == 0 {
+        return Ok(None);
+    }
+    anyhow::ensure!(args.prefixes >= 1, "--prefixes: must be at least 1");
     anyhow::ensure!(args.new_tokens >= 1, "--new-tokens: must be at least 1");
     anyhow::ensure!(args.skew.is_finite() && args.skew >= 0.0, "--skew: must be 0 or more");
     let block_size = model.config().block_size;
@@ -48,7 +51,7 @@ pub(super) fn run(args: &Args, model: &Engine, tasks: &[Box<dyn Task>]) -> anyho
             report.arms.iter_mut().zip(&arms).for_each(|(sum, arm)| sum.add(arm));
         }
     }
-    Ok(report)
+    Ok(Some(report))
 }
 
 /// The bound and every arm on the same requests.
