@@ -9,6 +9,7 @@ use super::task::Task;
 use super::verdicts::yes_share;
 use crate::engine::{BranchId, EndReason, Engine};
 use crate::error::Result;
+use crate::gate::step::Converged;
 use crate::report::NodeEnd;
 
 /// A level before the last, and what waits for the end of the growth.
@@ -21,7 +22,9 @@ pub(super) struct Growth {
     pub(super) leaves: Vec<(usize, Candidate)>,
     /// While the steps are scored by a verifier: (its branch, the node of the level it judges).
     verifiers: Option<Vec<(BranchId, usize)>>,
-    /// Verdicts still to come.
+    /// While the states of the level's open nodes are compared: (a fork of each, the node it stands for).
+    compared: Option<Vec<(BranchId, usize)>>,
+    /// Verdicts, or rows to compare, still to come.
     open: usize,
     num_yes: usize,
 }
@@ -34,6 +37,8 @@ pub(super) struct Growing {
     /// It ended at a step delimiter, and can go on.
     is_open: bool,
     yes: Option<f64>,
+    /// The node of the level that stands for it, where their states are alike.
+    like: Option<usize>,
 }
 
 impl Growth {
@@ -47,6 +52,7 @@ impl Growth {
             next: Vec::new(),
             leaves: Vec::new(),
             verifiers: None,
+            compared: None,
             open: 0,
             num_yes: task.verdict_tokens().0.len(),
         }
@@ -55,7 +61,8 @@ impl Growth {
     pub(super) fn branch_ids(&self) -> impl Iterator<Item = BranchId> {
         let nodes = self.level.iter().chain(&self.next).map(|g| g.candidate.id);
         let leaves = self.leaves.iter().map(|(_, c)| c.id);
-        nodes.chain(leaves).chain(self.verifiers.iter().flatten().map(|v| v.0))
+        let helpers = self.verifiers.iter().chain(&self.compared).flatten().map(|v| v.0);
+        nodes.chain(leaves).chain(helpers)
     }
 
     pub(super) fn candidate(&mut self, branch: BranchId) -> Option<&mut Candidate> {
@@ -67,6 +74,9 @@ impl Growth {
     }
 
     pub(super) fn on_verdict(&mut self, engine: &Engine, branch: BranchId) -> Result<()> {
+        if self.compared.iter().flatten().any(|c| c.0 == branch) {
+            self.open -= 1;
+        }
         let Some(i) = self.verifier(branch) else { return Ok(()) };
         let yes = engine.row(branch)?.and_then(|row| yes_share(row, self.num_yes));
         for j in i..self.level.len() {
@@ -78,10 +88,13 @@ impl Growth {
         Ok(())
     }
 
-    /// True when every step of the level has ended and is scored.
-    pub(super) fn is_ready(&mut self, engine: &mut Engine, task: &dyn Task) -> Result<bool> {
+    /// True when every step of the level has ended, has been compared where that is asked for, and is scored.
+    pub(super) fn is_ready(&mut self, engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> Result<bool> {
+        if self.open > 0 {
+            return Ok(false);
+        }
         if self.verifiers.is_some() {
-            return Ok(self.open == 0);
+            return Ok(true);
         }
         for g in &mut self.level {
             g.settle(engine, task)?;
@@ -89,11 +102,58 @@ impl Growth {
         if self.level.iter().any(|g| g.candidate.ended.is_none()) {
             return Ok(false);
         }
+        if let Some(rule) = &config.merge {
+            match &self.compared {
+                None => self.compare(engine, rule)?,
+                Some(_) => self.take_comparison(engine)?,
+            }
+            if self.open > 0 {
+                return Ok(false);
+            }
+        }
         if self.config.score == StepScore::Confidence {
             return Ok(true);
         }
         self.ask_verifiers(engine, task)?;
         Ok(self.open == 0)
+    }
+
+    /// Compares the states of the open nodes: the last row of each runs once more, on a fork, all in one pass.
+    fn compare(&mut self, engine: &mut Engine, rule: &Converged) -> Result<()> {
+        let forks = self.compared.insert(Vec::new());
+        for (i, g) in self.level.iter().enumerate().filter(|(_, g)| g.is_open) {
+            let mut fork = [BranchId::default()];
+            engine.fork(g.candidate.id, &mut fork)?;
+            forks.push((fork[0], i));
+            engine.watch(fork[0], &[], 0)?;
+        }
+        let ids: Vec<BranchId> = forks.iter().map(|f| f.0).collect();
+        if ids.len() > 1 {
+            engine.gate(&rule.gate(engine.model().num_layers), &ids)?;
+        }
+        self.open = ids.len();
+        Ok(())
+    }
+
+    /// Notes who is alike, and takes the forks out again.
+    fn take_comparison(&mut self, engine: &mut Engine) -> Result<()> {
+        let forks = self.compared.iter().flatten();
+        let node_of = |id: BranchId| forks.clone().find(|f| f.0 == id).map(|f| f.1);
+        let first = forks.clone().next().map(|f| engine.similarity(f.0)).transpose()?.flatten();
+        let mut alike = Vec::new();
+        if let Some(found) = first {
+            for (&m, &label) in found.members.iter().zip(&found.similarity.labels) {
+                alike.extend(node_of(m).zip(node_of(found.members[label as usize])));
+            }
+        }
+        for (node, like) in alike {
+            self.level[node].like = Some(like);
+        }
+        while let Some(&(id, _)) = self.compared.as_ref().and_then(|c| c.last()) {
+            engine.prune(id)?;
+            self.compared.as_mut().map(Vec::pop);
+        }
+        Ok(())
     }
 
     /// One verifier for each open node, on a fork of it; twins have one.
@@ -119,7 +179,7 @@ impl Growth {
 
 impl Growing {
     fn new(node: usize, parent: Option<usize>, candidate: Candidate, watch: StepWatch) -> Self {
-        Self { node, parent, candidate, watch, is_open: false, yes: None }
+        Self { node, parent, candidate, watch, is_open: false, yes: None, like: None }
     }
 
     /// Siblings that said the same: their KV is the same, and so is their verdict.
@@ -168,7 +228,10 @@ pub(super) fn close_level(
             NodeFate::Leaf => continue,
             NodeFate::Keep => NodeEnd::Expanded,
             NodeFate::Prune => NodeEnd::Pruned,
-            NodeFate::Merge(i) => NodeEnd::Duplicate(growth.level[i].node),
+            NodeFate::Merge(i) if g.candidate.generated == growth.level[i].candidate.generated => {
+                NodeEnd::Duplicate(growth.level[i].node)
+            }
+            NodeFate::Merge(i) => NodeEnd::Merged(growth.level[i].node),
         };
         nodes[g.node].score = score;
         nodes[g.node].said = g.said(&nodes[g.node], engine, ended)?;
@@ -194,6 +257,7 @@ pub(super) fn close_level(
     let leaves = level.into_iter().zip(fates).filter(|(_, fate)| *fate == NodeFate::Leaf);
     growth.leaves.extend(leaves.map(|(g, _)| (g.node, g.candidate)));
     growth.verifiers = None;
+    growth.compared = None;
     growth.depth += 1;
     Ok(())
 }
@@ -231,7 +295,7 @@ impl Growing {
     }
 
     fn view(&self, score: Option<f64>) -> LevelNode<'_> {
-        LevelNode { solution: &self.candidate.generated, is_open: self.is_open, score }
+        LevelNode { solution: &self.candidate.generated, is_open: self.is_open, score, like: self.like }
     }
 
     fn said(&self, node: &Node, engine: &Engine, ended: NodeEnd) -> Result<Said> {

@@ -131,7 +131,7 @@ impl Search {
     /// Between two steps: the end of steps, of levels, and what the run has to decide.
     pub(super) fn advance(&mut self, engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> Result<()> {
         if let Some(growth) = &mut self.growth {
-            if !growth.is_ready(engine, task)? {
+            if !growth.is_ready(engine, config, task)? {
                 return Ok(());
             }
             close_level(growth, &mut self.nodes, engine, config, task)?;
