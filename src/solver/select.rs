@@ -57,7 +57,7 @@ impl Ballot {
 pub fn select(rule: Select, ballots: &[Ballot]) -> Option<usize> {
     let best = |score: &dyn Fn(&Ballot) -> f64| first_max(ballots.iter().map(score));
     if rule == Select::ScoreSqrtConf {
-        return best(&Ballot::composite);
+        return best(&|b: &Ballot| if b.votes > 0.0 { b.composite() } else { 0.0 });
     }
     let support = |b: &Ballot| -> f64 {
         let same = |o: &&Ballot| b.answer.is_some() && o.answer == b.answer;
@@ -125,6 +125,14 @@ mod tests {
         b[0].votes = 2.0;
         assert_eq!((select(Select::Vote, &b), select(Select::Majority, &b)), (Some(0), Some(0)));
         assert_eq!((tally(Select::Vote, &b), tally(Select::Majority, &b)), (vec![1.0, 0.9], vec![2.0, 1.0]));
+    }
+
+    /// One that was merged away has no score either, and would count as one whose verification was skipped.
+    #[test]
+    fn a_branch_without_votes_is_never_chosen() {
+        let mut b = [ballot("1", 0.5, Some(0.5)), ballot("-", 0.9, None)];
+        b[1].votes = 0.0;
+        assert_eq!(select(Select::ScoreSqrtConf, &b), Some(0));
     }
 
     #[test]
