@@ -1,8 +1,11 @@
 //! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
 
 pub mod html;
+pub mod intervals;
 pub mod ladder;
+pub mod mechanisms;
 mod plan;
+pub mod separation;
 
 use serde::Serialize;
 
@@ -69,10 +72,19 @@ pub struct TrialCounts {
 pub struct PassRecord {
     /// Tokens computed.
     pub rows: usize,
+    /// Layers they went through, in sum.
+    pub layer_rows: u64,
     /// KV slots attention read in each layer, shared runs once.
     pub slots_read: usize,
     /// Wall time.
     pub seconds: f64,
+}
+
+impl PassRecord {
+    /// Layers of a row, in the mean.
+    fn layers(&self) -> f64 {
+        self.layer_rows as f64 / self.rows.max(1) as f64
+    }
 }
 
 /// What an inner layer of a verification pass would have said.

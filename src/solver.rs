@@ -15,6 +15,7 @@ mod search;
 #[cfg(test)]
 mod search_tests;
 pub mod select;
+pub mod sharing_table;
 mod steps;
 pub mod task;
 mod trial;
@@ -112,7 +113,12 @@ impl<'e> Solver<'e> {
         if summary.items.is_empty() {
             return Err(Error::Internal("problems are open and no branch has work".into()));
         }
-        self.passes.push(PassRecord { rows: summary.num_tokens(), slots_read: summary.slots_read, seconds });
+        self.passes.push(PassRecord {
+            rows: summary.num_tokens(),
+            layer_rows: summary.layer_rows,
+            slots_read: summary.slots_read,
+            seconds,
+        });
         for item in &summary.items {
             if let Some(run) = flight.run_of(item.branch) {
                 run.count(item, seconds / summary.items.len() as f64);

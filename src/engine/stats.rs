@@ -137,6 +137,8 @@ pub struct StepItem {
 pub struct StepSummary {
     /// Who ran.
     pub items: Vec<StepItem>,
+    /// Layers their tokens went through, in sum.
+    pub layer_rows: u64,
     /// KV slots that attention read in each layer, shared runs once.
     pub slots_read: usize,
 }

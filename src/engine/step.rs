@@ -294,7 +294,11 @@ impl Engine {
 
     /// Makes the step true: tokens computed, tokens generated, blocks offered to the cache, events.
     fn commit(&mut self, reserved: Vec<Reserved>, mut output: PassOutput) -> Result<StepSummary> {
-        let mut summary = StepSummary { items: Vec::with_capacity(reserved.len()), slots_read: output.slots_read };
+        let mut summary = StepSummary {
+            items: Vec::with_capacity(reserved.len()),
+            layer_rows: output.layer_rows,
+            slots_read: output.slots_read,
+        };
         self.add_mass(&reserved, &output)?;
         self.totals.layer_rows += output.layer_rows;
         let leads = self.leads(&reserved, &output.fates);

@@ -5,6 +5,7 @@
 
 mod bars;
 mod chosen;
+mod curves;
 mod entropy;
 mod ladder;
 mod latency;
@@ -16,6 +17,7 @@ mod summary;
 mod tree;
 mod words;
 
+pub use curves::{Curve, Panel, render_curves};
 use markup::El;
 use plot::Figure;
 

@@ -4,8 +4,8 @@
 //! bootstrap over problems: a resample draws problems, and both arms keep their own latency of each.
 //!
 //! *Ceiling* of A to B: every pass of every arm is priced from one list, made from the passes of all arms together, and
-//! the ceiling is the price of A's passes over the price of B's. The list knows rows alone, so the ceiling is what a
-//! policy can gain by computing fewer rows in fewer passes. A ratio below its ceiling shows what is lost between the
+//! the ceiling is the price of A's passes over the price of B's. The list knows rows, and the share of the layers they
+//! went through, so the ceiling is what a policy can gain by computing fewer rows in fewer layers and passes. A ratio below its ceiling shows what is lost between the
 //! passes (tokens, texts, forks); a ratio above it shows passes that were cheaper than others of as many rows, because
 //! attention read shared slots once.
 
@@ -72,6 +72,8 @@ fn bootstrap(a: &[f64], b: &[f64], statistic: impl Fn(f64, f64, usize) -> f64) -
 pub struct PriceList {
     /// Ascending in rows.
     prices: Vec<Price>,
+    /// Layers of a row that went through all of them.
+    layers: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -83,15 +85,18 @@ struct Price {
 }
 
 impl PriceList {
-    /// The median of each row count.
+    /// The median of each row count, among passes whose rows went through all layers.
     pub fn new<'a>(passes: impl IntoIterator<Item = &'a PassRecord>) -> Self {
-        let mut passes: Vec<(usize, f64)> = passes.into_iter().map(|p| (p.rows, p.seconds)).collect();
+        let passes: Vec<&PassRecord> = passes.into_iter().collect();
+        let layers = passes.iter().map(|p| p.layers()).fold(0.0, f64::max);
+        let whole = passes.iter().filter(|p| p.layers() >= layers);
+        let mut passes: Vec<(usize, f64)> = whole.map(|p| (p.rows, p.seconds)).collect();
         passes.sort_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)));
         let price = |same: &[(usize, f64)]| {
             let seconds: Vec<f64> = same.iter().map(|p| p.1).collect();
             Price { rows: same[0].0, samples: same.len(), seconds: quantile(&seconds, 0.5) }
         };
-        Self { prices: passes.chunk_by(|a, b| a.0 == b.0).map(price).collect() }
+        Self { prices: passes.chunk_by(|a, b| a.0 == b.0).map(price).collect(), layers }
     }
 
     /// The median of passes with `rows` rows when there are at least five; otherwise the straight line between the
@@ -117,9 +122,10 @@ impl PriceList {
         }
     }
 
-    /// The price of all `passes`.
+    /// The price of all `passes`; one that rows left early costs the share of the layers that it ran.
     pub fn total(&self, passes: &[PassRecord]) -> f64 {
-        passes.iter().map(|p| self.seconds(p.rows)).sum()
+        let share = |p: &PassRecord| if self.layers > 0.0 { p.layers() / self.layers } else { 1.0 };
+        passes.iter().map(|p| self.seconds(p.rows) * share(p)).sum()
     }
 }
 
@@ -132,6 +138,8 @@ impl Price {
 /// What one policy did.
 #[derive(Clone, Debug)]
 pub struct Arm {
+    /// The preset's name, or that of what was changed in it.
+    pub name: String,
     /// The preset, as it was run.
     pub config: SolverConfig,
     /// `[problem][round]`; the problems of all arms are the same, in the same order.
@@ -141,8 +149,13 @@ pub struct Arm {
 }
 
 impl Arm {
+    /// One that has run nothing of `num_problems` yet.
+    pub fn new(name: impl Into<String>, config: SolverConfig, num_problems: usize) -> Self {
+        Self { name: name.into(), config, results: vec![Vec::new(); num_problems], passes: Vec::new() }
+    }
+
     /// Mean latency of each problem.
-    fn latencies(&self) -> Vec<f64> {
+    pub(super) fn latencies(&self) -> Vec<f64> {
         let mean =
             |rounds: &Vec<ProblemResult>| rounds.iter().map(|r| r.latency_ms).sum::<f64>() / rounds.len().max(1) as f64;
         self.results.iter().map(mean).collect()
@@ -155,7 +168,7 @@ impl Arm {
     }
 
     /// The first round of each problem. The others repeat its counts, since decoding repeats.
-    fn first_round(&self) -> impl Iterator<Item = &ProblemResult> {
+    pub(super) fn first_round(&self) -> impl Iterator<Item = &ProblemResult> {
         self.results.iter().filter_map(|rounds| rounds.first())
     }
 
@@ -315,7 +328,8 @@ fn ratio_name(arm: &Arm) -> String {
     format!("{}/{}", arm.config.policy.name(), Policy::Rksc.name())
 }
 
-fn ratio(a: &Arm, b: &Arm, prices: &PriceList) -> Option<Ratio> {
+/// How much longer `a` takes than `b`.
+pub(super) fn ratio(a: &Arm, b: &Arm, prices: &PriceList) -> Option<Ratio> {
     let measured = ratio_of_means(&a.latencies(), &b.latencies())?;
     let ceiling = prices.total(&a.passes) / prices.total(&b.passes);
     Some(Ratio { measured, ceiling, of_ceiling: measured.value / ceiling })
@@ -376,7 +390,7 @@ mod tests {
     use crate::report::{PhaseMs, VerifyOutcome};
 
     fn pass(rows: usize, seconds: f64) -> PassRecord {
-        PassRecord { rows, slots_read: 0, seconds }
+        PassRecord { rows, layer_rows: 4 * rows as u64, slots_read: 0, seconds }
     }
 
     fn result(latency_ms: f64, answer: &str) -> ProblemResult {
@@ -437,6 +451,15 @@ mod tests {
         assert_eq!(PriceList::default().seconds(3), 0.0);
     }
 
+    #[test]
+    fn a_pass_that_rows_left_early_costs_its_share_of_the_layers() {
+        let early = PassRecord { layer_rows: 20, ..pass(10, 9.0) };
+        let passes: Vec<PassRecord> = [pass(10, 2.0); 5].into_iter().chain([early; 20]).collect();
+        let list = PriceList::new(&passes);
+        assert_eq!(list.seconds(10), 2.0, "its own time is no price of a whole pass");
+        assert_eq!(list.total(&[early]), 1.0);
+    }
+
     /// Acceptance vector RK12: the probe's times of full prefill, prefix and suffixes.
     #[test]
     fn rk12_sharing_pays_by_the_difference() {
@@ -447,7 +470,8 @@ mod tests {
 
     #[test]
     fn a_ladder_of_two_arms() {
-        let arm = |policy, scale: f64, answers: [&str; 2], passes: usize| Arm {
+        let arm = |policy: Policy, scale: f64, answers: [&str; 2], passes: usize| Arm {
+            name: policy.name().into(),
             config: SolverConfig::preset(policy),
             results: answers.map(|a| vec![result(scale, a), result(3.0 * scale, a)]).to_vec(),
             passes: vec![pass(8, 0.001); passes],

@@ -7,6 +7,7 @@ use crate::gate::verify::{SkipRule, VerifyExit};
 use crate::sampler::SamplingParams;
 use crate::solver::beam::SearchConfig;
 use crate::solver::select::Select;
+use crate::solver::sharing_table::SharingTable;
 use crate::solver::task::Task;
 
 /// The presets of the ladder.
@@ -96,6 +97,8 @@ pub struct SolverConfig {
     pub wordings: usize,
     /// Prompts that look alike become one.
     pub asks: Option<Asks>,
+    /// Where comparing a problem's prompts cannot pay, so that they are not compared; `None`: they always are.
+    pub sharing_table: Option<SharingTable>,
     /// Decoding branches that have become alike are merged.
     pub merge: Option<Converged>,
     /// How branches are verified.
@@ -138,6 +141,7 @@ impl SolverConfig {
             sharing: Sharing::Exact,
             wordings: 1,
             asks: None,
+            sharing_table: None,
             merge: None,
             verify: VerifyMode::Suffix,
             skip: SkipRule::Never,

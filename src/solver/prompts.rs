@@ -68,7 +68,7 @@ impl Prompts {
             }
         }
         match &config.asks {
-            Some(asks) if asks.scope == AsksScope::Problem && self.wordings.len() > 1 => {
+            Some(asks) if asks.scope == AsksScope::Problem && can_pay(config, &texts, common) => {
                 let ids: Vec<BranchId> = self.wordings.iter().map(|w| w.id).collect();
                 engine.gate(&asks.gate(), &ids)
             }
@@ -130,6 +130,12 @@ impl Prompts {
     pub(super) fn take_record(&mut self) -> Option<SimilarityRecord> {
         self.record.take()
     }
+}
+
+/// Whether becoming one could save anything, were the texts as alike as can be behind their `common` tokens.
+fn can_pay(config: &SolverConfig, texts: &[&[u32]], common: usize) -> bool {
+    let own = texts.iter().map(|t| t.len() - common).max().unwrap_or(0);
+    texts.len() > 1 && config.sharing_table.as_ref().is_none_or(|t| t.pays(own, texts.len()))
 }
 
 /// Tokens with which every text begins, leaving each at least one of its own.

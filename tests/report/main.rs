@@ -631,7 +631,7 @@ fn a_page_refers_to_nothing_outside_itself() {
 }
 
 fn ladder() -> LadderReport {
-    let arm = |(i, policy)| {
+    let arm = |(i, policy): (usize, Policy)| {
         let slower = [4.0, 2.1, 1.8, 1.2, 1.5, 1.0][i];
         let scaled = |idx: usize| {
             let mut r = plain(idx, 8);
@@ -641,9 +641,10 @@ fn ladder() -> LadderReport {
         };
         let seconds = 0.001 * slower;
         Arm {
+            name: policy.name().into(),
             config: SolverConfig::preset(policy),
             results: (0..30).map(scaled).collect(),
-            passes: vec![PassRecord { rows: 8, slots_read: 100, seconds }; 20 * (7 - i)],
+            passes: vec![PassRecord { rows: 8, layer_rows: 16, slots_read: 100, seconds }; 20 * (7 - i)],
         }
     };
     LadderReport::new(&Policy::ALL.into_iter().enumerate().map(arm).collect::<Vec<Arm>>())

@@ -1,10 +1,12 @@
 //! `rksc-run bench`: policies against each other, whole passes, one op, the machine. Tables and JSON go to stdout.
 
 mod agree;
+mod arms;
 mod evict;
 mod gemm;
 mod kernels;
 mod ladder;
+mod mechanisms;
 mod passes;
 mod roof;
 mod tree;
@@ -18,6 +20,7 @@ use rksc::backend::cpu::simd::SimdLevel;
 #[derive(Subcommand)]
 pub(crate) enum Command {
     Ladder(Box<ladder::Args>),
+    Mechanisms(Box<mechanisms::Args>),
     /// Decode steps of branches that share a context.
     Decode(passes::Args),
     /// Whole prompts.
@@ -36,6 +39,7 @@ pub(crate) enum Command {
 pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Ladder(args) => ladder::run(args),
+        Command::Mechanisms(args) => mechanisms::run(args),
         Command::Decode(args) => passes::decode(args),
         Command::Prefill(args) => passes::prefill(args),
         Command::Gemm(args) => gemm::run(args),

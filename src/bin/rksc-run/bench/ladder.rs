@@ -4,28 +4,27 @@
 //! slow minute of the machine hits all of them alike. One problem is solved by all of them before anything counts.
 //! What ratio and ceiling mean stands in `rksc::report::ladder`, and in this command's `--help`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::Context;
 use clap::{Args as ClapArgs, ValueEnum};
+use rksc::Engine;
 use rksc::config::ModelSource;
-use rksc::engine::PrefillOptions;
 use rksc::gate::step::DecodeExit;
 use rksc::gate::verify::SkipRule;
-use rksc::problems::{Problem, read_problems};
+use rksc::problems::Problem;
 use rksc::report::html::ReportData;
 use rksc::report::ladder::{Arm, ArmReport, Interval, LadderReport, Ratio};
 use rksc::report::{ProblemResult, SolveReport};
 use rksc::solver::select::Select;
 use rksc::solver::task::{SyntheticLengths, SyntheticTask, Task};
-use rksc::solver::{Policy, Solver, SolverConfig};
-use rksc::{Engine, Error};
+use rksc::solver::{Policy, SolverConfig};
 
+use super::arms::{self, Work};
 use super::{Table, cpu_model};
-use crate::common::{self, EngineArgs, print_json, progress, read_text};
+use crate::common::{self, EngineArgs, print_json};
 use crate::report_file::{self, ReportFile};
-use crate::solve::{compile_pack, text_tasks};
+use crate::solve::text_tasks;
 
 /// Problems of a random-weights ladder unless --limit says otherwise.
 const SYNTHETIC_PROBLEMS: usize = 5;
@@ -99,15 +98,9 @@ enum Cache {
     Warm,
 }
 
-/// The problems, and the tokens a warm cache holds when one begins.
-struct Work {
-    tasks: Vec<Box<dyn Task>>,
-    warm: Vec<u32>,
-}
-
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(args.rounds >= 1, "--rounds: must be at least 1");
-    let mut configs = configs(args)?;
+    let configs = configs(args)?;
     let source = match &args.shape {
         Some(shape) => ModelSource::Random { shape: shape.clone(), seed: 0 },
         None => args.engine.source(),
@@ -117,11 +110,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let work = if args.shape.is_some() { synthetic(args, &engine)? } else { text(args, &engine)? };
     anyhow::ensure!(!work.tasks.is_empty(), "--limit: leaves no problems");
 
-    let mut arms: Vec<Arm> = configs
-        .drain(..)
-        .map(|config| Arm { config, results: vec![Vec::new(); work.tasks.len()], passes: Vec::new() })
-        .collect();
-    let mut outcome = measure(&mut engine, &work, args.rounds, &mut arms);
+    let arm = |config: SolverConfig| Arm::new(config.policy.name(), config, work.tasks.len());
+    let mut arms: Vec<Arm> = configs.into_iter().map(arm).collect();
+    let mut outcome = arms::measure(&mut engine, &work, args.rounds, &mut arms);
     let report = outcome.is_ok().then(|| LadderReport::new(&arms));
     if let Some(file) = &report_file {
         let shown = arms.iter().position(|a| a.config.policy == Policy::Rksc).unwrap_or(arms.len() - 1);
@@ -139,37 +130,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-/// Each policy once without counting, then all of them in turn.
-fn measure(engine: &mut Engine, work: &Work, rounds: usize, arms: &mut [Arm]) -> anyhow::Result<()> {
-    let bar = progress(arms.len() * (1 + work.tasks.len() * rounds));
-    for arm in arms.iter_mut() {
-        bar.set_message("warm-up");
-        run_one(engine, work, 0, arm)?;
-        arm.results[0].clear();
-        arm.passes.clear();
-        bar.inc(1);
-    }
-    for round in 0..rounds {
-        for problem in 0..work.tasks.len() {
-            for turn in 0..arms.len() {
-                let at = (turn + problem + round) % arms.len();
-                let arm = &mut arms[at];
-                bar.set_message(arm.config.policy.name());
-                run_one(engine, work, problem, arm)?;
-                bar.inc(1);
-            }
-        }
-    }
-    bar.finish_and_clear();
-    Ok(())
-}
-
 /// Solves the problems once more, and adds to the first round's results what a timed run does not write down.
 fn record(engine: &mut Engine, work: &Work, arm: &mut Arm) -> anyhow::Result<()> {
     for problem in 0..work.tasks.len() {
         let config = SolverConfig { record: true, ..arm.config.clone() };
-        let mut again = Arm { config, results: vec![Vec::new(); work.tasks.len()], passes: Vec::new() };
-        run_one(engine, work, problem, &mut again)?;
+        let mut again = Arm::new(config.policy.name(), config, work.tasks.len());
+        arms::run_one(engine, work, problem, &mut again)?;
         let (Some(timed), Some(told)) = (arm.results[problem].first_mut(), again.results[problem].pop()) else {
             continue;
         };
@@ -243,19 +209,9 @@ fn synthetic(args: &Args, engine: &Engine) -> anyhow::Result<Work> {
 }
 
 fn text(args: &Args, engine: &Engine) -> anyhow::Result<Work> {
-    let source = args.engine.source();
-    let mut problems = match &args.problems {
-        Some(path) => read_problems(path)?,
-        None => source.sample_problems()?,
-    };
-    problems.truncate(args.limit.unwrap_or(usize::MAX));
-    let prefix = match args.prefix.as_deref() {
-        None if source == ModelSource::Bundled => source.fewshot_prefix()?,
-        None | Some("none") => String::new(),
-        Some("bundled") => ModelSource::Bundled.fewshot_prefix()?,
-        Some(path) => read_text(Path::new(path))?,
-    };
-    let pack = compile_pack(&args.engine, engine, source.prompt_pack(args.prompts.as_deref())?, &prefix)?;
+    let files: Vec<PathBuf> = args.problems.iter().cloned().collect();
+    let problems = arms::read(&args.engine, &files, args.limit)?;
+    let pack = arms::pack(&args.engine, engine, args.prefix.as_deref(), args.prompts.as_deref())?;
     let tasks = text_tasks(&pack, &problems)?;
     let mut warm = Vec::new();
     if args.cache == Cache::Warm {
@@ -274,35 +230,6 @@ fn common_prefix<'a>(lists: &[&'a [u32]]) -> &'a [u32] {
     let Some((first, rest)) = lists.split_first() else { return &[] };
     let same = |n: &usize| rest.iter().all(|l| l.get(*n) == first.get(*n));
     &first[..(0..first.len()).take_while(same).count()]
-}
-
-/// One policy, one problem.
-fn run_one(engine: &mut Engine, work: &Work, problem: usize, arm: &mut Arm) -> anyhow::Result<()> {
-    if !work.warm.is_empty() {
-        warm_cache(engine, &work.warm)?;
-    }
-    engine.reset_counters();
-    let mut solver = Solver::new(engine, arm.config.clone())?;
-    solver
-        .solve(&work.tasks[problem..=problem], &mut |_, result| {
-            arm.results[problem].push(result);
-            Ok(())
-        })
-        .map_err(anyhow::Error::from)
-        .with_context(|| format!("policy {}, problem {}", arm.config.policy.name(), work.tasks[problem].id()))?;
-    arm.passes.extend_from_slice(solver.passes());
-    Ok(())
-}
-
-/// Leaves `tokens` in the prefix cache and nothing else: not what another policy left of the same problem.
-fn warm_cache(engine: &mut Engine, tokens: &[u32]) -> Result<(), Error> {
-    engine.clear_prefix_cache()?;
-    let branch = engine.prefill(tokens, PrefillOptions::default())?;
-    while engine.has_work() {
-        engine.step()?;
-    }
-    while engine.next_event().is_some() {}
-    engine.prune(branch)
 }
 
 fn json(args: &Args, engine: &Engine, report: &LadderReport) -> serde_json::Value {

@@ -1,0 +1,131 @@
+//! Arms of a comparison: the same problems on one engine, in turn or one arm after the other.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use rksc::config::ModelSource;
+use rksc::engine::PrefillOptions;
+use rksc::problems::{Problem, read_problems};
+use rksc::report::ProblemResult;
+use rksc::report::ladder::Arm;
+use rksc::solver::task::{CompiledPack, Task};
+use rksc::solver::{Solver, SolverConfig};
+use rksc::{Engine, Error};
+
+use crate::common::{EngineArgs, progress, read_text};
+use crate::solve::compile_pack;
+
+/// The problems, and the tokens a warm cache holds when one begins.
+pub(super) struct Work {
+    pub(super) tasks: Vec<Box<dyn Task>>,
+    pub(super) warm: Vec<u32>,
+}
+
+/// The first `limit` problems of `files`, one after the other; without any, the bundled ones.
+pub(super) fn read(engine: &EngineArgs, files: &[PathBuf], limit: Option<usize>) -> rksc::Result<Vec<Problem>> {
+    let mut problems = match files {
+        [] => engine.source().sample_problems()?,
+        files => files.iter().map(|f| read_problems(f)).collect::<rksc::Result<Vec<_>>>()?.concat(),
+    };
+    problems.truncate(limit.unwrap_or(usize::MAX));
+    Ok(problems)
+}
+
+/// The prompt pack behind `prefix`: bundled, none or a file; by default the bundled one of the bundled model.
+pub(super) fn pack(
+    args: &EngineArgs,
+    engine: &Engine,
+    prefix: Option<&str>,
+    prompts: Option<&Path>,
+) -> anyhow::Result<Arc<CompiledPack>> {
+    let source = args.source();
+    compile_pack(args, engine, source.prompt_pack(prompts)?, &prefix_text(&source, prefix)?)
+}
+
+/// The text in front of every problem.
+pub(super) fn prefix_text(source: &ModelSource, prefix: Option<&str>) -> anyhow::Result<String> {
+    Ok(match prefix {
+        None if *source == ModelSource::Bundled => source.fewshot_prefix()?,
+        None | Some("none") => String::new(),
+        Some("bundled") => ModelSource::Bundled.fewshot_prefix()?,
+        Some(path) => read_text(Path::new(path))?,
+    })
+}
+
+/// Each arm once without counting, then all of them in turn, in an order that rotates from problem to problem.
+pub(super) fn measure(engine: &mut Engine, work: &Work, rounds: usize, arms: &mut [Arm]) -> anyhow::Result<()> {
+    let bar = progress(arms.len() * (1 + work.tasks.len() * rounds));
+    for arm in arms.iter_mut() {
+        bar.set_message("warm-up");
+        run_one(engine, work, 0, arm)?;
+        arm.results[0].clear();
+        arm.passes.clear();
+        bar.inc(1);
+    }
+    for round in 0..rounds {
+        for problem in 0..work.tasks.len() {
+            for turn in 0..arms.len() {
+                let at = (turn + problem + round) % arms.len();
+                let arm = &mut arms[at];
+                bar.set_message(arm.name.clone());
+                run_one(engine, work, problem, arm)?;
+                bar.inc(1);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// One arm, one problem.
+pub(super) fn run_one(engine: &mut Engine, work: &Work, problem: usize, arm: &mut Arm) -> anyhow::Result<()> {
+    if !work.warm.is_empty() {
+        warm_cache(engine, &work.warm)?;
+    }
+    engine.reset_counters();
+    let mut solver = Solver::new(engine, arm.config.clone())?;
+    solver
+        .solve(&work.tasks[problem..=problem], &mut |_, result| {
+            arm.results[problem].push(result);
+            Ok(())
+        })
+        .map_err(anyhow::Error::from)
+        .with_context(|| format!("{}, problem {}", arm.name, work.tasks[problem].id()))?;
+    arm.passes.extend_from_slice(solver.passes());
+    Ok(())
+}
+
+/// Every problem once under `config`, many in flight: what comes of each, in order, and no times.
+pub(super) fn count(
+    engine: &mut Engine,
+    tasks: &[Box<dyn Task>],
+    config: &SolverConfig,
+    name: &str,
+) -> anyhow::Result<Vec<ProblemResult>> {
+    let bar = progress(tasks.len());
+    bar.set_message(name.to_string());
+    let mut results: Vec<(usize, ProblemResult)> = Vec::with_capacity(tasks.len());
+    Solver::new(engine, config.clone())?
+        .solve(tasks, &mut |idx, result| {
+            results.push((idx, result));
+            bar.inc(1);
+            Ok(())
+        })
+        .map_err(anyhow::Error::from)
+        .with_context(|| name.to_string())?;
+    bar.finish_and_clear();
+    results.sort_by_key(|(idx, _)| *idx);
+    Ok(results.into_iter().map(|(_, r)| r).collect())
+}
+
+/// Leaves `tokens` in the prefix cache and nothing else: not what another arm left of the same problem.
+fn warm_cache(engine: &mut Engine, tokens: &[u32]) -> Result<(), Error> {
+    engine.clear_prefix_cache()?;
+    let branch = engine.prefill(tokens, PrefillOptions::default())?;
+    while engine.has_work() {
+        engine.step()?;
+    }
+    while engine.next_event().is_some() {}
+    engine.prune(branch)
+}
