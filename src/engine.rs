@@ -191,6 +191,7 @@ impl Engine {
             fork_point,
             state: parent.state,
             num_lost: parent.num_lost,
+            num_found: num_computed,
             salt: parent.salt,
             votes: parent.votes,
             num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
@@ -227,6 +228,7 @@ impl Engine {
         b.tokens.truncate(num_tokens);
         b.num_computed = b.num_computed.min(num_tokens);
         b.num_lost = b.num_lost.min(num_tokens);
+        b.num_found = b.num_found.min(num_tokens);
         b.prompt_len = b.prompt_len.min(num_tokens);
         b.num_generated = 0;
         b.num_cached_blocks = b.num_cached_blocks.min(num_tokens / self.layout.block_size);
@@ -593,6 +595,7 @@ impl Engine {
         c.num_lost = c.num_lost.max(num_lost);
         c.table = table;
         c.num_computed = at;
+        c.num_found = at;
         c.num_cached_blocks = cached.min(at / self.layout.block_size);
         c.state = state;
         Ok(())

@@ -91,6 +91,7 @@ impl Engine {
         b.num_lost = b.num_lost.max((blocks.len() + num_evicted) * self.layout.block_size);
         b.num_cached_blocks = blocks.len();
         b.num_computed = blocks.len() * self.layout.block_size;
+        b.num_found = b.num_computed;
         self.totals.tokens_from_cache += b.num_computed as u64;
         b.table = BlockTable::from_blocks(&self.pool, self.layout.block_size, &blocks)?;
         Ok(())
