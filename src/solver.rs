@@ -6,7 +6,9 @@
 mod beam;
 mod candidate;
 mod config;
+mod growth;
 mod merge;
+mod nodes;
 mod prompts;
 mod run;
 mod search;

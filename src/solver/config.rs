@@ -206,11 +206,6 @@ impl SolverConfig {
         }
         if let Some(merge) = &self.merge {
             merge.validate()?;
-            check(
-                self.search.is_none(),
-                "merge-converged",
-                "works on plain branches; a tree merges what says the same",
-            )?;
         }
         if let Some(exit) = &self.verify_exit {
             exit.validate()?;

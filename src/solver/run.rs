@@ -127,7 +127,8 @@ impl Run {
     /// Books a step's tokens and its time to a phase.
     pub(super) fn count(&mut self, item: &StepItem, seconds: f64) {
         let is_probed = self.phase == Phase::Decode && item.left_early;
-        let (tokens, ms) = match (self.phase, item.is_decode) {
+        let is_trial = self.trials.as_mut().is_some_and(|t| t.count(item));
+        let (tokens, ms) = match (self.phase, item.is_decode || is_trial) {
             (Phase::Verify, _) => (&mut self.tokens.verify, &mut self.ms.verify),
             (_, true) => (&mut self.tokens.decode, &mut self.ms.decode),
             (_, false) if is_probed => (&mut self.tokens.probed, &mut self.ms.prefill),
@@ -135,9 +136,6 @@ impl Run {
         };
         *tokens += item.num_tokens as u64;
         *ms += seconds * 1e3;
-        if let Some(trials) = &mut self.trials {
-            trials.count(item);
-        }
     }
 
     /// Writes down where the KV blocks are.
