@@ -372,9 +372,13 @@ impl Engine {
         b.state = b.state.inherit(b.table.state());
         if let Some(fork) = b.fork_point.take() {
             // What its parent wrote in this very pass may have become weaker since it was shared.
-            let parent = self.tree.get(fork.parent)?.state;
+            let parent = self.tree.get(fork.parent)?;
+            let (state, rows, exact) = (parent.state, parent.table.state(), parent.table.exact_len());
             let b = self.tree.get_mut(r.branch)?;
-            b.state = b.state.inherit(parent);
+            if exact < r.old_len {
+                b.table.mark(&mut self.pool, exact, rows)?;
+            }
+            b.state = b.state.inherit(state);
         }
         Ok(())
     }

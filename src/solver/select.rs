@@ -48,8 +48,12 @@ pub struct Ballot {
 
 impl Ballot {
     /// A branch that was not verified counts by its confidence alone, as in the paper after a skip.
+    /// One that another speaks for does not stand at all.
     fn composite(&self) -> f64 {
-        self.score.unwrap_or(1.0) * self.confidence.sqrt()
+        match self.votes > 0.0 {
+            true => self.score.unwrap_or(1.0) * self.confidence.sqrt(),
+            false => f64::NEG_INFINITY,
+        }
     }
 
     fn weight(&self, rule: Select) -> f64 {
