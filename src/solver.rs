@@ -25,7 +25,8 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 pub use beam::{SearchConfig, StepScore};
-pub use config::{Policy, Sharing, SolverConfig, VerifyMode};
+pub use config::{Calibrated, Policy, Sharing, SolverConfig, VerifyMode};
+pub(crate) use prompts::common_prefix;
 
 use crate::engine::{BranchId, Engine, EventKind};
 use crate::error::{Error, Result};

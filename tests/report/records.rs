@@ -79,7 +79,7 @@ pub(crate) fn full(idx: usize, branches: usize) -> ProblemResult {
         let mut entropy = 4.5 + draws.next();
         for layer in [2, 4, 5, 6, 7] {
             entropy *= 0.45 + 0.4 * draws.next();
-            b.layers.push(LayerEntropy { layer, entropy, top1: 1.0 / (1.0 + entropy) });
+            b.layers.push(LayerEntropy { layer, entropy, top1: 1.0 / (1.0 + entropy), yes: None });
             if entropy < 0.8 {
                 b.exit_layer = Some(layer);
                 break;
