@@ -62,7 +62,7 @@ impl Ballot {
 }
 
 /// The winning branch. Among branches of the winning answer the most confident; ties go to the first. Branches
-/// without an answer win only when nobody has one.
+/// without an answer win only when nobody has one, and branches without votes never.
 pub fn select(rule: Select, ballots: &[Ballot]) -> Option<usize> {
     let best = |score: &dyn Fn(&Ballot) -> f64| first_max(ballots.iter().map(score));
     if rule == Select::ScoreSqrtConf {
@@ -75,7 +75,7 @@ pub fn select(rule: Select, ballots: &[Ballot]) -> Option<usize> {
         ballots.iter().filter(same).map(|b| b.weight(rule)).sum()
     };
     let top = ballots.iter().map(support).fold(0.0, f64::max);
-    best(&|b: &Ballot| if support(b) == top { 1.0 + b.confidence } else { 0.0 })
+    best(&|b: &Ballot| if b.votes > 0.0 && support(b) == top { 1.0 + b.confidence } else { 0.0 })
 }
 
 /// Each distinct answer's weight under `rule`, in order of first appearance.
@@ -152,6 +152,15 @@ mod tests {
         let mut b = [ballot("1", 0.5, Some(0.5)), ballot("-", 0.9, None)];
         b[1].votes = 0.0;
         assert_eq!(select(Select::ScoreSqrtConf, &b), Some(0));
+    }
+
+    #[test]
+    fn a_branch_that_another_speaks_for_never_wins() {
+        let mut b = [ballot("1", 0.5, Some(0.2)), ballot("-", 0.9, None)];
+        (b[0].votes, b[1].votes) = (2.0, 0.0);
+        assert_eq!(select(Select::ScoreSqrtConf, &b), Some(0));
+        b[0].answer = None;
+        assert_eq!((select(Select::Vote, &b), select(Select::Majority, &b)), (Some(0), Some(0)));
     }
 
     #[test]
