@@ -18,12 +18,14 @@ mod steps;
 pub mod task;
 mod trial;
 mod verdicts;
+mod verify_again;
 
 use std::collections::HashMap;
 use std::time::Instant;
 
 pub use beam::{SearchConfig, StepScore};
 pub use config::{Policy, Sharing, SolverConfig, VerifyMode};
+pub use verify_again::verify_again;
 
 use crate::engine::{BranchId, Engine, EventKind};
 use crate::error::{Error, Result};

@@ -202,6 +202,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     problems.truncate(args.limit.unwrap_or(usize::MAX));
     let report_file = args.report.as_deref().map(|path| ReportFile::open(path, args.out.as_deref())).transpose()?;
     let mut engine = args.engine.open()?;
+    args.gates.measure(&mut engine, &mut config)?;
     let mut tasks = compile(args, &engine, &problems)?;
     tasks.first().map_or(Ok(()), |task| config.validate_task(task.as_ref()))?;
     // Last: what is in the file stays there until everything else is known to be sound.
