@@ -21,11 +21,11 @@ use rksc::backend::cpu::roof::{MemoryRoof, linear_rate, random_buf, random_matri
 use rksc::backend::cpu::simd::SimdLevel;
 use rksc::backend::cpu::{Cpu, CpuBuf, MAX_GROUP_ROWS};
 use rksc::backend::{
-    AddRmsNorm, Backend, Embed, GatherRows, KvCopyBlocks, Linear, PagedAttention, PassInputs, RopeAppend, RowIds,
-    RowStats, RowStatsOp, SiluMul,
+    AddRmsNorm, Backend, Embed, GatherRows, KvCopyBlocks, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend,
+    RowIds, RowStats, RowStatsOp, SiluMul,
 };
 use rksc::batch::{AttentionPlan, SequenceView};
-use rksc::kv::{BlockCopy, KvLayout};
+use rksc::kv::{BlockCopy, KvLayout, SlotTransfer};
 use rksc::report::LatencyMs;
 use rksc::testing::oracle;
 use rksc::{DType, Result};
@@ -146,6 +146,7 @@ fn main() -> anyhow::Result<()> {
     }
     linear(&mut h, &[1, 8, 256])?;
     kv_copy_blocks(&mut h)?;
+    kv_transfer(&mut h)?;
     for heads in [TINY_HEADS, HEADS] {
         attention_decode(&mut h, heads)?;
         attention_prefill(&mut h, heads)?;
@@ -335,6 +336,31 @@ fn kv_copy_blocks(h: &mut Harness) -> anyhow::Result<()> {
     ensure!(wide(&k, 0..head) == wide(&k, to..to + head), "kv_copy_blocks: a copied head differs");
     let bytes = 2 * 2 * 8 * 15 * layout.num_kv_heads * layout.head_dim * 2;
     h.time("kv_copy_blocks", "8 blocks of 15 slots".into(), (bytes, 0), |cpu, _| run(cpu, &mut k))?;
+    Ok(())
+}
+
+/// bytes: K and V, each slot * Hkv * D * 2 read and written
+fn kv_transfer(h: &mut Harness) -> anyhow::Result<()> {
+    if !h.wants("kv_transfer") {
+        return Ok(());
+    }
+    let (layout, n) = (layout(HEADS, 16), 128);
+    let (slots, dim) = (layout.num_kv_heads * layout.head_dim, layout.head_dim);
+    let len = layout.num_blocks * layout.block_elems();
+    let (mut k, mut v) = (random_buf(len, COMPUTE, 1), random_buf(len, COMPUTE, 2));
+    let freqs: Vec<f32> = (0..dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+    let inv_freq = CpuBuf::F32(freqs.clone());
+    let transfers = (0..n).map(|i| SlotTransfer { src: i, dst: i + n, shift: 5 }).collect();
+    let inputs = PassInputs { transfers, ..Default::default() };
+    let mut run = |cpu: &mut Cpu, k: &mut CpuBuf| {
+        let (v_cache, layout) = (&mut v, &layout);
+        cpu.kv_transfer(KvTransfer { inputs: &inputs, k_cache: k, v_cache, inv_freq: &inv_freq, layout })
+    };
+    run(&mut h.cpu, &mut k)?;
+    let to = layout.elem(n as usize / 16, 0, 0);
+    let want = rounded(&oracle::turn(&wide(&k, 0..dim), 5, &freqs));
+    oracle::assert_close("kv_transfer", COMPUTE, 2e-6, &wide(&k, to..to + dim), &want);
+    h.time("kv_transfer", format!("{n} slots"), (2 * 2 * n as usize * slots * 2, 0), |cpu, _| run(cpu, &mut k))?;
     Ok(())
 }
 

@@ -129,6 +129,22 @@ typedef struct rksc_kv_copy_blocks_params {
 RKSC_LAYOUT(rksc_kv_copy_blocks_params, 48);
 int32_t RKSC_FN(kv_copy_blocks)(const rksc_kv_copy_blocks_params* p, rksc_stream stream);
 
+/* ---- kv_transfer: K and V of slots for other positions: V copied, K turned by the difference ---------------------- */
+typedef struct rksc_slot_transfer {
+  uint32_t src, dst; /* slots; destinations are distinct and no source */
+  int32_t shift;     /* position of dst less that of src; 0 copies K bit for bit */
+} rksc_slot_transfer;
+RKSC_LAYOUT(rksc_slot_transfer, 12);
+typedef struct rksc_kv_transfer_params {
+  const rksc_slot_transfer* transfers; /* [num_transfers] */
+  void* k_cache;                       /* one layer */
+  void* v_cache;                       /* one layer */
+  const float* inv_freq;               /* [D / 2] radians per position; the angle is the f32 product */
+  uint32_t num_transfers, num_kv_heads, block_size, head_dim, dtype, reserved;
+} rksc_kv_transfer_params;
+RKSC_LAYOUT(rksc_kv_transfer_params, 56);
+int32_t RKSC_FN(kv_transfer)(const rksc_kv_transfer_params* p, rksc_stream stream);
+
 /* ---- paged_attention: plan-driven; prefill, decode and shared segments in one launch ------------------------------ */
 /* A run of slots read once for a contiguous range of ordered rows, per kv head. */
 typedef struct rksc_attention_item {

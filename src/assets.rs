@@ -2,12 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::calibrate::Calibration;
 use crate::config::ModelSource;
 use crate::error::{Error, Result};
 use crate::model::family::{GenerationConfig, ModelConfig};
 use crate::problems::Problem;
 use crate::prompts::PromptPack;
 use crate::tokenizer::Tokenizer;
+
+/// What a calibration beside a model is called.
+pub const CALIBRATION_FILE: &str = "calibration.json";
 
 impl ModelSource {
     /// The model's tokenizer. Random weights have none.
@@ -53,6 +57,27 @@ impl ModelSource {
                 PromptPack::from_bytes(Path::new("<bundled prompts.json>"), crate::bundled::PROMPTS_JSON.as_bytes())
             }
             _ => Err(self.lacks("prompt pack; give one with --prompts FILE")),
+        }
+    }
+
+    /// The calibration beside the model, by name, if there is one.
+    pub fn calibration(&self) -> Result<Option<(String, Calibration)>> {
+        match self {
+            Self::Dir(dir) => {
+                let path = dir.join(CALIBRATION_FILE);
+                if !path.exists() {
+                    return Ok(None);
+                }
+                Ok(Some((path.display().to_string(), Calibration::read(&path)?)))
+            }
+            #[cfg(feature = "bundled-model")]
+            Self::Bundled => {
+                let name = "<bundled calibration.json>";
+                let calibration =
+                    Calibration::from_bytes(Path::new(name), crate::bundled::CALIBRATION_JSON.as_bytes())?;
+                Ok(Some((name.to_string(), calibration)))
+            }
+            _ => Ok(None),
         }
     }
 

@@ -99,7 +99,7 @@ pub struct Counters {
     pub weight_bytes: u64,
     /// Bytes of K and V read by attention, each planned tile once a segment.
     pub kv_read_bytes: u64,
-    /// Bytes of K and V written by `rope_append` and `kv_copy_blocks`.
+    /// Bytes of K and V written by `rope_append`, `kv_copy_blocks` and `kv_transfer`.
     pub kv_write_bytes: u64,
     /// Times the host waited for device results.
     pub read_backs: u64,

@@ -25,6 +25,9 @@ pub const FEWSHOT_PREFIX: &str = include_str!("../models/tinymath/problems/fewsh
 /// Twelve problems, two for each number of operations from 2 to 7, one JSON object a line.
 pub const PROBLEMS_JSONL: &str = include_str!("../models/tinymath/problems/sample.jsonl");
 
+/// What `rksc-run calibrate` found for it on its dev problems, in bf16.
+pub const CALIBRATION_JSON: &str = include_str!("../models/tinymath/calibration.json");
+
 /// Its config.json.
 pub fn config() -> Result<ModelConfig> {
     ModelConfig::from_bytes(Path::new("<bundled config.json>"), CONFIG)

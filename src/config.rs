@@ -95,7 +95,7 @@ impl Default for EngineConfig {
             swap_space: 4 << 30,
             eviction: Eviction::Lru,
             mass_every: 16,
-            mass_decay: 0.9,
+            mass_decay: 0.95,
             check_tensors: false,
         }
     }

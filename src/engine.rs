@@ -191,6 +191,7 @@ impl Engine {
             fork_point,
             state: parent.state,
             num_lost: parent.num_lost,
+            num_found: num_computed,
             salt: parent.salt,
             votes: parent.votes,
             num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
@@ -227,6 +228,7 @@ impl Engine {
         b.tokens.truncate(num_tokens);
         b.num_computed = b.num_computed.min(num_tokens);
         b.num_lost = b.num_lost.min(num_tokens);
+        b.num_found = b.num_found.min(num_tokens);
         b.prompt_len = b.prompt_len.min(num_tokens);
         b.num_generated = 0;
         b.num_cached_blocks = b.num_cached_blocks.min(num_tokens / self.layout.block_size);
@@ -295,6 +297,7 @@ impl Engine {
         let len = self.tree.get(branch)?.tokens.len();
         self.check_fits(len.saturating_add(params.max_new_tokens).min(self.model.max_position_embeddings))?;
         self.reopen_last_row(branch)?;
+        self.leave_clusters(branch)?;
         let b = self.tree.get_mut(branch)?;
         b.prompt_len = b.tokens.len();
         b.num_generated = 0;
@@ -370,6 +373,7 @@ impl Engine {
 
     /// Asks for the log-probabilities of the tokens from `from` on; the token at `from` needs the row before it.
     fn score_pending(&mut self, branch: BranchId, from: usize) -> Result<()> {
+        self.leave_clusters(branch)?;
         let b = self.tree.get_mut(branch)?;
         match (&mut b.fork_point, from.checked_sub(1)) {
             (Some(fork), Some(row)) => fork.at = fork.at.min(row),
@@ -394,6 +398,9 @@ impl Engine {
                 let unscored = b.score_from.and_then(|f| (f.max(1)..b.num_computed).find(|&i| is_unscored(f, i)));
                 let position = unscored.unwrap_or(b.num_computed).saturating_sub(1);
                 Err(Error::NonFinite { branch: branch.to_string(), position })
+            }
+            Mode::Ended(_) if self.tree.get(branch)?.pending() > 0 => {
+                Err(Error::Branch { branch: branch.to_string(), why: "left its pass at a gate" })
             }
             _ => Ok(()),
         }
@@ -593,6 +600,7 @@ impl Engine {
         c.num_lost = c.num_lost.max(num_lost);
         c.table = table;
         c.num_computed = at;
+        c.num_found = at;
         c.num_cached_blocks = cached.min(at / self.layout.block_size);
         c.state = state;
         Ok(())

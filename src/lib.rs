@@ -17,6 +17,7 @@ pub mod backend;
 pub mod batch;
 #[cfg(feature = "bundled-model")]
 pub mod bundled;
+pub mod calibrate;
 pub mod config;
 pub mod dtype;
 pub mod engine;
@@ -30,6 +31,7 @@ pub mod report;
 pub mod sampler;
 pub mod scheduler;
 pub mod solver;
+pub mod stats;
 #[doc(hidden)]
 pub mod testing;
 pub mod tokenizer;

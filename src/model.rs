@@ -246,6 +246,7 @@ impl<B: Backend> Model<B> {
             fates: vec![Fate::Done; batch.seqs.len()],
             layers: vec![Vec::new(); if gates.is_empty() { 0 } else { batch.seqs.len() }],
             exits: Vec::new(),
+            step_similarity: Vec::new(),
             watches: gates.iter().map(Watch::new).collect(),
             mass: Vec::new(),
         };
@@ -452,6 +453,8 @@ struct Pass<B: Backend> {
     /// What the probed layers said, one list a sequence.
     layers: Vec<Vec<LayerRow>>,
     exits: Vec<Exit<B>>,
+    /// Of each live row, after the layer that is being probed, where a gate asks for it.
+    step_similarity: Vec<f32>,
     /// One a gate.
     watches: Vec<Watch<B>>,
     /// See [`PassOutput::mass`].

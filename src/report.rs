@@ -1,7 +1,6 @@
 //! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
 
 pub mod html;
-pub mod intervals;
 pub mod ladder;
 pub mod mechanisms;
 mod plan;
@@ -96,6 +95,8 @@ pub struct LayerEntropy {
     pub entropy: f64,
     /// Largest probability.
     pub top1: f64,
+    /// The verdict's yes against its no, where the look was at these two alone and each has one spelling.
+    pub yes: Option<f64>,
 }
 
 /// How similar a problem's prompts (or its branches, when they were compared while decoding) are.

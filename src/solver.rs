@@ -6,7 +6,9 @@
 mod beam;
 mod candidate;
 mod config;
+mod growth;
 mod merge;
+mod nodes;
 mod prompts;
 mod run;
 mod search;
@@ -24,7 +26,8 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 pub use beam::{SearchConfig, StepScore};
-pub use config::{Policy, Sharing, SolverConfig, VerifyMode};
+pub use config::{Calibrated, Policy, Sharing, SolverConfig, VerifyMode};
+pub(crate) use prompts::common_prefix;
 pub use verify_again::verify_again;
 
 use crate::engine::{BranchId, Engine, EventKind};

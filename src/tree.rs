@@ -121,6 +121,8 @@ pub(crate) struct Branch {
     pub(crate) num_computed: usize,
     /// `tokens[..num_lost]` were computed before and evicted since; what of them runs is computed again.
     pub(crate) num_lost: usize,
+    /// `tokens[..num_found]` it did not compute itself: another branch did, or the prefix cache had them.
+    pub(crate) num_found: usize,
     pub(crate) table: BlockTable,
     pub(crate) fork_point: Option<ForkPoint>,
     /// The weakest state of anything it attended to.
@@ -173,6 +175,7 @@ impl Branch {
             num_generated: 0,
             num_computed: 0,
             num_lost: 0,
+            num_found: 0,
             table,
             fork_point: None,
             state: BlockState::Exact,

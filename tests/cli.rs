@@ -636,6 +636,7 @@ fn every_command_has_its_help() {
         "bench decode",
         "bench prefill",
         "bench agree",
+        "bench evict",
     ] {
         let args: Vec<&str> = command.split(' ').chain(["--help"]).collect();
         let help = ok(dir.path(), &args);
@@ -644,6 +645,34 @@ fn every_command_has_its_help() {
     for command in [&["devices", "--help"][..], &["bench", "kernels", "--help"]] {
         assert!(ok(dir.path(), command).contains("--json"));
     }
+}
+
+#[test]
+fn bench_evict_compares_the_policies_with_what_cannot_be_avoided() {
+    let dir = folder();
+    let prefixes = ["--prefixes", "3", "--prefix-tokens", "96", "--pool", "3", "--requests", "12", "--new-tokens", "4"];
+    let trees = ["--tree-problems", "2", "--concurrency", "2", "--depth", "2", "--beam", "2", "-B", "2"];
+    let report = json(dir.path(), &[&["bench", "evict", "--json"], &prefixes[..], &trees[..]].concat());
+    for part in ["prefixes", "trees"] {
+        let part = &report[part];
+        let bound = part["bound"].as_u64().unwrap();
+        let arms = part["arms"].as_array().unwrap();
+        let names: Vec<&str> = arms.iter().map(|a| a["name"].as_str().unwrap()).collect();
+        assert_eq!(names[2..], ["lru", "fifo", "mass"]);
+        let recomputed = |i: usize| arms[i]["tokens_recomputed"].as_u64().unwrap();
+        assert_eq!(recomputed(0), 0, "no limit, and the need");
+        for arm in &arms[2..] {
+            assert_eq!(arm["blocks"], part["blocks"]);
+            assert!(arm["blocks_evicted"].as_u64().unwrap() > 0, "{arm}");
+        }
+        if part["need"].is_null() {
+            assert!(bound > 0 && (2..5).all(|i| recomputed(i) >= bound), "{part}");
+        }
+    }
+    refused(dir.path(), &["bench", "evict", "--pool", "1"], 1, "--pool");
+    refused(dir.path(), &["generate", "-p", "x", "--eviction", "random"], 1, "lru, fifo, mass");
+    let with = |policy| ok(dir.path(), &["generate", "-p", "Problem:", "-n", "8", "--eviction", policy]);
+    assert_eq!(with("mass"), with("lru"));
 }
 
 /// A reader that goes away early ends the command quietly.

@@ -346,3 +346,222 @@ fn a_marked_prompt_survives_preemption_bit_for_bit() {
     assert!(busy > 0, "the small cache did not make anybody give way");
     assert_eq!(roomy, tight);
 }
+
+/// Which of a problem's wordings speaks for all of them when all are alike.
+fn representative(task: &dyn Task) -> usize {
+    let mut e = engine(|_| ());
+    let w = wordings(&mut e, task);
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    e.step().unwrap();
+    e.similarity(w.roots[0]).unwrap().unwrap().similarity.labels[0] as usize
+}
+
+/// Tokens and last row of `tokens`, generated on from, with nobody else there.
+fn alone(tokens: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    let mut e = engine(|_| ());
+    let id = e.prefill(tokens, uncached()).unwrap();
+    e.start(id, greedy_to_end()).unwrap();
+    run_all(&mut e);
+    (e.tokens(id).unwrap().to_vec(), row_bits(&e, id))
+}
+
+#[test]
+fn a_later_gate_replaces_an_earlier_one() {
+    let task = first_task();
+    let mut e = engine(|_| ());
+    let w = wordings(&mut e, task.as_ref());
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    let (gone, rest) = w.roots.split_last().unwrap();
+    e.gate(&VerifyExit { over: Over::Vocabulary, ..VerifyExit::PAPER }.observer(LAYERS as usize), &[*gone]).unwrap();
+    e.step().unwrap();
+    let aliases = aliased(&mut e);
+    assert_eq!(aliases.len(), rest.len() - 1);
+    assert!(aliases.iter().all(|a| a.0 != *gone && a.1 != *gone));
+    assert!(e.similarity(*gone).unwrap().is_none());
+    assert_eq!(e.row(*gone).unwrap().unwrap().layers.len(), LAYERS as usize);
+    assert_eq!(e.similarity(rest[0]).unwrap().unwrap().members, rest);
+}
+
+#[test]
+fn a_prompt_that_is_asked_for_more_leaves_its_group() {
+    let task = first_task();
+    let other = (representative(task.as_ref()) + 1) % task.num_wordings();
+    let mut e = engine(|_| ());
+    let w = wordings(&mut e, task.as_ref());
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    e.start(w.roots[other], greedy_to_end()).unwrap();
+    run_all(&mut e);
+    e.check_integrity().unwrap();
+    assert_eq!(e.tokens(w.roots[other]).unwrap(), alone(task.wording(other).unwrap()).0);
+    assert_eq!(e.similarity(w.roots[(other + 1) % w.roots.len()]).unwrap().unwrap().members.len(), w.roots.len() - 1);
+
+    let score = |gated: bool| {
+        let mut e = engine(|_| ());
+        let w = wordings(&mut e, task.as_ref());
+        if gated {
+            e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+        }
+        let mut logprobs = [0.0; 3];
+        e.score(w.roots[other], &[300, 301, 302], &mut logprobs).unwrap();
+        logprobs.map(f32::to_bits)
+    };
+    assert_eq!(score(true), score(false));
+}
+
+#[test]
+fn an_aliased_prompt_that_watches_something_else_hears_of_it() {
+    let task = first_task();
+    let label = representative(task.as_ref());
+    let other = (label + 1) % task.num_wordings();
+    let mut e = engine(|_| ());
+    let w = wordings(&mut e, task.as_ref());
+    e.watch(w.roots[other], &[17, 300], 2).unwrap();
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    run_all(&mut e);
+    e.check_integrity().unwrap();
+    let mut alone = engine(|_| ());
+    let root = alone.prefill(task.wording(label).unwrap(), uncached()).unwrap();
+    alone.watch(root, &[17, 300], 2).unwrap();
+    run_all(&mut alone);
+    assert_eq!(e.tokens(w.roots[other]).unwrap(), task.wording(label).unwrap());
+    assert_eq!(e.row(w.roots[other]).unwrap(), alone.row(root).unwrap());
+}
+
+/// Only a fork of the whole prompt follows it: one of what it was before, or of its beginning, keeps its own tokens.
+#[test]
+fn forks_that_do_not_begin_with_the_whole_prompt_stay_themselves() {
+    let task = first_task();
+    let mut e = engine(|_| ());
+    let w = wordings(&mut e, task.as_ref());
+    let (mut forks, mut prompts) = (Vec::new(), Vec::new());
+    for (i, &root) in w.roots.iter().enumerate() {
+        let (before, cut) = (fork(&mut e, root), fork(&mut e, root));
+        e.truncate(cut, 20).unwrap();
+        e.append(root, &[300, 301]).unwrap();
+        let wording = task.wording(i).unwrap();
+        for (id, kept) in [(before, wording), (cut, &wording[..20])] {
+            e.append(id, &w.suffix).unwrap();
+            e.start(id, greedy_to_end()).unwrap();
+            forks.push(id);
+            prompts.push([kept, &w.suffix].concat());
+        }
+    }
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    run_all(&mut e);
+    e.check_integrity().unwrap();
+    assert_eq!(w.roots.iter().filter(|&&r| e.stats(r).unwrap().exit_layer.is_some()).count(), w.roots.len() - 1);
+    for (&id, prompt) in forks.iter().zip(&prompts) {
+        assert_eq!((e.tokens(id).unwrap().to_vec(), row_bits(&e, id)), alone(prompt));
+    }
+}
+
+#[test]
+fn a_fork_that_is_scored_follows_its_prompt() {
+    let task = first_task();
+    let label = representative(task.as_ref());
+    let score = |e: &mut Engine, root: BranchId| {
+        let child = fork(e, root);
+        let mut logprobs = vec![0.0; task.branch(0).unwrap().len()];
+        e.score(child, task.branch(0).unwrap(), &mut logprobs).unwrap();
+        logprobs.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let mut e = engine(|_| ());
+    let w = wordings(&mut e, task.as_ref());
+    e.gate(&asks(-1.0, 2), &w.roots).unwrap();
+    let got = score(&mut e, w.roots[(label + 1) % w.roots.len()]);
+    let mut alone = engine(|_| ());
+    let root = alone.prefill(task.wording(label).unwrap(), uncached()).unwrap();
+    assert_eq!(got, score(&mut alone, root));
+}
+
+/// What always fires after `layer`.
+fn always(layer: u32, effect: Effect) -> GateSpec {
+    let rule = Rule::EveryNth { every: 1, offset: 0 };
+    GateSpec { layers: vec![layer], statistic: Statistic::RowIndex, rule, effect, ..asks(0.5, 1) }
+}
+
+/// The KV of a branch that leaves its pass is there for the first layers alone: a fork may not read it in the others.
+#[test]
+fn a_fork_waits_for_a_branch_that_may_leave_its_pass() {
+    let prompt: Vec<u32> = (0..40).map(|i| 300 + i * 7 % 400).collect();
+    let expected = alone(&[&prompt[..], &[310, 320]].concat());
+    for effect in [Effect::Stop, Effect::Drop] {
+        let mut e = engine(|_| ());
+        let root = e.prefill(&prompt, uncached()).unwrap();
+        let child = fork(&mut e, root);
+        e.append(child, &[310, 320]).unwrap();
+        e.start(child, greedy_to_end()).unwrap();
+        e.gate(&always(2, effect), &[root]).unwrap();
+        run_all(&mut e);
+        e.check_integrity().unwrap();
+        assert_eq!(e.stats(root).unwrap().exit_layer, Some(2));
+        assert_eq!((e.tokens(child).unwrap().to_vec(), row_bits(&e, child)), expected, "{effect:?}");
+    }
+}
+
+/// A fork that runs in the pass in which its prompt takes another's KV has that KV too: none of it is exact.
+#[test]
+fn the_prefix_cache_never_gets_a_mixed_prompt_from_its_forks() {
+    let task = first_task();
+    let cached = PrefillOptions::default();
+    let mut e = engine(|_| ());
+    let mut w = Wordings { suffix: task.branch(0).unwrap().to_vec(), roots: Vec::new(), forks: Vec::new() };
+    for i in 0..task.num_wordings() {
+        w.roots.push(e.prefill(task.wording(i).unwrap(), cached).unwrap());
+    }
+    let asks = Asks { tau: -1.0, probe_layers: 1, recompute: Some(0.0), ..Asks::default() };
+    e.gate(&asks.gate(), &w.roots).unwrap();
+    fork_all(&mut e, &mut w);
+    run_all(&mut e);
+    w.roots.iter().chain(&w.forks).for_each(|&id| e.prune(id).unwrap());
+    for i in 0..task.num_wordings() {
+        let prompt = [task.wording(i).unwrap(), &w.suffix].concat();
+        let again = e.prefill(&prompt, cached).unwrap();
+        e.start(again, greedy_to_end()).unwrap();
+        run_all(&mut e);
+        assert_eq!((e.tokens(again).unwrap().to_vec(), row_bits(&e, again)), alone(&prompt), "wording {i}");
+    }
+}
+
+#[test]
+fn a_mixed_prompt_that_stops_answers_from_its_own_row() {
+    let task = first_task();
+    let mut e = engine(|c| c.dtype = rksc::DType::F32);
+    let w = wordings(&mut e, task.as_ref());
+    let asks = Asks { tau: -1.0, probe_layers: 1, recompute: Some(0.0), ..Asks::default() };
+    e.gate(&asks.gate(), &w.roots).unwrap();
+    let statistic = Statistic::Entropy { over: Over::Vocabulary, norm: ProbeNorm::Final, stacked: 1 };
+    e.set_gates(&[GateSpec { statistic, rule: Rule::Above(-1.0), ..always(4, Effect::Stop) }]).unwrap();
+    e.step().unwrap();
+    e.check_integrity().unwrap();
+    let stopped: Vec<BranchId> =
+        w.roots.iter().copied().filter(|&r| e.stats(r).unwrap().exit_layer == Some(4)).collect();
+    assert_eq!(stopped.len(), w.roots.len() - 1, "all but the one whose KV the others take");
+    for id in stopped {
+        let row = e.row(id).unwrap().unwrap();
+        let probe = row.layers[0].stats;
+        assert_eq!((row.layers[0].layer, probe.argmax), (4, row.stats.argmax));
+        assert!((probe.entropy - row.stats.entropy).abs() < 1e-4, "{} {}", probe.entropy, row.stats.entropy);
+    }
+}
+
+#[test]
+fn two_gates_after_one_layer_both_see_its_step() {
+    let mut e = engine(|_| ());
+    let id = e.prefill(&[300, 301, 302], uncached()).unwrap();
+    let step = GateSpec { statistic: Statistic::StepSimilarity, rule: Rule::Above(-2.0), ..always(3, Effect::Stop) };
+    let look = VerifyExit { over: Over::Vocabulary, ..VerifyExit::PAPER }.observer(LAYERS as usize);
+    e.set_gates(&[look, step]).unwrap();
+    e.step().unwrap();
+    assert_eq!(e.stats(id).unwrap().exit_layer, Some(3));
+}
+
+#[test]
+fn a_score_that_a_gate_cut_short_is_an_error() {
+    let mut e = engine(|_| ());
+    let id = e.prefill(&[300, 301, 302], uncached()).unwrap();
+    e.set_gates(&[always(3, Effect::Drop)]).unwrap();
+    let mut logprobs = [0.0; 2];
+    assert!(e.score(id, &[303, 304], &mut logprobs).unwrap_err().to_string().contains("gate"));
+    assert_eq!(logprobs, [0.0; 2]);
+}

@@ -52,6 +52,7 @@ impl Engine {
         let num_free = self.pool.num_free();
         let b = self.tree.get_mut(id)?;
         b.rests |= b.mode == Mode::Idle && b.num_computed == b.tokens.len();
+        b.num_found = 0;
         if b.state == BlockState::Exact {
             b.num_lost = b.num_lost.max(b.num_computed);
             b.num_computed = 0;
@@ -113,7 +114,8 @@ impl Engine {
         Ok(ends_prompt || (decodes && self.decode_passes.is_multiple_of(self.config.mass_every as u64)))
     }
 
-    /// Adds what each block received in the pass, if that was measured.
+    /// Adds what each block received in the pass, if that was measured: from branches that found it, not from the one
+    /// that computed it. A branch attends most to what it has just said, and that tells nothing of who needs it next.
     pub(super) fn add_mass(&mut self, reserved: &[Reserved], output: &PassOutput) -> Result<()> {
         if output.mass.is_empty() {
             return Ok(());
@@ -121,7 +123,9 @@ impl Engine {
         self.evictor.mass.begin_measurement();
         for (r, seq) in reserved.iter().zip(&self.batch.seqs) {
             let b = self.tree.get(r.branch)?;
-            for (&block, &mass) in b.table.blocks().iter().zip(&output.mass[seq.blocks.clone()]) {
+            let num_found = b.num_found / self.layout.block_size;
+            let found = b.table.blocks().iter().take(num_found);
+            for (&block, &mass) in found.zip(&output.mass[seq.blocks.clone()]) {
                 self.evictor.mass.add(block, f64::from(mass));
             }
         }

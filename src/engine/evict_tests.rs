@@ -1,6 +1,7 @@
 //! Attention mass on its way from the pass to the blocks, the order it gives, and what eviction is counted to cost.
 
 use super::*;
+use crate::batch::{Batch, BatchSeq};
 use crate::config::ModelSource;
 use crate::kv::eviction::Eviction;
 
@@ -47,73 +48,125 @@ fn assert_near(got: f64, want: f64) {
     assert!((got - want).abs() < 0.01 * want, "{got} instead of {want}");
 }
 
+/// A pass by hand: `lens` new rows each, in blocks of their own from block 0 on.
+fn pass(e: &mut Engine, lens: &[usize], measures_mass: bool) -> Vec<f32> {
+    let mut batch = Batch { measures_mass, ..Default::default() };
+    for &len in lens {
+        let (row, first) = (batch.token_ids.len(), batch.blocks.len());
+        batch.token_ids.extend(tokens(row as u32, len as u32));
+        batch.positions.extend(0..len as u32);
+        batch.slots.extend((0..len as u32).map(|i| first as u32 * 16 + i));
+        batch.blocks.extend((0..len.div_ceil(16)).map(|i| (first + i) as u32));
+        batch.seqs.push(BatchSeq { rows: row..row + len, blocks: first..batch.blocks.len(), kv_len: len });
+    }
+    e.runner.run(&batch, &[], &[]).unwrap().mass
+}
+
 #[test]
 fn a_measured_row_hands_out_one_per_query_head() {
     let mut e = engine(64, Eviction::Mass);
     let heads = e.model().num_q_heads as f64;
-    let id = uncached(&mut e, &tokens(0, 37));
-    run(&mut e);
-    let mass = masses(&e, id);
-    assert_eq!(mass.len(), 3);
+    assert!(pass(&mut e, &[37, 16], false).is_empty());
+    let mass = pass(&mut e, &[37, 16, 1], true);
+    assert_eq!(mass.len(), 3 + 1 + 1);
     assert!(mass.iter().all(|&m| m > 0.0), "{mass:?}");
-    assert_near(mass.iter().sum(), heads);
+    assert_near(mass[..3].iter().map(|&m| f64::from(m)).sum(), heads);
+    assert_near(mass[3].into(), heads);
+    // A row that sees itself alone gives itself all it has.
+    assert_near(mass[4].into(), heads);
+}
+
+/// A branch of 48 tokens, and a fork of it that adds one: three blocks that the fork found.
+fn family(e: &mut Engine) -> (BranchId, BranchId) {
+    let root = uncached(e, &tokens(0, 48));
+    let mut forks = [BranchId::default()];
+    e.fork(root, &mut forks).unwrap();
+    e.append(forks[0], &[400]).unwrap();
+    (root, forks[0])
+}
+
+#[test]
+fn only_who_finds_a_block_adds_to_its_mass() {
+    let mut e = engine(64, Eviction::Mass);
+    let heads = e.model().num_q_heads as f64;
+    let root = uncached(&mut e, &tokens(0, 48));
+    start(&mut e, root, 40);
+    run(&mut e);
+    assert_eq!(masses(&e, root), [0.0; 6], "its own rows add nothing");
+    let (root, fork) = family(&mut e);
+    run(&mut e);
+    let mass = masses(&e, fork);
+    assert_eq!(masses(&e, root), mass[..3]);
+    assert_eq!(mass[3], 0.0);
+    let found: f64 = mass.iter().sum();
+    assert!(mass[..3].iter().all(|&m| m > 0.0) && found < heads, "{mass:?}");
+    let mut again = [BranchId::default(); 3];
+    e.fork(root, &mut again).unwrap();
+    again.iter().for_each(|&b| e.append(b, &[400]).unwrap());
+    run(&mut e);
+    // Three more rows that see what the fork saw.
+    assert_near(masses(&e, root).iter().sum(), 4.0 * found);
 }
 
 #[test]
 fn mass_is_measured_where_a_prompt_ends_and_in_every_sixteenth_decode_pass() {
-    for (new, measurements) in [(1, 1), (16, 1), (17, 2), (32, 2), (33, 3)] {
+    let sum = |new: usize| {
         let mut e = engine(64, Eviction::Mass);
-        let heads = e.model().num_q_heads as f64;
-        let id = uncached(&mut e, &tokens(0, 37));
-        start(&mut e, id, new);
+        let (root, fork) = family(&mut e);
+        start(&mut e, fork, new);
         run(&mut e);
-        assert_near(masses(&e, id).iter().sum(), heads * f64::from(measurements));
-    }
-}
-
-#[test]
-fn branches_add_up_on_the_blocks_they_share() {
-    let mut e = engine(64, Eviction::Mass);
-    let heads = e.model().num_q_heads as f64;
-    let root = uncached(&mut e, &tokens(0, 32));
-    let mut forks = [BranchId::default(); 4];
-    e.fork(root, &mut forks).unwrap();
-    for (i, &fork) in forks.iter().enumerate() {
-        e.append(fork, &[400 + i as u32]).unwrap();
-    }
-    run(&mut e);
-    // The root's own last row, and one row a fork; of the forks' mass, what fell on their own blocks.
-    let own: f64 = forks.iter().map(|&f| masses(&e, f)[2]).sum();
-    let shared: f64 = masses(&e, root).iter().sum();
-    assert!(own > 0.0);
-    assert_near(shared + own, 5.0 * heads);
+        masses(&e, root).iter().sum::<f64>()
+    };
+    let sums = [1, 16, 17, 32, 33].map(sum);
+    assert!(sums[0] > 0.0 && sums[0] == sums[1], "{sums:?}");
+    assert!(sums[2] > sums[1] && sums[2] == sums[3] && sums[4] > sums[3], "{sums:?}");
 }
 
 #[test]
 fn other_policies_measure_nothing() {
     for eviction in [Eviction::Lru, Eviction::Fifo] {
         let mut e = engine(64, eviction);
-        let id = uncached(&mut e, &tokens(0, 37));
-        start(&mut e, id, 20);
+        let (root, fork) = family(&mut e);
+        start(&mut e, fork, 20);
         run(&mut e);
-        assert_eq!(masses(&e, id), [0.0; 4]);
+        assert_eq!(masses(&e, root), [0.0; 3]);
     }
 }
 
 #[test]
 fn a_copied_tail_keeps_its_mass() {
     let mut e = engine(64, Eviction::Mass);
-    let heads = e.model().num_q_heads as f64;
     let root = uncached(&mut e, &tokens(0, 37));
     run(&mut e);
-    let before = masses(&e, root)[2];
+    let tail = e.tree.get(root).unwrap().table.blocks()[2];
+    e.evictor.mass.add(tail, 5.0);
     let mut forks = [BranchId::default(); 2];
     e.fork(root, &mut forks).unwrap();
     e.append(forks[0], &[400]).unwrap();
     run(&mut e);
-    let tails = (masses(&e, root)[2], masses(&e, forks[0])[2]);
-    assert_eq!(tails.0, before);
-    assert!(tails.1 > before && tails.1 < before + heads, "{tails:?} after {before}");
+    assert_eq!((masses(&e, root)[2], masses(&e, forks[0])[2]), (5.0, 5.0));
+    assert_ne!(e.tree.get(forks[0]).unwrap().table.blocks()[2], tail);
+}
+
+#[test]
+fn a_branch_that_gave_way_has_found_only_what_the_cache_still_had() {
+    let mut e = engine(64, Eviction::Mass);
+    let (root, fork) = family(&mut e);
+    run(&mut e);
+    assert_eq!(e.tree.get(fork).unwrap().num_found, 48);
+    e.preempt(fork.index as usize).unwrap();
+    e.append(fork, &[401]).unwrap();
+    let before = masses(&e, root);
+    run(&mut e);
+    assert_eq!((masses(&e, root), masses(&e, fork)), (before, vec![0.0; 4]));
+    let options = PrefillOptions::default();
+    let cached = e.prefill(&tokens(0, 48), options).unwrap();
+    run(&mut e);
+    let again = e.prefill(&tokens(0, 48), options).unwrap();
+    run(&mut e);
+    assert_eq!(e.tree.get(again).unwrap().num_found, 32);
+    let mass = masses(&e, cached);
+    assert!(mass[0] > 0.0 && mass[1] > 0.0 && mass[2] == 0.0, "{mass:?}");
 }
 
 #[test]

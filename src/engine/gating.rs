@@ -28,6 +28,13 @@ pub struct GroupSimilarity {
     pub similarity: Similarity,
 }
 
+/// A gate of branches at work in a pass.
+pub(super) struct RunningGate {
+    gate: Arc<BranchGate>,
+    /// Who of its members has a last pending token in the pass: (place among them, sequence of the pass).
+    members: Vec<(usize, usize)>,
+}
+
 impl BranchGate {
     /// All members run in one pass, or none does.
     fn compares(&self) -> bool {
@@ -89,7 +96,7 @@ impl Engine {
             self.tree.iter().filter_map(|b| b.gate.clone()).filter(|g| g.compares()).collect();
         for gate in groups {
             let mut pending = 0;
-            for b in gate.members.iter().filter_map(|&m| self.tree.get(m).ok()) {
+            for b in gate.members.iter().filter(|&&m| self.is_under(m, &gate)).filter_map(|&m| self.tree.get(m).ok()) {
                 pending += b.tokens.len() - self.fork_start(b);
             }
             if pending > self.config.max_batch_tokens {
@@ -110,12 +117,24 @@ impl Engine {
 
     fn dissolve(&mut self, gate: &Arc<BranchGate>) -> Result<()> {
         tracing::debug!(members = gate.members.len(), "not compared: the prompts do not fit one pass");
-        for &m in &gate.members {
-            if let Ok(b) = self.tree.get_mut(m)
-                && b.gate.as_ref().is_some_and(|g| Arc::ptr_eq(g, gate))
-            {
-                b.gate = None;
+        for &m in gate.members.iter() {
+            if self.is_under(m, gate) {
+                self.tree.get_mut(m)?.gate = None;
             }
+        }
+        Ok(())
+    }
+
+    /// The branch is there, and no later gate has replaced this one.
+    fn is_under(&self, branch: BranchId, gate: &Arc<BranchGate>) -> bool {
+        self.tree.get(branch).is_ok_and(|b| b.gate.as_ref().is_some_and(|g| Arc::ptr_eq(g, gate)))
+    }
+
+    /// A branch that is asked for more than its prompt can no longer become another's.
+    pub(super) fn leave_clusters(&mut self, branch: BranchId) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        if b.gate.as_ref().is_some_and(|g| g.spec.effect.needs_clusters()) {
+            b.gate = None;
         }
         Ok(())
     }
@@ -125,11 +144,13 @@ impl Engine {
         b.gate.as_ref().filter(|g| g.compares()).map(|g| Arc::as_ptr(g) as usize)
     }
 
-    /// A fork of a prompt that may yet become another's waits until that is decided.
+    /// A fork of a branch that may leave its pass waits until that is decided: the layers behind would miss its KV.
     pub(super) fn waits_for_gate(&self, b: &Branch) -> bool {
+        let leaves = |spec: &GateSpec| matches!(spec.effect, Effect::Alias | Effect::Drop | Effect::Stop);
+        let for_all = self.gates.iter().any(leaves);
         let mut fork = b.fork_point;
         while let Some(parent) = fork.and_then(|f| self.tree.get(f.parent).ok()) {
-            if parent.gate.as_ref().is_some_and(|g| g.spec.effect == Effect::Alias) {
+            if parent.is_runnable() && (for_all || parent.gate.as_ref().is_some_and(|g| leaves(&g.spec))) {
                 return true;
             }
             fork = parent.fork_point;
@@ -138,13 +159,16 @@ impl Engine {
     }
 
     /// Gates for every pass first, then those of the branches whose last pending token this pass computes.
-    pub(super) fn branch_gates(&self, reserved: &[Reserved]) -> Result<Vec<Arc<BranchGate>>> {
-        let mut gates: Vec<Arc<BranchGate>> = Vec::new();
+    pub(super) fn branch_gates(&self, reserved: &[Reserved]) -> Result<Vec<RunningGate>> {
+        let mut gates: Vec<RunningGate> = Vec::new();
         for r in reserved.iter().filter(|r| r.query.is_some()) {
             if let Some(gate) = &self.tree.get(r.branch)?.gate
-                && !gates.iter().any(|g| Arc::ptr_eq(g, gate))
+                && !gates.iter().any(|g| Arc::ptr_eq(&g.gate, gate))
             {
-                gates.push(Arc::clone(gate));
+                let seq = |id: &BranchId| reserved.iter().position(|r| r.branch == *id && r.query.is_some());
+                let placed = gate.members.iter().enumerate().filter(|(_, m)| self.is_under(**m, gate));
+                let members = placed.filter_map(|(i, m)| Some((i, seq(m)?))).collect();
+                gates.push(RunningGate { gate: Arc::clone(gate), members });
             }
         }
         Ok(gates)
@@ -153,18 +177,14 @@ impl Engine {
     /// The pass's gates: those set for every pass, then `of_branches`.
     pub(super) fn pass_gates<'a>(
         gates: &'a [GateSpec],
-        of_branches: &'a [Arc<BranchGate>],
+        of_branches: &'a [RunningGate],
         reserved: &[Reserved],
     ) -> Vec<PassGate<'a>> {
         let all = gates.iter().map(|spec| PassGate { spec, seqs: (0..reserved.len()).collect(), keys: Vec::new() });
-        let place = |id: &BranchId| reserved.iter().position(|r| r.branch == *id && r.query.is_some());
-        let some = of_branches.iter().map(|gate| {
-            let placed = || gate.members.iter().enumerate().filter_map(|(i, m)| Some((i, place(m)?)));
-            PassGate {
-                spec: &gate.spec,
-                seqs: placed().map(|(_, seq)| seq).collect(),
-                keys: placed().filter_map(|(i, _)| gate.keys.get(i).copied()).collect(),
-            }
+        let some = of_branches.iter().map(|RunningGate { gate, members }| PassGate {
+            spec: &gate.spec,
+            seqs: members.iter().map(|m| m.1).collect(),
+            keys: members.iter().filter_map(|m| gate.keys.get(m.0).copied()).collect(),
         });
         all.chain(some).collect()
     }
@@ -172,14 +192,13 @@ impl Engine {
     /// The pass has run: its branches' gates are spent, and what they compared is known to every member.
     pub(super) fn spend_gates(
         &mut self,
-        gates: &[Arc<BranchGate>],
+        gates: &[RunningGate],
         reserved: &[Reserved],
         mut similarities: Vec<Option<Similarity>>,
     ) -> Result<()> {
         let of_branches = similarities.split_off(similarities.len().saturating_sub(gates.len()));
         for (gate, similarity) in gates.iter().zip(of_branches) {
-            let ran = |m: &&BranchId| reserved.iter().any(|r| r.branch == **m && r.query.is_some());
-            let members: Vec<BranchId> = gate.members.iter().filter(ran).copied().collect();
+            let members: Vec<BranchId> = gate.members.iter().map(|m| reserved[m.1].branch).collect();
             let found = similarity.map(|similarity| GroupSimilarity { members: members.clone(), similarity });
             let found = found.map(Arc::new);
             for m in members {
@@ -191,16 +210,23 @@ impl Engine {
         Ok(())
     }
 
-    /// `branch` becomes one with `to`: its tokens, its blocks, its last row. Children that wait for it follow.
+    /// `branch` becomes one with `to`: its tokens, its blocks, its last row. Children that wait for it follow. Where it
+    /// watches something else, its last token runs again.
     pub(super) fn alias(&mut self, branch: BranchId, to: BranchId, layer: u32) -> Result<()> {
         let target = self.tree.get(to)?;
-        let table = target.table.fork(&mut self.pool, target.num_computed)?;
-        let (tokens, num_computed) = (target.tokens.clone(), target.num_computed);
-        let (state, cached, last) = (target.state, target.num_cached_blocks, target.last.clone());
+        let b = self.tree.get(branch)?;
+        let sees_the_same = (&b.watch, b.top_k) == (&target.watch, target.top_k);
+        let num_computed = target.num_computed.min(target.tokens.len() - usize::from(!sees_the_same));
+        let table = target.table.fork(&mut self.pool, num_computed)?;
+        let tokens = target.tokens.clone();
+        let (state, cached) = (target.state, target.num_cached_blocks.min(num_computed / self.layout.block_size));
+        let last = target.last.clone().filter(|_| sees_the_same);
+        let old = b.tokens.clone();
+        self.rebase_children(branch, &old, &tokens)?;
         let b = self.tree.get_mut(branch)?;
         b.table.clear(&mut self.pool)?;
         b.table = table;
-        let old_len = std::mem::replace(&mut b.tokens, tokens).len();
+        b.tokens = tokens;
         b.num_computed = num_computed;
         b.prompt_len = b.tokens.len();
         b.num_cached_blocks = cached;
@@ -208,26 +234,32 @@ impl Engine {
         b.last = last;
         b.fork_point = None;
         b.exit_layer = Some(layer);
-        self.rebase_children(branch, old_len)?;
         self.events.push_back(Event { branch, kind: EventKind::Aliased { to } });
         Ok(())
     }
 
-    /// The first `old_len` tokens of the children that wait for `branch` become its own, and so on below them.
-    fn rebase_children(&mut self, branch: BranchId, old_len: usize) -> Result<()> {
-        let new = self.tree.get(branch)?.tokens.clone();
+    /// The children that wait for `branch`, which changes from `old` to `new`, follow it, and so on below them. One that
+    /// does not begin with all of `old` is no fork of that prompt: it takes what there is, and goes its own way.
+    fn rebase_children(&mut self, branch: BranchId, old: &[u32], new: &[u32]) -> Result<()> {
         let is_child = |b: &&Branch| b.fork_point.is_some_and(|f| f.parent == branch);
         let children: Vec<BranchId> = self.tree.iter().filter(is_child).map(|b| b.id).collect();
         for child in children {
+            let old_child = self.tree.get(child)?.tokens.clone();
+            let Some(own) = old_child.strip_prefix(old) else {
+                self.materialise(child)?;
+                continue;
+            };
+            let new_child = [new, own].concat();
+            self.rebase_children(child, &old_child, &new_child)?;
             let b = self.tree.get_mut(child)?;
-            let old_child_len = b.tokens.len();
-            b.tokens.splice(..old_len.min(old_child_len), new.iter().copied());
-            b.prompt_len = (b.prompt_len + new.len()).saturating_sub(old_len).max(1);
+            b.tokens = new_child;
+            let moved = |place: usize| (place + new.len()).saturating_sub(old.len());
+            b.prompt_len = moved(b.prompt_len).max(1);
+            b.score_from = b.score_from.map(moved);
             if let Some(fork) = &mut b.fork_point {
                 // A fork that runs its parent's last token again still does.
-                fork.at = new.len().saturating_sub(old_len.saturating_sub(fork.at));
+                fork.at = moved(fork.at);
             }
-            self.rebase_children(child, old_child_len)?;
         }
         Ok(())
     }

@@ -31,6 +31,13 @@ impl Engine {
         Self::with_weights(config, model, &store)
     }
 
+    /// What tells the configuration's model from others, without opening it: a hash of its shape and of samples of
+    /// every tensor.
+    pub fn fingerprint(config: &EngineConfig) -> Result<String> {
+        let (model, store) = load(config)?;
+        Ok(store.fingerprint(&model))
+    }
+
     /// As [`open`](Self::open), for weights that are at hand.
     pub fn with_weights(config: EngineConfig, model: ModelConfig, store: &WeightStore) -> Result<Self> {
         Self::with_weight_sets(config, model, store, None)

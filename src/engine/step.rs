@@ -91,6 +91,7 @@ impl Engine {
         b.num_lost = b.num_lost.max((blocks.len() + num_evicted) * self.layout.block_size);
         b.num_cached_blocks = blocks.len();
         b.num_computed = blocks.len() * self.layout.block_size;
+        b.num_found = b.num_computed;
         self.totals.tokens_from_cache += b.num_computed as u64;
         b.table = BlockTable::from_blocks(&self.pool, self.layout.block_size, &blocks)?;
         Ok(())
@@ -371,9 +372,13 @@ impl Engine {
         b.state = b.state.inherit(b.table.state());
         if let Some(fork) = b.fork_point.take() {
             // What its parent wrote in this very pass may have become weaker since it was shared.
-            let parent = self.tree.get(fork.parent)?.state;
+            let parent = self.tree.get(fork.parent)?;
+            let (state, rows, exact) = (parent.state, parent.table.state(), parent.table.exact_len());
             let b = self.tree.get_mut(r.branch)?;
-            b.state = b.state.inherit(parent);
+            if exact < r.old_len {
+                b.table.mark(&mut self.pool, exact, rows)?;
+            }
+            b.state = b.state.inherit(state);
         }
         Ok(())
     }

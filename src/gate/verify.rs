@@ -7,7 +7,7 @@ use super::{Effect, GateSpec, Over, ProbeNorm, Rule, Scope, Statistic};
 use crate::error::{Error, Result};
 
 /// The rule for skipping verification.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "rule")]
 pub enum SkipRule {
     /// Verify always.

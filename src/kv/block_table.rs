@@ -301,6 +301,11 @@ impl BlockTable {
         self.state
     }
 
+    /// The leading rows that are exact rows of this branch's own tokens.
+    pub fn exact_len(&self) -> usize {
+        self.exact_len
+    }
+
     /// The leading full blocks that hold exact rows of this branch's own tokens: what the prefix cache may be given.
     /// Of an open append only what was there before: its rows are not written yet.
     pub fn cacheable_blocks(&self) -> &[BlockId] {

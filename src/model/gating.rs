@@ -66,6 +66,13 @@ impl<B: Backend> Model<B> {
         queries: &[RowQuery],
         pass: &mut Pass<B>,
     ) -> Result<()> {
+        let compares_rows = |s: Statistic| matches!(s, Statistic::RowIndex | Statistic::StepSimilarity);
+        if gates.iter().any(|g| compares_rows(g.spec.statistic) && g.spec.layers.contains(&after)) {
+            // The addition happens once, whoever looks first.
+            let mut similarity = vec![f32::NAN; pass.live.num_rows()];
+            self.flush_delta(pass, Some(&mut similarity))?;
+            pass.step_similarity = similarity;
+        }
         let mut watches = std::mem::take(&mut pass.watches);
         for (gate, watch) in gates.iter().zip(&mut watches) {
             if gate.spec.layers.contains(&after) {
@@ -97,10 +104,8 @@ impl<B: Backend> Model<B> {
             .collect();
         match gate.spec.statistic {
             Statistic::RowIndex | Statistic::StepSimilarity => {
-                let mut similarity = vec![f32::NAN; pass.live.num_rows()];
-                self.flush_delta(pass, Some(&mut similarity))?;
                 for &(m, live) in &members {
-                    watch.seen[m].push(similarity[pass.live.last_row(live)]);
+                    watch.seen[m].push(pass.step_similarity[pass.live.last_row(live)]);
                 }
                 Ok(self.decide(gate, watch, &members, pass))
             }
@@ -301,6 +306,8 @@ impl<B: Backend> Model<B> {
         let (inputs, query_ids) = pass.live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
         pass.inputs = self.backend.stage(inputs)?;
         pass.query_ids = query_ids;
+        let seen = std::mem::take(&mut pass.step_similarity);
+        pass.step_similarity = kept.iter().filter_map(|&row| seen.get(row as usize).copied()).collect();
         self.backend.gather_rows(GatherRows {
             rows: RowIds::Given(&kept),
             src: &self.ws.x,
@@ -406,12 +413,11 @@ impl<B: Backend> Model<B> {
         pass: &mut Pass<B>,
     ) -> Result<()> {
         let seq = &batch.seqs[pass.live.seq_of(live_seq)];
-        let first_live = pass.live.first_row(live_seq);
         let (ids, rows): (Vec<usize>, Vec<u32>) = queries
             .iter()
             .enumerate()
             .filter(|(_, q)| seq.rows.contains(&q.row))
-            .map(|(i, q)| (i, (first_live + q.row - seq.rows.start) as u32))
+            .filter_map(|(i, q)| Some((i, pass.live.live_row(q.row)? as u32)))
             .unzip();
         let mut dst = self.backend.alloc(DType::F32, rows.len() * self.config.hidden)?;
         self.backend.gather_rows(GatherRows {

@@ -172,7 +172,7 @@ impl LiveRows {
     }
 
     /// Where a batch row is now; `None` when its sequence has left.
-    fn live_row(&self, batch_row: usize) -> Option<usize> {
+    pub(super) fn live_row(&self, batch_row: usize) -> Option<usize> {
         self.seqs.iter().find_map(|s| Some(s.rows.start + s.batch_rows.place(batch_row)?))
     }
 

@@ -15,6 +15,7 @@ use memmap2::Mmap;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
+pub(crate) mod fingerprint;
 mod random;
 mod safetensors;
 

@@ -6,7 +6,6 @@
 
 use serde::Serialize;
 
-use super::intervals::clopper_pearson;
 use super::ladder::{Arm, Interval, PriceList, Ratio, difference_of_means, ratio};
 use super::{LatencyMs, ProblemResult, SolveReport, TokenCounts, wilson};
 use crate::engine::EndReason;
@@ -14,6 +13,7 @@ use crate::gate::verify::SkipRule;
 use crate::prompts::same_answer;
 use crate::solver::SolverConfig;
 use crate::solver::select::{Ballot, Select, select};
+use crate::stats::clopper_pearson;
 
 /// Confidence of every interval here.
 const CONFIDENCE: f64 = 0.95;

@@ -83,6 +83,8 @@ pub(super) struct LevelNode<'a> {
     pub(super) is_open: bool,
     /// Its step's score; `None` (and what is not a number) ranks last.
     pub(super) score: Option<f64>,
+    /// The node of the level that stands for all whose states are like its own, where states were compared.
+    pub(super) like: Option<usize>,
 }
 
 /// What becomes of a node at the end of its level.
@@ -94,7 +96,7 @@ pub(super) enum NodeFate {
     Keep,
     /// It is dropped.
     Prune,
-    /// It is dropped, and the node with this index, which said the same, has its votes.
+    /// It is dropped, and the node with this index, which said the same or has come to the same state, has its votes.
     Merge(usize),
 }
 
@@ -102,7 +104,8 @@ pub(super) enum NodeFate {
 /// the `beam` best are kept (ties: the first), except where they are scored below `min_score`.
 ///
 /// Two nodes say the same only when everything since the problem is equal: the same step behind different steps is not
-/// the same state, and equal answers reached on different ways are votes, not duplicates.
+/// the same state, and equal answers reached on different ways are votes, not duplicates. Where states were compared,
+/// nodes with the same `like` are one as well.
 pub(super) fn decide(nodes: &[LevelNode<'_>], beam: usize, min_score: Option<f64>) -> Vec<NodeFate> {
     let rank = |i: usize| nodes[i].score.filter(|x| !x.is_nan()).unwrap_or(f64::NEG_INFINITY);
     let mut order: Vec<usize> = (0..nodes.len()).filter(|&i| nodes[i].is_open).collect();
@@ -111,7 +114,10 @@ pub(super) fn decide(nodes: &[LevelNode<'_>], beam: usize, min_score: Option<f64
     let mut kept: Vec<usize> = Vec::new();
     let mut distinct: Vec<usize> = Vec::new();
     for i in order {
-        fates[i] = match distinct.iter().find(|&&j| nodes[j].solution == nodes[i].solution) {
+        let is_one = |j: usize| {
+            nodes[j].solution == nodes[i].solution || (nodes[i].like.is_some() && nodes[i].like == nodes[j].like)
+        };
+        fates[i] = match distinct.iter().find(|&&j| is_one(j)) {
             Some(&survivor) => NodeFate::Merge(survivor),
             None => {
                 distinct.push(i);
@@ -135,7 +141,7 @@ mod tests {
     use crate::solver::Policy;
 
     fn open(solution: &[u32], score: f64) -> LevelNode<'_> {
-        LevelNode { solution, is_open: true, score: Some(score) }
+        LevelNode { solution, is_open: true, score: Some(score), like: None }
     }
 
     #[test]
@@ -144,6 +150,13 @@ mod tests {
         assert_eq!(decide(&nodes, 2, None), [Keep, Keep, Prune, Prune]);
         assert_eq!(decide(&nodes, 9, None), [Keep; 4], "a beam larger than the level keeps all");
         assert_eq!(decide(&[], 2, None), []);
+    }
+
+    #[test]
+    fn nodes_of_one_state_are_one_and_the_better_scored_stays() {
+        let like = |like, node: LevelNode<'static>| LevelNode { like: Some(like), ..node };
+        let nodes = [like(1, open(&[1], 0.5)), like(1, open(&[2], 0.9)), like(2, open(&[3], 0.1))];
+        assert_eq!(decide(&nodes, 9, None), [Merge(1), Keep, Keep]);
     }
 
     #[test]

@@ -128,6 +128,27 @@ pub struct SolverConfig {
     /// Write down what reports draw: what each layer of a verification says, and where the KV blocks are at each step.
     /// Costs time, and changes no answer.
     pub record: bool,
+    /// Whose thresholds were taken from a calibration, and what it promises.
+    pub calibration: Option<Calibrated>,
+}
+
+/// What a run took from a calibration.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Calibrated {
+    /// The file's name.
+    pub file: String,
+    /// At most this share of the problems goes from right to wrong, by each mechanism alone.
+    pub target: f64,
+    /// With this confidence.
+    pub confidence: f64,
+    /// Problems it rests on.
+    pub problems: usize,
+    /// Mechanisms that run with its thresholds.
+    pub used: Vec<String>,
+    /// Mechanisms that run without: no setting was admissible, or the promise does not extend to them.
+    pub unused: Vec<String>,
+    /// What is different from the runs it rests on: there the target was never shown.
+    pub differs: Vec<String>,
 }
 
 impl SolverConfig {
@@ -156,6 +177,7 @@ impl SolverConfig {
             concurrency: 1,
             cold_cache: true,
             record: false,
+            calibration: None,
         };
         match policy {
             Policy::NoSharing => Self { sharing: Sharing::None, verify: VerifyMode::Fresh, ..base },
@@ -210,11 +232,6 @@ impl SolverConfig {
         }
         if let Some(merge) = &self.merge {
             merge.validate()?;
-            check(
-                self.search.is_none(),
-                "merge-converged",
-                "works on plain branches; a tree merges what says the same",
-            )?;
         }
         if let Some(exit) = &self.verify_exit {
             exit.validate()?;

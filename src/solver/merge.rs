@@ -39,7 +39,8 @@ impl Merging {
 
     fn merge(&mut self, engine: &mut Engine, task: &dyn Task, branches: &mut [Candidate]) -> Result<()> {
         let compared = std::mem::take(&mut self.compared);
-        let Some(found) = compared.first().map(|&id| engine.similarity(id)).transpose()?.flatten() else {
+        // A trial that stood has taken its branch's place since.
+        let Some(found) = compared.iter().find_map(|&id| engine.similarity(id).ok().flatten()).cloned() else {
             return Ok(());
         };
         let place = |id: BranchId| branches.iter().position(|c| c.id == id);
@@ -54,6 +55,7 @@ impl Merging {
                 continue;
             }
             branches[merged].read(engine, task)?;
+            engine.uncache(branches[merged].id)?;
             engine.merge(branches[survivor].id, branches[merged].id)?;
             branches[survivor].votes += branches[merged].votes;
             let gone = &mut branches[merged];

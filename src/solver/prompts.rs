@@ -139,7 +139,7 @@ fn can_pay(config: &SolverConfig, texts: &[&[u32]], common: usize) -> bool {
 }
 
 /// Tokens with which every text begins, leaving each at least one of its own.
-pub(super) fn common_prefix(texts: &[&[u32]]) -> usize {
+pub(crate) fn common_prefix(texts: &[&[u32]]) -> usize {
     let Some((first, rest)) = texts.split_first() else { return 0 };
     let same = |n: usize| rest.iter().all(|t| t.get(n) == first.get(n));
     let shortest = texts.iter().map(|t| t.len()).min().unwrap_or(0);

@@ -127,7 +127,8 @@ impl Run {
     /// Books a step's tokens and its time to a phase.
     pub(super) fn count(&mut self, item: &StepItem, seconds: f64) {
         let is_probed = self.phase == Phase::Decode && item.left_early;
-        let (tokens, ms) = match (self.phase, item.is_decode) {
+        let is_trial = self.trials.as_mut().is_some_and(|t| t.count(item));
+        let (tokens, ms) = match (self.phase, item.is_decode || is_trial) {
             (Phase::Verify, _) => (&mut self.tokens.verify, &mut self.ms.verify),
             (_, true) => (&mut self.tokens.decode, &mut self.ms.decode),
             (_, false) if is_probed => (&mut self.tokens.probed, &mut self.ms.prefill),
@@ -135,9 +136,6 @@ impl Run {
         };
         *tokens += item.num_tokens as u64;
         *ms += seconds * 1e3;
-        if let Some(trials) = &mut self.trials {
-            trials.count(item);
-        }
     }
 
     /// Writes down where the KV blocks are.
@@ -220,14 +218,17 @@ impl Run {
         let Some(step) = self.branches.iter().map(|c| c.steps).max().and_then(|s| s.checked_sub(1)) else {
             return Ok(());
         };
-        let means: Vec<f64> = self.branches.iter().map(|c| c.confidence).collect();
+        let standing: Vec<usize> =
+            (0..self.branches.len()).filter(|&i| self.branches[i].merged_into.is_none()).collect();
+        let means: Vec<f64> = standing.iter().map(|&i| self.branches[i].confidence).collect();
         let stops: Vec<usize> = match config.decode_exit {
             DecodeExit::Off => Vec::new(),
             DecodeExit::StopAll if config.exit_rule.fires(step, &means) => open,
             DecodeExit::StopAll => Vec::new(),
             DecodeExit::PerBranch => {
                 let trailing = config.exit_rule.trailing(step, &means);
-                open.into_iter().filter(|&i| trailing[i]).collect()
+                let trails = |i: usize| standing.iter().zip(&trailing).any(|(&s, &trails)| s == i && trails);
+                open.into_iter().filter(|&i| trails(i)).collect()
             }
             DecodeExit::Decided | DecodeExit::Trial => {
                 let ended: Vec<Ballot> =
@@ -253,8 +254,11 @@ impl Run {
             let stats = engine.stats(c.id)?;
             c.blocks = (stats.blocks_shared, stats.blocks_private);
         }
-        let confidences: Vec<f64> = self.branches.iter().map(|c| c.confidence).collect();
-        let answers: Vec<Option<String>> = self.branches.iter().map(|c| c.answer.clone()).collect();
+        let standing = || self.branches.iter().filter(|c| c.merged_into.is_none());
+        let confidences: Vec<f64> = standing().map(|c| c.confidence).collect();
+        // As often as there are branches that it stands for.
+        let votes = |c: &Candidate| std::iter::repeat_n(c.answer.clone(), c.votes as usize);
+        let answers: Vec<Option<String>> = standing().flat_map(votes).collect();
         self.phase = Phase::Done;
         if config.verify == VerifyMode::Off {
             return Ok(());

@@ -9,17 +9,17 @@
 //! The nodes of the last level, and those that ended their solution before it, are the branches of a [`Run`]: it decodes
 //! them to their end, verifies and selects. A problem without a tree is such a run from its beginning.
 
-use super::beam::{self, LevelNode, NodeFate, SearchConfig, StepScore};
-use super::candidate::{Candidate, generate_params};
+use super::candidate::Candidate;
 use super::config::SolverConfig;
+use super::growth::{Growth, close_level};
+use super::nodes::{Node, record};
 use super::prompts::Prompts;
 use super::run::Run;
 use super::steps::StepWatch;
 use super::task::Task;
-use super::verdicts::yes_share;
 use crate::engine::{BranchId, EndReason, Engine, StepItem};
 use crate::error::Result;
-use crate::report::{BranchResult, NodeEnd, NodeResult, ProblemResult};
+use crate::report::ProblemResult;
 
 /// See the module text.
 pub(super) struct Search {
@@ -28,55 +28,6 @@ pub(super) struct Search {
     nodes: Vec<Node>,
     /// While a level before the last is open.
     pub(super) growth: Option<Growth>,
-}
-
-struct Node {
-    parent: Option<usize>,
-    depth: usize,
-    branch: usize,
-    /// Tokens of the solution that its ancestors generated.
-    from: usize,
-    /// What its solution begins with.
-    inherited: String,
-    /// Its branch among the run's.
-    leaf: Option<usize>,
-    /// What it added, once it has ended as anything but a leaf.
-    said: Said,
-    score: Option<f64>,
-}
-
-#[derive(Clone)]
-struct Said {
-    tokens: usize,
-    text: String,
-    confidence: f64,
-    answer: Option<String>,
-    ended: NodeEnd,
-}
-
-/// A level before the last, and what waits for the end of the growth.
-pub(super) struct Growth {
-    config: SearchConfig,
-    pub(super) depth: usize,
-    pub(super) level: Vec<Growing>,
-    /// Children of the level, while it is being closed.
-    next: Vec<Growing>,
-    pub(super) leaves: Vec<(usize, Candidate)>,
-    /// While the steps are scored by a verifier: (its branch, the node of the level it judges).
-    verifiers: Option<Vec<(BranchId, usize)>>,
-    /// Verdicts still to come.
-    open: usize,
-    num_yes: usize,
-}
-
-pub(super) struct Growing {
-    pub(super) node: usize,
-    pub(super) parent: Option<usize>,
-    pub(super) candidate: Candidate,
-    watch: StepWatch,
-    /// It ended at a step delimiter, and can go on.
-    is_open: bool,
-    yes: Option<f64>,
 }
 
 impl Search {
@@ -93,31 +44,17 @@ impl Search {
             search.nodes.iter_mut().enumerate().for_each(|(i, node)| node.leaf = Some(i));
             return Ok(search);
         }
-        match search.plant(tree, config, task) {
-            Ok(()) => Ok(search),
+        match StepWatch::new(config, task, 0) {
+            Ok(watch) => {
+                let branches = std::mem::take(&mut search.run.branches);
+                search.growth = Some(Growth::new(tree, task, branches, &watch));
+                Ok(search)
+            }
             Err(error) => {
                 search.abandon(engine);
                 Err(error)
             }
         }
-    }
-
-    /// The run's branches become the first level.
-    fn plant(&mut self, tree: &SearchConfig, config: &SolverConfig, task: &dyn Task) -> Result<()> {
-        let watch = StepWatch::new(config, task, 0)?;
-        let roots = std::mem::take(&mut self.run.branches);
-        let level = roots.into_iter().enumerate().map(|(i, c)| Growing::new(i, None, c, watch.clone())).collect();
-        self.growth = Some(Growth {
-            config: tree.clone(),
-            depth: 1,
-            level,
-            next: Vec::new(),
-            leaves: Vec::new(),
-            verifiers: None,
-            open: 0,
-            num_yes: task.verdict_tokens().0.len(),
-        });
-        Ok(())
     }
 
     pub(super) fn task_idx(&self) -> usize {
@@ -194,7 +131,7 @@ impl Search {
     /// Between two steps: the end of steps, of levels, and what the run has to decide.
     pub(super) fn advance(&mut self, engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> Result<()> {
         if let Some(growth) = &mut self.growth {
-            if !growth.is_ready(engine, task)? {
+            if !growth.is_ready(engine, config, task)? {
                 return Ok(());
             }
             close_level(growth, &mut self.nodes, engine, config, task)?;
@@ -217,8 +154,7 @@ impl Search {
     pub(super) fn finish(self, engine: &mut Engine, config: &SolverConfig, task: &dyn Task) -> Result<ProblemResult> {
         let confidences: Vec<f64> = self.run.branches.iter().map(Candidate::own_confidence).collect();
         let mut result = self.run.finish(engine, config, task)?;
-        let leaf = |node: &Node| node.leaf.and_then(|i| Some((result.branches.get(i)?, *confidences.get(i)?)));
-        result.tree = self.nodes.iter().enumerate().map(|(i, node)| node.result(i, leaf(node))).collect();
+        result.tree = record(&self.nodes, &result.branches, &confidences);
         Ok(result)
     }
 
@@ -229,261 +165,4 @@ impl Search {
         }
         self.run.abandon(engine);
     }
-}
-
-impl Growth {
-    fn branch_ids(&self) -> impl Iterator<Item = BranchId> {
-        let nodes = self.level.iter().chain(&self.next).map(|g| g.candidate.id);
-        let leaves = self.leaves.iter().map(|(_, c)| c.id);
-        nodes.chain(leaves).chain(self.verifiers.iter().flatten().map(|v| v.0))
-    }
-
-    fn candidate(&mut self, branch: BranchId) -> Option<&mut Candidate> {
-        self.level.iter_mut().map(|g| &mut g.candidate).find(|c| c.id == branch)
-    }
-
-    fn verifier(&self, branch: BranchId) -> Option<usize> {
-        self.verifiers.iter().flatten().find(|v| v.0 == branch).map(|v| v.1)
-    }
-
-    fn on_verdict(&mut self, engine: &Engine, branch: BranchId) -> Result<()> {
-        let Some(i) = self.verifier(branch) else { return Ok(()) };
-        let yes = engine.row(branch)?.and_then(|row| yes_share(row, self.num_yes));
-        for j in i..self.level.len() {
-            if j == i || self.level[j].is_twin_of(&self.level[i]) {
-                self.level[j].yes = yes;
-            }
-        }
-        self.open -= 1;
-        Ok(())
-    }
-
-    /// True when every step of the level has ended and is scored.
-    fn is_ready(&mut self, engine: &mut Engine, task: &dyn Task) -> Result<bool> {
-        if self.verifiers.is_some() {
-            return Ok(self.open == 0);
-        }
-        for g in &mut self.level {
-            g.settle(engine, task)?;
-        }
-        if self.level.iter().any(|g| g.candidate.ended.is_none()) {
-            return Ok(false);
-        }
-        if self.config.score == StepScore::Confidence {
-            return Ok(true);
-        }
-        self.ask_verifiers(engine, task)?;
-        Ok(self.open == 0)
-    }
-
-    /// One verifier for each open node, on a fork of it; twins have one.
-    fn ask_verifiers(&mut self, engine: &mut Engine, task: &dyn Task) -> Result<()> {
-        let (yes, no) = task.verdict_tokens();
-        let watched = [yes, no].concat();
-        let verifiers = self.verifiers.insert(Vec::new());
-        for (i, g) in self.level.iter().enumerate().filter(|(_, g)| g.is_open) {
-            if self.level[..i].iter().any(|other| g.is_twin_of(other)) {
-                continue;
-            }
-            let mut fork = [BranchId::default()];
-            engine.fork(g.candidate.id, &mut fork)?;
-            verifiers.push((fork[0], i));
-            let suffix = task.verify_suffix();
-            engine.append(fork[0], &suffix[overlap(&g.candidate.generated, suffix)..])?;
-            engine.watch(fork[0], &watched, 0)?;
-            self.open += 1;
-        }
-        Ok(())
-    }
-}
-
-impl Growing {
-    fn new(node: usize, parent: Option<usize>, candidate: Candidate, watch: StepWatch) -> Self {
-        Self { node, parent, candidate, watch, is_open: false, yes: None }
-    }
-
-    /// Siblings that said the same: their KV is the same, and so is their verdict.
-    fn is_twin_of(&self, other: &Self) -> bool {
-        self.parent.is_some()
-            && self.parent == other.parent
-            && (self.is_open, &self.candidate.generated) == (other.is_open, &other.candidate.generated)
-    }
-
-    /// Ends the step at its delimiter, unless the solution has ended with it.
-    fn settle(&mut self, engine: &mut Engine, task: &dyn Task) -> Result<()> {
-        let c = &mut self.candidate;
-        if c.ended.is_none() {
-            c.settle(engine, task)?;
-            let step = self.watch.next_end(&engine.tokens(c.id)?[c.prompt_len..])?;
-            if step.is_some() && c.ended.is_none() {
-                engine.stop(c.id)?; // behind the delimiter: a pass brings one token, and each is looked at
-                c.ended = Some(EndReason::Stopped);
-                self.is_open = true;
-            }
-        }
-        c.settle(engine, task)
-    }
-}
-
-/// The level is over: duplicates merge, the beam is kept, the others' blocks return, and the kept grow the next level.
-/// After an error everything is still where [`Growth::branch_ids`] finds it.
-fn close_level(
-    growth: &mut Growth,
-    nodes: &mut Vec<Node>,
-    engine: &mut Engine,
-    config: &SolverConfig,
-    task: &dyn Task,
-) -> Result<()> {
-    while let Some(&(id, _)) = growth.verifiers.as_ref().and_then(|v| v.last()) {
-        engine.uncache(id)?;
-        engine.prune(id)?;
-        growth.verifiers.as_mut().map(Vec::pop);
-    }
-    let scores: Vec<Option<f64>> =
-        growth.level.iter().map(|g| g.score(growth.config.score, engine)).collect::<Result<_>>()?;
-    let views: Vec<LevelNode<'_>> = growth.level.iter().zip(&scores).map(|(g, &score)| g.view(score)).collect();
-    let fates = beam::decide(&views, growth.config.beam, growth.config.min_score);
-    for (g, (&fate, &score)) in growth.level.iter().zip(fates.iter().zip(&scores)) {
-        let ended = match fate {
-            NodeFate::Leaf => continue,
-            NodeFate::Keep => NodeEnd::Expanded,
-            NodeFate::Prune => NodeEnd::Pruned,
-            NodeFate::Merge(i) => NodeEnd::Duplicate(growth.level[i].node),
-        };
-        nodes[g.node].score = score;
-        nodes[g.node].said = g.said(&nodes[g.node], engine, ended)?;
-    }
-    // Survivors may be pruned, and take the votes along: merge first.
-    for (i, &fate) in fates.iter().enumerate() {
-        if let NodeFate::Merge(survivor) = fate {
-            engine.uncache(growth.level[i].candidate.id)?;
-            engine.merge(growth.level[survivor].candidate.id, growth.level[i].candidate.id)?;
-            growth.level[survivor].candidate.votes += growth.level[i].candidate.votes;
-        }
-    }
-    for (i, _) in fates.iter().enumerate().filter(|(_, f)| **f == NodeFate::Prune) {
-        engine.uncache(growth.level[i].candidate.id)?;
-        engine.prune(growth.level[i].candidate.id)?;
-    }
-    for (i, _) in fates.iter().enumerate().filter(|(_, f)| **f == NodeFate::Keep) {
-        expand(growth, i, nodes, engine, config, task)?;
-        engine.prune(growth.level[i].candidate.id)?;
-    }
-    let next = std::mem::take(&mut growth.next);
-    let level = std::mem::replace(&mut growth.level, next);
-    let leaves = level.into_iter().zip(fates).filter(|(_, fate)| *fate == NodeFate::Leaf);
-    growth.leaves.extend(leaves.map(|(g, _)| (g.node, g.candidate)));
-    growth.verifiers = None;
-    growth.depth += 1;
-    Ok(())
-}
-
-/// As many children of the level's node `i` as there are branches.
-fn expand(
-    growth: &mut Growth,
-    i: usize,
-    nodes: &mut Vec<Node>,
-    engine: &mut Engine,
-    config: &SolverConfig,
-    task: &dyn Task,
-) -> Result<()> {
-    let parent = &growth.level[i];
-    let used = parent.candidate.generated.len();
-    let watch = StepWatch::new(config, task, used)?;
-    let mut children = vec![BranchId::default(); config.num_branches];
-    engine.fork(parent.candidate.id, &mut children)?;
-    for (branch, &id) in children.iter().enumerate() {
-        let child = Candidate::grown_from(&parent.candidate, id, task);
-        growth.next.push(Growing::new(nodes.len(), Some(parent.node), child, watch.clone()));
-        nodes.push(Node::new(Some(parent.node), growth.depth + 1, branch, Some(&parent.candidate)));
-    }
-    let params = generate_params(config, task, config.max_new_tokens - used);
-    children.into_iter().try_for_each(|id| engine.start(id, params.clone()))
-}
-
-impl Growing {
-    /// Leaves are judged at the end.
-    fn score(&self, rule: StepScore, engine: &Engine) -> Result<Option<f64>> {
-        if !self.is_open {
-            return Ok(None);
-        }
-        Ok(rule.of(engine.confidence(self.candidate.id)?, self.yes))
-    }
-
-    fn view(&self, score: Option<f64>) -> LevelNode<'_> {
-        LevelNode { solution: &self.candidate.generated, is_open: self.is_open, score }
-    }
-
-    fn said(&self, node: &Node, engine: &Engine, ended: NodeEnd) -> Result<Said> {
-        let c = &self.candidate;
-        Ok(Said {
-            tokens: c.generated.len() - node.from,
-            text: node.own(&c.text),
-            confidence: engine.confidence(c.id)?,
-            answer: c.answer.clone(),
-            ended,
-        })
-    }
-}
-
-impl Node {
-    fn new(parent: Option<usize>, depth: usize, branch: usize, grown_from: Option<&Candidate>) -> Self {
-        Self {
-            parent,
-            depth,
-            branch,
-            from: grown_from.map_or(0, |c| c.generated.len()),
-            inherited: grown_from.map_or(String::new(), |c| c.text.clone()),
-            leaf: None,
-            said: Said { tokens: 0, text: String::new(), confidence: 0.0, answer: None, ended: NodeEnd::Failed },
-            score: None,
-        }
-    }
-
-    /// What it adds to its ancestors' words.
-    fn own(&self, solution: &str) -> String {
-        solution.strip_prefix(self.inherited.as_str()).unwrap_or(solution).to_string()
-    }
-
-    /// Its record; `leaf` is its branch with the confidence of its own steps, if it became one.
-    fn result(&self, number: usize, leaf: Option<(&BranchResult, f64)>) -> NodeResult {
-        let said = match leaf {
-            Some((b, confidence)) => Said {
-                tokens: b.tokens.len().saturating_sub(self.from),
-                text: self.own(&b.text),
-                confidence,
-                answer: b.answer.clone(),
-                ended: b.ended.map_or(NodeEnd::Failed, node_end),
-            },
-            None => self.said.clone(),
-        };
-        NodeResult {
-            node: number,
-            parent: self.parent,
-            depth: self.depth,
-            branch: self.branch,
-            tokens: said.tokens,
-            text: said.text,
-            confidence: said.confidence,
-            score: leaf.map_or(self.score, |(b, _)| b.score),
-            answer: said.answer,
-            ended: said.ended,
-        }
-    }
-}
-
-/// Why a leaf ended.
-fn node_end(reason: EndReason) -> NodeEnd {
-    match reason {
-        EndReason::EndToken => NodeEnd::Answered,
-        EndReason::Length | EndReason::Context => NodeEnd::Length,
-        EndReason::Stopped => NodeEnd::Stopped,
-        EndReason::Dropped | EndReason::NonFinite | EndReason::Merged => NodeEnd::Failed,
-    }
-}
-
-/// Tokens with which `suffix` begins and `solution` ends: where a step's delimiter opens the verification question, it
-/// is not said twice.
-fn overlap(solution: &[u32], suffix: &[u32]) -> usize {
-    (0..=suffix.len().min(solution.len())).rev().find(|&n| solution.ends_with(&suffix[..n])).unwrap_or(0)
 }

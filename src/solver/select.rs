@@ -16,6 +16,11 @@ pub enum Select {
     ScoreSqrtConf,
 }
 
+impl Select {
+    /// Every rule.
+    pub const ALL: [Self; 3] = [Self::Vote, Self::Majority, Self::ScoreSqrtConf];
+}
+
 impl std::str::FromStr for Select {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
@@ -43,8 +48,12 @@ pub struct Ballot {
 
 impl Ballot {
     /// A branch that was not verified counts by its confidence alone, as in the paper after a skip.
+    /// One that another speaks for does not stand at all.
     fn composite(&self) -> f64 {
-        self.score.unwrap_or(1.0) * self.confidence.sqrt()
+        match self.votes > 0.0 {
+            true => self.score.unwrap_or(1.0) * self.confidence.sqrt(),
+            false => f64::NEG_INFINITY,
+        }
     }
 
     fn weight(&self, rule: Select) -> f64 {
@@ -57,7 +66,9 @@ impl Ballot {
 pub fn select(rule: Select, ballots: &[Ballot]) -> Option<usize> {
     let best = |score: &dyn Fn(&Ballot) -> f64| first_max(ballots.iter().map(score));
     if rule == Select::ScoreSqrtConf {
-        return best(&|b: &Ballot| if b.votes > 0.0 { b.composite() } else { 0.0 });
+        let has_answer = ballots.iter().any(|b| b.answer.is_some());
+        let counts = |b: &Ballot| b.votes > 0.0 && (b.answer.is_some() || !has_answer);
+        return best(&|b: &Ballot| if counts(b) { b.composite() } else { -1.0 });
     }
     let support = |b: &Ballot| -> f64 {
         let same = |o: &&Ballot| b.answer.is_some() && o.answer == b.answer;
@@ -125,6 +136,14 @@ mod tests {
         b[0].votes = 2.0;
         assert_eq!((select(Select::Vote, &b), select(Select::Majority, &b)), (Some(0), Some(0)));
         assert_eq!((tally(Select::Vote, &b), tally(Select::Majority, &b)), (vec![1.0, 0.9], vec![2.0, 1.0]));
+    }
+
+    /// A branch that was stopped before its answer is sure of what it has said so far.
+    #[test]
+    fn a_branch_without_an_answer_wins_only_when_nobody_has_one() {
+        let b = [ballot("-", 1.0, None), ballot("1", 0.5, Some(0.5))];
+        assert_eq!(Select::ALL.map(|rule| select(rule, &b)), [Some(1); 3]);
+        assert_eq!(Select::ALL.map(|rule| select(rule, &b[..1])), [Some(0); 3]);
     }
 
     /// One that was merged away has no score either, and would count as one whose verification was skipped.

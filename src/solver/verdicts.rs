@@ -4,9 +4,10 @@ use super::candidate::Candidate;
 use super::config::{SolverConfig, VerifyMode};
 use super::prompts::common_prefix;
 use super::task::Task;
-use crate::engine::{BranchId, EndReason, Engine, PrefillOptions, RowAnswer};
+use crate::engine::{BranchId, EndReason, Engine, LayerRow, PrefillOptions, RowAnswer};
 use crate::error::Result;
 use crate::gate::verify::VerifyExit;
+use crate::gate::{Over, Statistic};
 use crate::report::{LayerEntropy, VerifyOutcome};
 
 /// See the module text.
@@ -15,6 +16,8 @@ pub(super) struct Verdicts {
     /// Branches that exist for verification alone: (branch, index of the candidate it judges).
     verifiers: Vec<(BranchId, Option<usize>)>,
     num_yes: usize,
+    /// The yes of looks between layers that are at one yes and one no alone.
+    sole_yes: Option<u32>,
     /// Verdicts still to come.
     open: usize,
     outcome: VerifyOutcome,
@@ -50,6 +53,9 @@ impl Verdicts {
             Some(exit) => exit.gate(num_layers),
             None => config.record.then(|| VerifyExit::CANDIDATES.observer(num_layers)),
         };
+        let sees_both =
+            matches!(&gate, Some(g) if matches!(g.statistic, Statistic::Entropy { over: Over::Watched, .. }));
+        self.sole_yes = yes.first().copied().filter(|_| sees_both && watched.len() == 2);
         if let Some(gate) = gate.filter(|_| !ids.is_empty()) {
             engine.gate(&gate, &ids)?;
         }
@@ -110,15 +116,7 @@ impl Verdicts {
         let c = &mut branches[idx];
         c.score = yes_share(row, self.num_yes).or(c.score);
         c.exit_layer = engine.exit_layer(branch)?;
-        c.layers = row
-            .layers
-            .iter()
-            .map(|l| LayerEntropy {
-                layer: l.layer,
-                entropy: f64::from(l.stats.entropy),
-                top1: f64::from(l.stats.top1),
-            })
-            .collect();
+        c.layers = row.layers.iter().map(|l| layer_entropy(l, self.sole_yes)).collect();
         self.outcome.exited += usize::from(c.exit_layer.is_some());
         self.open -= 1;
         Ok(())
@@ -135,6 +133,12 @@ impl Verdicts {
     pub(super) fn outcome(&self) -> &VerifyOutcome {
         &self.outcome
     }
+}
+
+fn layer_entropy(l: &LayerRow, sole_yes: Option<u32>) -> LayerEntropy {
+    let top1 = f64::from(l.stats.top1);
+    let yes = sole_yes.map(|yes| if l.stats.argmax == yes { top1 } else { 1.0 - top1 });
+    LayerEntropy { layer: l.layer, entropy: f64::from(l.stats.entropy), top1, yes }
 }
 
 /// A verifier's yes against its no, of which the first `num_yes` watched tokens are spellings of yes. `None` when its

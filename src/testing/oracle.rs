@@ -56,10 +56,19 @@ pub fn cosine(a: &[f64], b: &[f64]) -> f64 {
 
 /// Half-split rotation of one head at `position`; the angle is an f32 product.
 pub fn rope(x: &[f64], position: u32, inv_freq: &[f32], scale: f64) -> Vec<f64> {
+    rotate(x, position as f32, inv_freq, scale)
+}
+
+/// A head that stood at some position, `shift` positions on; one that does not move keeps every bit.
+pub fn turn(x: &[f64], shift: i32, inv_freq: &[f32]) -> Vec<f64> {
+    if shift == 0 { x.to_vec() } else { rotate(x, shift as f32, inv_freq, 1.0) }
+}
+
+fn rotate(x: &[f64], steps: f32, inv_freq: &[f32], scale: f64) -> Vec<f64> {
     let half = x.len() / 2;
     let mut y = vec![0.0; x.len()];
     for i in 0..half {
-        let angle = f64::from(position as f32 * inv_freq[i]);
+        let angle = f64::from(steps * inv_freq[i]);
         let (c, s) = (angle.cos() * scale, angle.sin() * scale);
         y[i] = x[i] * c - x[i + half] * s;
         y[i + half] = x[i + half] * c + x[i] * s;

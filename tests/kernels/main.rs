@@ -20,6 +20,7 @@ mod device;
 mod elementwise;
 mod emulation;
 mod entropy_probe;
+mod kv_transfer;
 mod linear;
 mod probes;
 mod row_stats;

@@ -48,8 +48,7 @@ pub(crate) fn plain(idx: usize, branches: usize) -> ProblemResult {
         verify: 12.0 * draws.next(),
     };
     let correct = idx % 7 != 3;
-    let mut verify = VerifyOutcome::default();
-    verify.run = branches;
+    let verify = VerifyOutcome { run: branches, ..VerifyOutcome::default() };
     ProblemResult {
         id: format!("test-{idx:04}"),
         answer: Some(if correct { "84".into() } else { "48".to_string() }),
@@ -80,7 +79,7 @@ pub(crate) fn full(idx: usize, branches: usize) -> ProblemResult {
         let mut entropy = 4.5 + draws.next();
         for layer in [2, 4, 5, 6, 7] {
             entropy *= 0.45 + 0.4 * draws.next();
-            b.layers.push(LayerEntropy { layer, entropy, top1: 1.0 / (1.0 + entropy) });
+            b.layers.push(LayerEntropy { layer, entropy, top1: 1.0 / (1.0 + entropy), yes: None });
             if entropy < 0.8 {
                 b.exit_layer = Some(layer);
                 break;
@@ -94,14 +93,15 @@ pub(crate) fn full(idx: usize, branches: usize) -> ProblemResult {
 }
 
 pub(crate) fn similarity(members: usize, draws: &mut Draws) -> SimilarityRecord {
-    let mut pairwise = vec![vec![1.0f32; members]; members];
-    for i in 0..members {
-        for j in 0..i {
-            let alike = (i % 2 == j % 2) as u8 as f64;
-            let value = (0.62 + 0.25 * alike + 0.1 * draws.next()) as f32;
-            (pairwise[i][j], pairwise[j][i]) = (value, value);
+    let mut below = vec![vec![0.0f32; members]; members];
+    for (i, row) in below.iter_mut().enumerate() {
+        for (j, value) in row[..i].iter_mut().enumerate() {
+            let alike = f64::from(u8::from(i % 2 == j % 2));
+            *value = (0.62 + 0.25 * alike + 0.1 * draws.next()) as f32;
         }
     }
+    let value = |i: usize, j: usize| if i == j { 1.0 } else { below[i.max(j)][i.min(j)] };
+    let pairwise = (0..members).map(|i| (0..members).map(|j| value(i, j)).collect()).collect();
     SimilarityRecord {
         members: (0..members).map(|i| format!("wording {i}")).collect(),
         to_root: (0..members).map(|_| (0.7 + 0.3 * draws.next()) as f32).collect(),

@@ -317,6 +317,69 @@ impl Default for rksc_kv_copy_blocks_params {
 }
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, :: bytemuck :: Zeroable, :: bytemuck :: Pod)]
+pub struct rksc_slot_transfer {
+    pub src: u32,
+    pub dst: u32,
+    pub shift: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of rksc_slot_transfer"][::core::mem::size_of::<rksc_slot_transfer>() - 12usize];
+    ["Alignment of rksc_slot_transfer"][::core::mem::align_of::<rksc_slot_transfer>() - 4usize];
+    ["Offset of field: rksc_slot_transfer::src"][::core::mem::offset_of!(rksc_slot_transfer, src) - 0usize];
+    ["Offset of field: rksc_slot_transfer::dst"][::core::mem::offset_of!(rksc_slot_transfer, dst) - 4usize];
+    ["Offset of field: rksc_slot_transfer::shift"][::core::mem::offset_of!(rksc_slot_transfer, shift) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct rksc_kv_transfer_params {
+    pub transfers: *const rksc_slot_transfer,
+    pub k_cache: *mut ::core::ffi::c_void,
+    pub v_cache: *mut ::core::ffi::c_void,
+    pub inv_freq: *const f32,
+    pub num_transfers: u32,
+    pub num_kv_heads: u32,
+    pub block_size: u32,
+    pub head_dim: u32,
+    pub dtype: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of rksc_kv_transfer_params"][::core::mem::size_of::<rksc_kv_transfer_params>() - 56usize];
+    ["Alignment of rksc_kv_transfer_params"][::core::mem::align_of::<rksc_kv_transfer_params>() - 8usize];
+    ["Offset of field: rksc_kv_transfer_params::transfers"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, transfers) - 0usize];
+    ["Offset of field: rksc_kv_transfer_params::k_cache"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, k_cache) - 8usize];
+    ["Offset of field: rksc_kv_transfer_params::v_cache"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, v_cache) - 16usize];
+    ["Offset of field: rksc_kv_transfer_params::inv_freq"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, inv_freq) - 24usize];
+    ["Offset of field: rksc_kv_transfer_params::num_transfers"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, num_transfers) - 32usize];
+    ["Offset of field: rksc_kv_transfer_params::num_kv_heads"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, num_kv_heads) - 36usize];
+    ["Offset of field: rksc_kv_transfer_params::block_size"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, block_size) - 40usize];
+    ["Offset of field: rksc_kv_transfer_params::head_dim"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, head_dim) - 44usize];
+    ["Offset of field: rksc_kv_transfer_params::dtype"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, dtype) - 48usize];
+    ["Offset of field: rksc_kv_transfer_params::reserved"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, reserved) - 52usize];
+};
+impl Default for rksc_kv_transfer_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone, PartialEq, :: bytemuck :: Zeroable, :: bytemuck :: Pod)]
 pub struct rksc_attention_item {
     pub row_start: u32,
     pub num_rows: u32,
@@ -987,6 +1050,7 @@ unsafe extern "C" {
     pub fn rksc_linear_w4(p: *const rksc_linear_w4_params, stream: rksc_stream) -> i32;
     pub fn rksc_rope_append(p: *const rksc_rope_append_params, stream: rksc_stream) -> i32;
     pub fn rksc_kv_copy_blocks(p: *const rksc_kv_copy_blocks_params, stream: rksc_stream) -> i32;
+    pub fn rksc_kv_transfer(p: *const rksc_kv_transfer_params, stream: rksc_stream) -> i32;
     pub fn rksc_paged_attention(p: *const rksc_paged_attention_params, stream: rksc_stream) -> i32;
     pub fn rksc_attention_mass(p: *const rksc_attention_mass_params, stream: rksc_stream) -> i32;
     pub fn rksc_silu_mul(p: *const rksc_silu_mul_params, stream: rksc_stream) -> i32;
@@ -1017,6 +1081,7 @@ unsafe extern "C" {
     pub fn rksc_emu_linear_w4(p: *const rksc_linear_w4_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_rope_append(p: *const rksc_rope_append_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_kv_copy_blocks(p: *const rksc_kv_copy_blocks_params, stream: rksc_stream) -> i32;
+    pub fn rksc_emu_kv_transfer(p: *const rksc_kv_transfer_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_paged_attention(p: *const rksc_paged_attention_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_attention_mass(p: *const rksc_attention_mass_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_silu_mul(p: *const rksc_silu_mul_params, stream: rksc_stream) -> i32;

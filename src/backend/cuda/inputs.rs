@@ -1,14 +1,14 @@
 //! A pass's inputs in device memory: one buffer of 32-bit words, filled by one copy.
 //!
 //! ```text
-//! | token_ids | positions | slots | query_rows | row_order | kv_lens | num_items | items | groups | copies | blocks |
+//! | token_ids | positions | slots | query_rows | row_order | kv_lens | num_items | items | groups | copies | transfers | blocks |
 //! ```
 //!
 //! Sections are as long as their bucket, so that a recorded graph finds each where it was. Block ids come last: they
 //! are reached through indices, and there may be any number.
 
 use super::attention_items::{AttentionItems, ItemParams};
-use super::bindings::{RKSC_NO_SLOT, rksc_attention_group, rksc_attention_item, rksc_block_copy};
+use super::bindings::{RKSC_NO_SLOT, rksc_attention_group, rksc_attention_item, rksc_block_copy, rksc_slot_transfer};
 use super::device::{Device, DeviceBuf};
 use super::graphs::{Shape, bucket};
 use crate::backend::PassInputs;
@@ -20,6 +20,7 @@ pub struct CudaInputs {
     pub(super) num_rows: usize,
     pub(super) num_queries: usize,
     pub(super) num_copies: usize,
+    pub(super) num_transfers: usize,
     /// Counts rounded up.
     pub(super) shape: Shape,
     /// KV slots attention reads, shared runs once.
@@ -43,11 +44,12 @@ struct Sections {
     items: usize,
     groups: usize,
     copies: usize,
+    transfers: usize,
     blocks: usize,
 }
 
 impl Sections {
-    fn new(shape: Shape, num_copies: usize) -> Self {
+    fn new(shape: Shape, num_copies: usize, num_transfers: usize) -> Self {
         let words = |bytes: usize| bytes / 4;
         let positions = shape.rows;
         let slots = positions + shape.rows;
@@ -59,8 +61,9 @@ impl Sections {
         let groups = items + shape.items * words(size_of::<rksc_attention_item>());
         // A group has a row at least.
         let copies = groups + shape.rows * words(size_of::<rksc_attention_group>());
-        let blocks = copies + num_copies * words(size_of::<rksc_block_copy>());
-        Self { positions, slots, query_rows, row_order, kv_lens, num_items, items, groups, copies, blocks }
+        let transfers = copies + num_copies * words(size_of::<rksc_block_copy>());
+        let blocks = transfers + num_transfers * words(size_of::<rksc_slot_transfer>());
+        Self { positions, slots, query_rows, row_order, kv_lens, num_items, items, groups, copies, transfers, blocks }
     }
 }
 
@@ -109,6 +112,10 @@ impl CudaInputs {
         self.at(self.sections.copies)
     }
 
+    pub(super) fn transfers(&self) -> *const rksc_slot_transfer {
+        self.at(self.sections.transfers)
+    }
+
     pub(super) fn blocks(&self) -> *const u32 {
         self.at(self.sections.blocks)
     }
@@ -137,7 +144,7 @@ impl InputStore {
             items: plan.items.len().next_power_of_two(),
             partials: plan.num_partials.next_power_of_two(),
         };
-        let sections = Sections::new(shape, inputs.copies.len());
+        let sections = Sections::new(shape, inputs.copies.len(), inputs.transfers.len());
         self.words.clear();
         let mut put = |start: usize, words: &[u32], filler: u32| {
             self.words.resize(start, filler);
@@ -153,6 +160,7 @@ impl InputStore {
         put(sections.items, bytemuck::cast_slice(&plan.items), 0);
         put(sections.groups, bytemuck::cast_slice(&plan.groups), 0);
         put(sections.copies, &copies(inputs), 0);
+        put(sections.transfers, &transfers(inputs), 0);
         put(sections.blocks, &plan.blocks, 0);
         let fits = self.buffer.as_ref().is_some_and(|b| b.len() >= self.words.len());
         if !fits {
@@ -167,6 +175,7 @@ impl InputStore {
             num_rows,
             num_queries: inputs.query_rows.len(),
             num_copies: inputs.copies.len(),
+            num_transfers: inputs.transfers.len(),
             shape,
             slots_read: inputs.plan.slots_read(),
             slots_copied: inputs.copies.iter().map(|c| c.num_slots as usize).sum(),
@@ -180,4 +189,9 @@ impl InputStore {
 /// The words of `rksc_block_copy`.
 fn copies(inputs: &PassInputs) -> Vec<u32> {
     inputs.copies.iter().flat_map(|c| [c.src, c.dst, c.num_slots]).collect()
+}
+
+/// The words of `rksc_slot_transfer`.
+fn transfers(inputs: &PassInputs) -> Vec<u32> {
+    inputs.transfers.iter().flat_map(|t| [t.src, t.dst, t.shift.cast_unsigned()]).collect()
 }

@@ -103,6 +103,7 @@ kernels! {
         "linear_w4" linear_w4(rksc_linear_w4_params) rksc_linear_w4 rksc_emu_linear_w4;
         "rope_append" rope_append(rksc_rope_append_params) rksc_rope_append rksc_emu_rope_append;
         "kv_copy_blocks" kv_copy_blocks(rksc_kv_copy_blocks_params) rksc_kv_copy_blocks rksc_emu_kv_copy_blocks;
+        "kv_transfer" kv_transfer(rksc_kv_transfer_params) rksc_kv_transfer rksc_emu_kv_transfer;
         "paged_attention" paged_attention(rksc_paged_attention_params) rksc_paged_attention rksc_emu_paged_attention;
         "attention_mass" attention_mass(rksc_attention_mass_params) rksc_attention_mass rksc_emu_attention_mass;
         "silu_mul" silu_mul(rksc_silu_mul_params) rksc_silu_mul rksc_emu_silu_mul;
@@ -137,6 +138,7 @@ mod tests {
         let mut ours = PARAMS.to_vec();
         ours.extend([
             ("rksc_block_copy", size_of::<rksc_block_copy>()),
+            ("rksc_slot_transfer", size_of::<rksc_slot_transfer>()),
             ("rksc_attention_item", size_of::<rksc_attention_item>()),
             ("rksc_attention_group", size_of::<rksc_attention_group>()),
             ("rksc_mass_sequence", size_of::<rksc_mass_sequence>()),

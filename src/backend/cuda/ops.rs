@@ -112,7 +112,8 @@ impl Backend for Cuda {
     }
 
     fn begin_pass(&mut self, inputs: &CudaInputs, repeatable: bool) -> Result<()> {
-        let is_decode = repeatable && inputs.num_rows == inputs.num_queries;
+        // A recording holds no transfers: their number is part of no shape.
+        let is_decode = repeatable && inputs.num_transfers == 0 && inputs.num_rows == inputs.num_queries;
         self.padding = is_decode.then_some(Padding { num_rows: inputs.num_rows, rows: inputs.shape.rows });
         match is_decode {
             true => self.graphs.begin(&mut self.device, inputs.shape),
@@ -270,8 +271,25 @@ impl Backend for Cuda {
         self.launch(self.device.kernels().kv_copy_blocks, &params)
     }
 
-    fn kv_transfer(&mut self, _p: KvTransfer<'_, Self>) -> Result<()> {
-        Err(Error::Unsupported { op: "kv_transfer", what: "this device".into() })
+    fn kv_transfer(&mut self, p: KvTransfer<'_, Self>) -> Result<()> {
+        let op = "kv_transfer";
+        let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
+        let bytes = 2 * p.inputs.num_transfers * num_kv_heads * head_dim * dtype.size_bytes();
+        self.launched().kv_write_bytes += bytes as u64;
+        let cache_len = p.layout.num_blocks * p.layout.block_elems();
+        let params = rksc_kv_transfer_params {
+            transfers: p.inputs.transfers(),
+            k_cache: p.k_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
+            v_cache: p.v_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
+            inv_freq: p.inv_freq.at(op, DType::F32, 0, head_dim / 2)?.cast(),
+            num_transfers: p.inputs.num_transfers as u32,
+            num_kv_heads: num_kv_heads as u32,
+            block_size: block_size as u32,
+            head_dim: head_dim as u32,
+            dtype: code(dtype),
+            reserved: 0,
+        };
+        self.launch(self.device.kernels().kv_transfer, &params)
     }
 
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {

@@ -1,11 +1,12 @@
 //! Flags of what makes prompts one, stops a verification between layers, and merges branches.
 
 use clap::{Args, ValueEnum};
+use rksc::Engine;
+use rksc::calibrate::Usable;
 use rksc::gate::asks::{Asks, AsksScope};
 use rksc::gate::step::Converged;
 use rksc::gate::verify::VerifyExit;
 use rksc::gate::{Over, ProbeNorm};
-use rksc::Engine;
 use rksc::solver::SolverConfig;
 use rksc::solver::sharing_table::SharingTable;
 
@@ -23,9 +24,9 @@ pub(crate) struct GateArgs {
     /// Layers every prompt runs through before it is compared [default: 2, or as calibrated].
     #[arg(long, value_name = "K")]
     asks_probe_layers: Option<u32>,
-    /// Weight of deep layers in the comparison: exp(alpha l / L).
-    #[arg(long, value_name = "ALPHA", default_value_t = 1.5)]
-    asks_alpha: f32,
+    /// Weight of deep layers in the comparison: exp(alpha l / L) [default: 1.5].
+    #[arg(long, value_name = "ALPHA")]
+    asks_alpha: Option<f32>,
     /// Which prompts may become one: wordings of a problem, or of any problem in flight with the same numbers.
     #[arg(long, default_value = "problem")]
     asks_scope: Scope,
@@ -102,6 +103,23 @@ impl GateArgs {
         Ok(())
     }
 
+    /// Which of the mechanisms switched on here have their thresholds left to a calibration.
+    pub(crate) fn left_open(&self) -> Usable {
+        let is_candidates = matches!(self.verify_exit, Some(ExitOver::Candidates));
+        let exit_numbers = self.exit_theta.is_some()
+            || self.exit_epsilon.is_some()
+            || self.exit_every.is_some()
+            || self.exit_stacked.is_some()
+            || self.exit_min_layer.is_some();
+        let exit_form = self.exit_norm.is_some() || self.exit_all_or_none;
+        let asks_numbers = self.asks_tau.is_some() || self.asks_probe_layers.is_some() || self.asks_alpha.is_some();
+        Usable {
+            skip: false,
+            verify_exit: is_candidates && !exit_numbers && !exit_form,
+            asks: self.asks == AsksMode::Semantic && !asks_numbers,
+        }
+    }
+
     /// Changes `config` as far as flags were given.
     pub(crate) fn apply(&self, config: &mut SolverConfig) {
         config.wordings = self.wordings;
@@ -110,7 +128,7 @@ impl GateArgs {
             config.asks = Some(Asks {
                 tau: self.asks_tau.unwrap_or(base.tau),
                 probe_layers: self.asks_probe_layers.unwrap_or(base.probe_layers),
-                alpha: self.asks_alpha,
+                alpha: self.asks_alpha.unwrap_or(base.alpha),
                 scope: match self.asks_scope {
                     Scope::Problem => AsksScope::Problem,
                     Scope::Batch => AsksScope::Batch,

@@ -9,6 +9,8 @@ macro_rules! say {
 }
 
 mod bench;
+mod calibrate;
+mod calibration;
 mod common;
 mod gates;
 mod generate;
@@ -39,6 +41,8 @@ struct Cli {
 enum Command {
     /// Solve problems with many branches each; with nothing given, the bundled model solves bundled problems.
     Solve(Box<solve::Args>),
+    /// Find thresholds that hold a target, for `solve` to take.
+    Calibrate(Box<calibrate::Args>),
     /// Continue a prompt.
     Generate(Box<generate::Args>),
     /// Log-probabilities of given texts or token ids.
@@ -77,6 +81,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Solve(args) => solve::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Inspect(args) => inspect::run(&args),

@@ -21,15 +21,21 @@ pub(crate) struct ReportFile {
 impl ReportFile {
     /// Refuses a place that cannot be written, and one that another output of the command takes.
     pub(crate) fn open(path: &Path, other: Option<&Path>) -> anyhow::Result<Self> {
-        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-        let same = |other: &Path| fs::canonicalize(other).unwrap_or_else(|_| other.to_path_buf()) == target;
+        let file = Self::at(path);
+        let same = |other: &Path| fs::canonicalize(other).unwrap_or_else(|_| other.to_path_buf()) == file.target;
         anyhow::ensure!(!other.is_some_and(same), "--report: {} is the --out file too; name another", path.display());
-        let file = Self { name: path.to_path_buf(), target };
         file.probe().with_context(|| format!("--report: {}", path.display()))?;
         Ok(file)
     }
 
-    fn probe(&self) -> std::io::Result<()> {
+    /// The file, unchecked.
+    pub(crate) fn at(path: &Path) -> Self {
+        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        Self { name: path.to_path_buf(), target }
+    }
+
+    /// Whether it can be written.
+    pub(crate) fn probe(&self) -> std::io::Result<()> {
         if self.target.file_name().is_none() {
             return Err(std::io::ErrorKind::InvalidFilename.into());
         }
@@ -56,7 +62,8 @@ impl ReportFile {
         self.replace(render(data).as_bytes()).with_context(|| format!("--report: {}", self.name.display()))
     }
 
-    fn replace(&self, bytes: &[u8]) -> std::io::Result<()> {
+    /// Replaces what it holds in one move.
+    pub(crate) fn replace(&self, bytes: &[u8]) -> std::io::Result<()> {
         if fs::metadata(&self.target).is_ok_and(|meta| !meta.is_file()) {
             return OpenOptions::new().write(true).open(&self.target)?.write_all(bytes);
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::{Args as ClapArgs, ValueEnum};
 use rksc::ModelSource;
+use rksc::calibrate::{Setup, Usable};
 use rksc::gate::step::DecodeExit;
 use rksc::gate::verify::SkipRule;
 use rksc::model::family::ModelConfig;
@@ -20,6 +21,7 @@ use rksc::solver::select::Select;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
 use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
 
+use crate::calibration::{self, CalibrationArgs};
 use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
 use crate::gates::GateArgs;
 use crate::report_file::{self, ReportFile};
@@ -48,6 +50,8 @@ pub(crate) struct Args {
     policy: PolicyArgs,
     #[command(flatten)]
     gates: GateArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     #[command(flatten)]
     search: SearchArgs,
     #[command(flatten)]
@@ -92,9 +96,9 @@ pub(crate) struct PolicyArgs {
     /// When verification is skipped [default: as the policy says].
     #[arg(long)]
     skip: Option<Skip>,
-    /// Answers that must agree for --skip agreement.
-    #[arg(long, default_value_t = 5)]
-    agree: usize,
+    /// Answers that must agree for --skip agreement [default: 5, or as calibrated].
+    #[arg(long)]
+    agree: Option<usize>,
     /// When decoding ends early [default: as the policy says].
     #[arg(long, alias = "exit")]
     decode_exit: Option<Exit>,
@@ -143,7 +147,19 @@ pub(crate) enum Cache {
     Warm,
 }
 
+/// Answers that must agree where nothing else is said.
+const AGREE: usize = 5;
+
 impl PolicyArgs {
+    /// Whether a skip rule is asked for whose numbers are left to a calibration.
+    fn leaves_skip_open(&self) -> bool {
+        match self.skip {
+            Some(Skip::Code | Skip::Paper) => true,
+            Some(Skip::Agreement) => self.agree.is_none(),
+            Some(Skip::Never) | None => false,
+        }
+    }
+
     pub(crate) fn config(&self, sampling: &SamplingArgs) -> SolverConfig {
         let mut c = SolverConfig::preset(self.policy);
         c.num_branches = self.branches;
@@ -164,10 +180,10 @@ impl PolicyArgs {
                 Skip::Never => SkipRule::Never,
                 Skip::Code => SkipRule::CODE,
                 Skip::Paper => SkipRule::PAPER,
-                Skip::Agreement => SkipRule::Agreement { k: self.agree },
+                Skip::Agreement => SkipRule::Agreement { k: self.agree.unwrap_or(AGREE) },
             };
-        } else if let SkipRule::Agreement { k } = &mut c.skip {
-            *k = self.agree;
+        } else if let (SkipRule::Agreement { k }, Some(agree)) = (&mut c.skip, self.agree) {
+            *k = agree;
         }
         if let Some(exit) = self.decode_exit {
             c.decode_exit = match exit {
@@ -201,9 +217,18 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     };
     problems.truncate(args.limit.unwrap_or(usize::MAX));
     let report_file = args.report.as_deref().map(|path| ReportFile::open(path, args.out.as_deref())).transpose()?;
+    let (pack, prefix) = texts(args)?;
+    let setup = Setup {
+        branches: config.num_branches,
+        wordings: config.wordings,
+        max_new_tokens: config.max_new_tokens,
+        ..Setup::of_texts(&pack, &prefix)?
+    };
+    let left_open = Usable { skip: args.policy.leaves_skip_open(), ..args.gates.left_open() };
+    args.calibration.apply(&args.engine.config(), &mut config, left_open, &setup)?;
     let mut engine = args.engine.open()?;
     args.gates.measure(&mut engine, &mut config)?;
-    let mut tasks = compile(args, &engine, &problems)?;
+    let mut tasks = text_tasks(&compile_pack(&args.engine, &engine, pack, &prefix)?, &problems)?;
     tasks.first().map_or(Ok(()), |task| config.validate_task(task.as_ref()))?;
     // Last: what is in the file stays there until everything else is known to be sound.
     let mut out = args.out.as_deref().map(|path| Out::open(path, args.resume)).transpose()?;
@@ -229,9 +254,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     results.sort_by_key(|(idx, _)| *idx);
     let results: Vec<ProblemResult> = results.into_iter().map(|(_, r)| r).collect();
     let report = SolveReport::new(&config, &results);
+    let mut setting = report_file::setting(&engine);
+    setting.extend(config.calibration.as_ref().map(|c| ("calibration".to_string(), calibration::in_words(c))));
     let page = ReportData {
         title: format!("{} of {} problems, policy {}", results.len(), tasks.len(), report.policy),
-        setting: report_file::setting(&engine),
+        setting,
         report: Some(&report),
         problems: &results,
         ..ReportData::default()
@@ -240,19 +267,23 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json { print_json(&JsonReport { report: &report, results: &results }) } else { print_summary(&report) }
 }
 
-fn compile(args: &Args, engine: &rksc::Engine, problems: &[Problem]) -> anyhow::Result<Vec<Box<dyn Task>>> {
+/// The prompt pack, and the text in front of every problem.
+fn texts(args: &Args) -> anyhow::Result<(PromptPack, String)> {
     let source = args.engine.source();
     let mut pack = source.prompt_pack(args.prompts.as_deref())?;
     if let Some(path) = &args.approaches {
         pack.approaches = read_text(path)?.lines().filter(|l| !l.trim().is_empty()).map(str::to_string).collect();
     }
-    let prefix = match args.prefix.as_deref() {
-        None => String::new(),
-        Some(path) if path == Path::new("bundled") => source.fewshot_prefix()?,
-        Some(path) => read_text(path)?,
-    };
-    let pack = compile_pack(&args.engine, engine, pack, &prefix)?;
-    text_tasks(&pack, problems)
+    Ok((pack, prefix_text(&source, args.prefix.as_deref())?))
+}
+
+/// The text that `--prefix` names.
+pub(crate) fn prefix_text(source: &ModelSource, path: Option<&Path>) -> anyhow::Result<String> {
+    match path {
+        None => Ok(String::new()),
+        Some(path) if path == Path::new("bundled") => Ok(source.fewshot_prefix()?),
+        Some(path) => read_text(path),
+    }
 }
 
 /// A pack for the engine's model, with `prefix` in front of every problem.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::chosen::{Chosen, chosen};
 use super::markup::{El, coordinate, count, grouped, short};
 use super::plot::{Anchor, Figure, Scale, WIDTH, axis_x, axis_y, label, line};
+use super::words::entropy_over;
 use super::{ReportData, Section};
 use crate::report::{BranchResult, LatencyMs, LayerEntropy, ProblemResult};
 
@@ -21,22 +22,28 @@ pub(super) fn section(data: &ReportData<'_>) -> Section {
     if !probed && exits.is_empty() {
         return section.absent(why_absent(data));
     }
-    section.lead = if exits.is_empty() {
-        "No verification stopped before the last layer. Entropies in nats; of single problems, a line a branch.".into()
-    } else {
-        let mean = exits.iter().map(|&l| f64::from(l)).sum::<f64>() / exits.len() as f64;
-        format!(
-            "The verification of {} stopped before the last layer, after layer {} on average. Entropies in nats; of \
-             single problems, a line a branch and a dot where it stopped.",
-            count(exits.len(), "branch", "branches"),
-            short(mean)
-        )
-    };
+    section.lead = lead(data, &exits);
     section.figures.push(all_branches(data.problems));
     for problem in chosen(data.problems, |r| r.branches.iter().any(|b| !b.layers.is_empty())) {
         section.figures.push(one_problem(problem));
     }
     section
+}
+
+fn lead(data: &ReportData<'_>, exits: &[u32]) -> String {
+    let stopped = if exits.is_empty() {
+        "No verification stopped before the last layer.".into()
+    } else {
+        let mean = exits.iter().map(|&l| f64::from(l)).sum::<f64>() / exits.len() as f64;
+        format!(
+            "The verification of {} stopped before the last layer, after layer {} on average.",
+            count(exits.len(), "branch", "branches"),
+            short(mean)
+        )
+    };
+    let over = data.report.map_or(String::new(), |r| format!(" over {}", entropy_over(&r.config)));
+    let dots = if exits.is_empty() { "" } else { " and a dot where it stopped" };
+    format!("{stopped} Entropies{over} in nats; of single problems, a line a branch{dots}.")
 }
 
 fn why_absent(data: &ReportData<'_>) -> &'static str {
@@ -77,7 +84,8 @@ fn all_branches(problems: &[ProblemResult]) -> Figure {
             *exits.entry(layer).or_default() += 1;
         }
     }
-    let note = "Median (dot), 10th to 90th percentile (line); below, branches that stopped after the layer.";
+    let below = if exits.is_empty() { "" } else { "; below, branches that stopped after the layer" };
+    let note = format!("Median (dot), 10th to 90th percentile (line){below}.");
     let mut figure = Figure::new("entropy-layers", "All branches", note);
     let x = layer_scale(branches());
     let stats: Vec<(u32, LatencyMs, usize)> =
@@ -95,8 +103,14 @@ fn all_branches(problems: &[ProblemResult]) -> Figure {
         let g = g.title(&words).child(line("interval c1", [at, y.at(s.p10)], [at, y.at(s.p90)]));
         plot = plot.child(g.child(El::new("circle").class("c1 dot").at("cx", at).at("cy", y.at(s.p50)).attr("r", 4)));
     }
+    if exits.is_empty() {
+        plot = plot.children(axis_x(&x, &layer_ticks(&x), 8.0, PANEL + 5.0));
+        plot = plot.child(label(0.0, PANEL + 17.0, Anchor::Start, "layer").class("tick"));
+        figure.height = PANEL + 22.0;
+    } else {
+        exit_counts(&mut figure, &x, &exits);
+    }
     figure.add(plot);
-    exit_counts(&mut figure, &x, &exits);
     figure
 }
 

@@ -6,10 +6,11 @@ use super::plot::{Figure, Series};
 use super::{ReportData, Section};
 use crate::report::ladder::{ArmReport, Interval, LadderReport};
 
-const TOKENS: [Series; 3] = [
+const TOKENS: [Series; 4] = [
     Series { key: "prefill", words: "prefill", colour: "c1" },
     Series { key: "decode", words: "decode", colour: "c2" },
     Series { key: "verify", words: "verify", colour: "c3" },
+    Series { key: "probed", words: "first layers only", colour: "c5" },
 ];
 
 pub(super) fn section(data: &ReportData<'_>) -> Section {
@@ -90,19 +91,20 @@ fn ratios(ladder: &LadderReport) -> Figure {
 fn tokens(ladder: &LadderReport) -> Figure {
     let mut figure = Figure::new("ladder-tokens", "Tokens computed", "Per problem, by phase.");
     let problems = ladder.problems.max(1) as f64;
+    let kinds = if ladder.policies.iter().any(|p| p.tokens.probed > 0) { 4 } else { 3 };
     let row = |p: &ArmReport| {
         let t = p.tokens;
         let end = grouped(t.total() as f64 / problems);
         Row {
             name: p.policy.into(),
             title: format!("{}: {end} tokens a problem", p.policy),
-            values: [t.prefill, t.decode, t.verify].map(|n| n as f64 / problems).to_vec(),
+            values: [t.prefill, t.decode, t.verify, t.probed][..kinds].iter().map(|&n| n as f64 / problems).collect(),
             data: vec![("total", exact(t.total() as f64 / problems))],
             end,
         }
     };
     let rows: Vec<Row> = ladder.policies.iter().map(row).collect();
-    stacked(&mut figure, &TOKENS, &rows);
+    stacked(&mut figure, &TOKENS[..kinds], &rows);
     figure
 }
 

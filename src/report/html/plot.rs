@@ -234,7 +234,7 @@ mod tests {
     #[test]
     fn scales_begin_at_zero_and_their_ticks_are_round() {
         let s = Scale::from_zero([3.0, f64::NAN, 100.0], [100.0, 304.0]);
-        assert_eq!((s.domain, s.at(0.0), s.at(102.0), s.at(25.0)), ([0.0, 102.0], 100.0, 304.0, 150.0));
+        assert_eq!((s.domain, s.at(0.0), s.at(102.0), s.at(51.0)), ([0.0, 102.0], 100.0, 304.0, 202.0));
         assert_eq!(s.ticks(4), [0.0, 50.0, 100.0]);
         assert_eq!(Scale::from_zero([], [0.0, 1.0]).domain, [0.0, 1.0]);
         assert_eq!(Scale::new([2.0, 2.0], [0.0, 1.0]).domain, [0.0, 1.0]);
@@ -259,6 +259,6 @@ mod tests {
     fn a_key_wraps_before_the_edge() {
         let s = Series { key: "k", words: "blocks only the cache holds", colour: "c1" };
         let (marks, below) = key(&[s; 4], 0.0);
-        assert_eq!((marks.len(), below), (8, 16.0 + 20.0));
+        assert_eq!((marks.len(), below), (8, 3.0 * 16.0 + 20.0));
     }
 }

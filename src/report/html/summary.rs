@@ -23,7 +23,11 @@ pub(super) fn summary(report: &SolveReport, problems: &[ProblemResult]) -> El {
     }
     let t = report.tokens;
     let [prefill, decode, verify, total] = [t.prefill, t.decode, t.verify, t.total()].map(|n| grouped(n as f64));
-    rows.push(["Tokens computed".into(), format!("{total}: prefill {prefill}, decode {decode}, verify {verify}")]);
+    let mut tokens = format!("{total}: prefill {prefill}, decode {decode}, verify {verify}");
+    if t.probed > 0 {
+        tokens += &format!(", probed {} (through the first layers only)", grouped(t.probed as f64));
+    }
+    rows.push(["Tokens computed".into(), tokens]);
     let skipped = count(report.verify.skipped, "problem", "problems");
     rows.push([
         "Verification".into(),

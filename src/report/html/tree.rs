@@ -29,6 +29,8 @@ struct Node<'a> {
     score: Option<f64>,
     answer: Option<&'a str>,
     text: &'a str,
+    /// Of the problem; 0 is the question itself.
+    wording: usize,
     end: End,
 }
 
@@ -87,6 +89,7 @@ impl<'a> From<&'a NodeResult> for Node<'a> {
             score: n.score,
             answer: n.answer.as_deref(),
             text: &n.text,
+            wording: 0,
             end: n.ended.into(),
         }
     }
@@ -103,6 +106,7 @@ impl<'a> From<&'a BranchResult> for Node<'a> {
             score: b.score,
             answer: b.answer.as_deref(),
             text: &b.text,
+            wording: b.wording,
             end: End::of_branch(b),
         }
     }
@@ -166,10 +170,8 @@ fn ends(problems: &[ProblemResult]) -> Figure {
             data: vec![("end", key.to_string()), ("total", total.to_string())],
         }
     };
-    let note = format!(
-        "Nodes of {} by why they ended, darker nearer to the root.",
-        count(problems.len(), "problem", "problems")
-    );
+    let shades = if deepest > 1 { ", stronger nearer to the root" } else { "" };
+    let note = format!("Nodes of {} by why they ended{shades}.", count(problems.len(), "problem", "problems"));
     let mut figure = Figure::new("tree-ends", "All problems", note);
     stacked(&mut figure, &DEPTHS[..deepest], &rows.iter().map(row).collect::<Vec<_>>());
     figure
@@ -251,6 +253,9 @@ impl Layout<'_> {
         if let Some(answer) = n.answer {
             g = g.attr("data-answer", answer);
         }
+        if n.wording > 0 {
+            g = g.attr("data-wording", n.wording);
+        }
         g = g.title(&format!("{} {}: {}", n.id, n.end.words, clipped(n.text.trim(), MAX_TEXT)));
         if n.depth > 0 {
             let stem = x - self.indent;
@@ -270,7 +275,7 @@ impl Layout<'_> {
 }
 
 fn finite(x: f64) -> Option<String> {
-    x.is_finite().then(|| format!("{x:.2}"))
+    x.is_finite().then(|| format!("{x:.3}"))
 }
 
 fn words(n: &Node<'_>) -> String {
@@ -280,6 +285,9 @@ fn words(n: &Node<'_>) -> String {
     }
     if let Some(answer) = n.answer {
         words += &format!(": {}", clipped(answer, 24));
+    }
+    if n.wording > 0 {
+        words += &format!(" (wording {})", n.wording);
     }
     words
 }
@@ -314,7 +322,7 @@ mod tests {
 
     fn node(id: usize, parent: Option<usize>) -> Node<'static> {
         let end = NodeEnd::Pruned.into();
-        Node { id, parent, depth: 1, tokens: 0, confidence: 0.0, score: None, answer: None, text: "", end }
+        Node { id, parent, depth: 1, tokens: 0, confidence: 0.0, score: None, answer: None, text: "", wording: 0, end }
     }
 
     #[test]

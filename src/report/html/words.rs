@@ -1,15 +1,19 @@
 //! A configuration in words.
 
+use super::markup::count;
+use crate::gate::Over;
+use crate::gate::asks::AsksScope;
 use crate::gate::step::DecodeExit;
-use crate::gate::verify::SkipRule;
+use crate::gate::verify::{SkipRule, VerifyExit};
 use crate::solver::select::Select;
-use crate::solver::{Sharing, SolverConfig, VerifyMode};
+use crate::solver::{Sharing, SolverConfig, StepScore, VerifyMode};
 
 /// Sentences, each ending in a full stop.
 pub(super) fn configuration(c: &SolverConfig) -> Vec<String> {
-    let mut out = vec![branches(c), verify(c)];
-    out.extend(skip(c));
-    out.extend(decode_exit(c));
+    let mut out = vec![branches(c)];
+    out.extend([search(c), wordings(c), asks(c), merge(c)].into_iter().flatten());
+    out.push(verify(c));
+    out.extend([skip(c), verify_exit(c), decode_exit(c)].into_iter().flatten());
     out.push(select(c));
     out.push(sampling(c));
     out.push(flight(c));
@@ -25,6 +29,64 @@ fn branches(c: &SolverConfig) -> String {
         Sharing::Exact => "the KV of identical tokens is shared",
     };
     format!("{branches} a problem, {length} {} tokens each; {sharing}.", c.max_new_tokens)
+}
+
+fn search(c: &SolverConfig) -> Option<String> {
+    let s = c.search.as_ref().filter(|s| s.depth > 1)?;
+    let score = match s.score {
+        StepScore::Confidence => "confidence",
+        StepScore::Verifier => "the verifier",
+        StepScore::Both => "the verifier x sqrt(confidence)",
+    };
+    Some(format!("They grow as a tree of {} levels; of each the best {} by {score} are kept.", s.depth, s.beam))
+}
+
+fn wordings(c: &SolverConfig) -> Option<String> {
+    (c.wordings > 1).then(|| format!("They take turns among {} wordings of the problem.", c.wordings))
+}
+
+fn asks(c: &SolverConfig) -> Option<String> {
+    let a = c.asks?;
+    let scope = match a.scope {
+        AsksScope::Problem => "of a problem",
+        AsksScope::Batch => "in flight with the same numbers",
+    };
+    let then = match a.recompute {
+        None => "go on as one: not exact".into(),
+        Some(p) => {
+            format!("keep their tokens and take over KV, {} % of it computed anew: not exact", f64::from(p) * 100.0)
+        }
+    };
+    Some(format!(
+        "Prompts {scope} that are {} alike after {} {then}.",
+        a.tau,
+        count(a.probe_layers as usize, "layer", "layers")
+    ))
+}
+
+fn merge(c: &SolverConfig) -> Option<String> {
+    let m = c.merge?;
+    Some(format!("Every {} steps, decoding branches that are {} alike are merged: not exact.", m.every, m.tau))
+}
+
+fn verify_exit(c: &SolverConfig) -> Option<String> {
+    let e = c.verify_exit.filter(|_| c.verify != VerifyMode::Off)?;
+    let over = entropy_over(c);
+    let every = if e.every == 1 { String::new() } else { format!(", every {} layers", e.every) };
+    let all = if e.all_or_none { ", all together or none" } else { "" };
+    Some(format!(
+        "From layer {} on{every}, a verification stops between layers once its entropy over {over} is below {} nats and \
+         changes by less than {}{all}.",
+        e.min_layer, e.theta, e.epsilon
+    ))
+}
+
+/// What the entropies between the layers are taken over.
+pub(super) fn entropy_over(c: &SolverConfig) -> &'static str {
+    match c.verify_exit.unwrap_or(VerifyExit::CANDIDATES).over {
+        Over::Vocabulary => "the vocabulary",
+        Over::Watched => "the verdicts",
+    }
 }
 
 fn verify(c: &SolverConfig) -> String {

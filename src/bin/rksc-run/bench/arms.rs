@@ -79,7 +79,7 @@ pub(super) fn measure(engine: &mut Engine, work: &Work, rounds: usize, arms: &mu
 }
 
 /// One arm, one problem.
-fn run_one(engine: &mut Engine, work: &Work, problem: usize, arm: &mut Arm) -> anyhow::Result<()> {
+pub(super) fn run_one(engine: &mut Engine, work: &Work, problem: usize, arm: &mut Arm) -> anyhow::Result<()> {
     if !work.warm.is_empty() {
         warm_cache(engine, &work.warm)?;
     }

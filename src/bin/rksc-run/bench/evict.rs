@@ -4,6 +4,7 @@
 //! *trees*: problems are solved as trees in half the cache that they need.
 
 mod prefixes;
+mod trees;
 
 use std::path::PathBuf;
 
@@ -26,6 +27,10 @@ use crate::solve::{compile_pack, text_tasks};
 /// order with as many blocks. IN TURN serves all requests of one prefix before the next: nothing is computed again that
 /// fits at all, for whoever may choose the order.
 ///
+/// TREES: problems are solved as trees with half the blocks that they need so that no branch gives way. BOUND: what is
+/// computed again by whoever knows which nodes will be kept and expands one node at a time, level by level and problem
+/// after problem. ONE AT A TIME is the engine with one problem in flight.
+///
 /// Answers do not depend on the policy; the command fails if they do.
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -43,7 +48,7 @@ pub(crate) struct Args {
     /// Prefixes that the cache holds.
     #[arg(long, value_name = "X", default_value_t = 2.5)]
     pool: f64,
-    /// Requests.
+    /// Requests; 0 leaves the prefixes out.
     #[arg(long, value_name = "N", default_value_t = 200)]
     requests: usize,
     /// Tokens generated for each.
@@ -58,6 +63,21 @@ pub(crate) struct Args {
     /// Orders, each with the next seed.
     #[arg(long, value_name = "N", default_value_t = 1)]
     orders: u64,
+    /// Problems solved as trees; 0 leaves the trees out.
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    tree_problems: usize,
+    /// Levels of a tree.
+    #[arg(long, default_value_t = 4)]
+    depth: usize,
+    /// Nodes kept of a level.
+    #[arg(long, default_value_t = 4)]
+    beam: usize,
+    /// Children of a node.
+    #[arg(short = 'B', long, default_value_t = 4)]
+    branches: usize,
+    /// Trees in flight.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    concurrency: usize,
     /// Decode passes from one measurement of attention mass to the next.
     #[arg(long, value_name = "N", default_value_t = EngineConfig::default().mass_every)]
     mass_every: usize,
@@ -133,15 +153,17 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let engine = args.engine.open()?;
     let pack = compile_pack(&args.engine, &engine, source.prompt_pack(None)?, "")?;
     let tasks = text_tasks(&pack, &problems)?;
-    let report = prefixes::run(args, &engine, &tasks)?;
+    let prefixes = prefixes::run(args, &engine, &tasks)?;
+    let trees = trees::run(args, &engine, &tasks)?;
     if args.json {
         return print_json(&serde_json::json!({
             "bench": "evict", "model": engine.info().name, "device": engine.info().device,
-            "mass_every": args.mass_every, "mass_decay": args.mass_decay, "prefixes": report,
+            "mass_every": args.mass_every, "mass_decay": args.mass_decay, "prefixes": prefixes,
+            "trees": trees,
         }));
     }
-    report.print()?;
-    Ok(())
+    prefixes.map_or(Ok(()), |prefixes| prefixes.print())?;
+    trees.map_or(Ok(()), |trees| trees.print())
 }
 
 /// Bytes of one block of the engine's cache.
@@ -149,7 +171,7 @@ fn block_bytes(engine: &Engine) -> u64 {
     engine.config().block_size as u64 * engine.info().kv_bytes_per_token
 }
 
-/// A line an arm; `bound` is 0 where it is unknown.
+/// A line an arm.
 fn print_arms(arms: &[Arm]) -> std::io::Result<()> {
     let header = ["", "recomputed", "computed", "from cache", "preemptions", "blocks evicted", "MB evicted", "s"];
     let mut table = Table::new(&header);

@@ -56,7 +56,7 @@ pub(crate) struct Args {
 
 type Op = (&'static str, fn(&mut Bench) -> anyhow::Result<()>);
 
-const OPS: [Op; 17] = [
+const OPS: [Op; 18] = [
     ("embed", rows::embed),
     ("add_rms_norm", rows::add_rms_norm),
     ("linear", matrices::linear),
@@ -64,6 +64,7 @@ const OPS: [Op; 17] = [
     ("linear_cublas", matrices::linear_cublas),
     ("rope_append", rows::rope_append),
     ("kv_copy_blocks", rows::kv_copy_blocks),
+    ("kv_transfer", rows::kv_transfer),
     ("paged_attention", attention::paged_attention),
     ("attention_mass", attention::attention_mass),
     ("silu_mul", rows::silu_mul),

@@ -2,18 +2,18 @@
 
 use std::path::Path;
 
+use rksc::calibrate::{Negative, parse_negatives};
 use rksc::engine::{BranchId, PrefillOptions};
 use rksc::gate::asks::numbers;
 use rksc::gate::{Effect, GateSpec, Rule, Scope, Statistic};
 use rksc::problems::Problem;
-use rksc::prompts::same_answer;
-use rksc::report::intervals::clopper_pearson;
 use rksc::report::separation::{Merged, Pairs, auc, roc, separating_tau};
 use rksc::solver::task::CompiledPack;
+use rksc::stats::clopper_pearson;
 use rksc::tokenizer::Tokenizer;
 use rksc::{Engine, Error};
 
-use crate::common::{progress, read_text};
+use crate::common::progress;
 
 /// Questions compared in one pass.
 const GROUP: usize = 16;
@@ -22,34 +22,16 @@ const ROC_POINTS: usize = 60;
 /// The name of the pairs that should merge.
 const PARAPHRASE: &str = "paraphrase";
 
-/// A line of the file of negatives.
-#[derive(Clone, Debug, serde::Deserialize)]
-pub(super) struct Negative {
-    kind: String,
-    question: String,
-    other: String,
-    answer: serde_json::Value,
-    other_answer: serde_json::Value,
-}
-
 /// The first `limit` of each kind.
 pub(super) fn read(path: &Path, limit: Option<usize>) -> anyhow::Result<Vec<Negative>> {
+    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     let mut negatives: Vec<Negative> = Vec::new();
-    for (i, line) in read_text(path)?.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let negative: Negative = serde_json::from_str(line)
-            .map_err(|e| Error::Format { path: path.to_path_buf(), why: format!("line {}: {e}", i + 1) })?;
+    for negative in parse_negatives(path, &bytes)? {
         if negatives.iter().filter(|n| n.kind == negative.kind).count() < limit.unwrap_or(usize::MAX) {
             negatives.push(negative);
         }
     }
     Ok(negatives)
-}
-
-impl Negative {
-    fn answers_differ(&self) -> bool {
-        let text = |v: &serde_json::Value| v.as_str().map_or_else(|| v.to_string(), str::to_string);
-        !same_answer(&text(&self.answer), &text(&self.other_answer))
-    }
 }
 
 /// What one depth shows.
@@ -254,8 +236,8 @@ mod tests {
             kind: "number".into(),
             question: q.into(),
             other: "o".into(),
-            answer: 3.into(),
-            other_answer: other.into(),
+            answer: Some(3.into()),
+            other_answer: Some(other.into()),
         };
         let (problems, negatives) = (vec![problem("a", 2), problem("b", 20)], vec![line("a", 4), line("c", 3)]);
         let groups = groups(&problems, &negatives);

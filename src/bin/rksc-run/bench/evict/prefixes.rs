@@ -29,8 +29,11 @@ struct Request {
     tokens: Vec<u32>,
 }
 
-pub(super) fn run(args: &Args, model: &Engine, tasks: &[Box<dyn Task>]) -> anyhow::Result<Report> {
-    anyhow::ensure!(args.prefixes >= 1 && args.requests >= 1, "--prefixes, --requests: must be at least 1");
+pub(super) fn run(args: &Args, model: &Engine, tasks: &[Box<dyn Task>]) -> anyhow::Result<Option<Report>> {
+    if args.requests == 0 {
+        return Ok(None);
+    }
+    anyhow::ensure!(args.prefixes >= 1, "--prefixes: must be at least 1");
     anyhow::ensure!(args.new_tokens >= 1, "--new-tokens: must be at least 1");
     anyhow::ensure!(args.skew.is_finite() && args.skew >= 0.0, "--skew: must be 0 or more");
     let block_size = model.config().block_size;
@@ -48,7 +51,7 @@ pub(super) fn run(args: &Args, model: &Engine, tasks: &[Box<dyn Task>]) -> anyho
             report.arms.iter_mut().zip(&arms).for_each(|(sum, arm)| sum.add(arm));
         }
     }
-    Ok(report)
+    Ok(Some(report))
 }
 
 /// The bound and every arm on the same requests.
@@ -58,7 +61,9 @@ fn one_order(args: &Args, model: &Engine, requests: &[Request], blocks: usize) -
     let mut in_turn = order.clone();
     in_turn.sort_by_key(|&i| requests[i].prefix);
     let longest = requests.iter().map(|r| r.tokens.len() + args.new_tokens).max().unwrap_or(0);
-    let all = requests.len() * longest.div_ceil(model.config().block_size);
+    let one = longest.div_ceil(model.config().block_size) + 1;
+    anyhow::ensure!(one <= blocks, "--pool: one request takes {one} blocks; {blocks} are too few");
+    let all = requests.len() * one;
     let mut arms = Vec::new();
     let (arm, expected) = serve(args, requests, &order, "no limit", (all, block_bytes, Eviction::Lru))?;
     arms.push(arm);
@@ -73,8 +78,9 @@ fn one_order(args: &Args, model: &Engine, requests: &[Request], blocks: usize) -
     for (request, tokens) in requests.iter().zip(&expected) {
         trace.push(tokens, request.tokens.len());
     }
-    let bound = fewest_recomputed(trace.visits(), blocks)
-        .ok_or_else(|| anyhow::anyhow!("--pool: a request alone takes more than {blocks} blocks"))?;
+    let Some(bound) = fewest_recomputed(trace.visits(), blocks) else {
+        anyhow::bail!("--pool: one request takes more than {blocks} blocks");
+    };
     Ok((bound * model.config().block_size as u64, arms))
 }
 

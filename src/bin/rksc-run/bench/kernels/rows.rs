@@ -327,3 +327,45 @@ pub(super) fn kv_copy_blocks(b: &mut Bench) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// bytes: K and V, each slot Hkv D 2 read and written; the tokens of one prompt or of eight
+pub(super) fn kv_transfer(b: &mut Bench) -> anyhow::Result<()> {
+    for (model, m) in b.models()? {
+        for &n in b.sizes(&[64, 512], &[3]) {
+            b.case("kv_transfer", format!("{model} {n} slots"), COMPUTE, |b| {
+                let layout = layout(m.num_kv_heads, m.head_dim, 2 * n.div_ceil(16));
+                let cache_len = layout.num_blocks * layout.block_elems();
+                let (mut k, mut v) = (b.noise(COMPUTE, cache_len)?, b.noise(COMPUTE, cache_len)?);
+                let first = (layout.num_blocks / 2 * 16) as u32;
+                let transfers: Vec<rksc_slot_transfer> =
+                    (0..n as u32).map(|i| rksc_slot_transfer { src: i, dst: first + i, shift: 3 + i as i32 }).collect();
+                let inv_freq = m.inv_freq();
+                let (list, freqs) = (b.dev.buffer(&transfers)?, b.dev.buffer(&inv_freq)?);
+                let params = rksc_kv_transfer_params {
+                    transfers: list.ptr(),
+                    k_cache: k.ptr_mut(0),
+                    v_cache: v.ptr_mut(0),
+                    inv_freq: freqs.ptr(),
+                    num_transfers: n as u32,
+                    num_kv_heads: m.num_kv_heads as u32,
+                    block_size: layout.block_size as u32,
+                    head_dim: m.head_dim as u32,
+                    dtype: COMPUTE as u32,
+                    reserved: 0,
+                };
+                b.dev.launch(b.dev.kernels().kv_transfer, &params)?;
+                let (head, last) = (m.num_kv_heads - 1, transfers[n - 1]);
+                let [to, from] =
+                    [last.dst, last.src].map(|slot| layout.elem(slot as usize / 16, head, slot as usize % 16));
+                let mut got = b.read(COMPUTE, &k.memory, to, m.head_dim)?;
+                got.extend(b.read(COMPUTE, &v.memory, to, m.head_dim)?);
+                let turned = rounded(&oracle::turn(&k.wide(from, m.head_dim), last.shift, &inv_freq));
+                let want = [turned, v.wide(from, m.head_dim)].concat();
+                let times = b.time(1, |dev, _| dev.launch(dev.kernels().kv_transfer, &params))?;
+                let bytes = 2 * 2 * n * m.num_kv_heads * m.head_dim * 2;
+                Ok(Measured { bytes, flops: 0, error: error(&got, &want), tolerance: ROUNDED, times })
+            })?;
+        }
+    }
+    Ok(())
+}
