@@ -1,7 +1,6 @@
 //! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
 
 pub mod html;
-pub mod intervals;
 pub mod ladder;
 pub mod mechanisms;
 mod plan;

@@ -20,6 +20,7 @@ mod steps;
 pub mod task;
 mod trial;
 mod verdicts;
+mod verify_again;
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -27,6 +28,7 @@ use std::time::Instant;
 pub use beam::{SearchConfig, StepScore};
 pub use config::{Calibrated, Policy, Sharing, SolverConfig, VerifyMode};
 pub(crate) use prompts::common_prefix;
+pub use verify_again::verify_again;
 
 use crate::engine::{BranchId, Engine, EventKind};
 use crate::error::{Error, Result};

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::prompts::same_answer;
 
 /// Two questions that must not become one, unless they differ in a name alone (kind `name`).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -15,6 +16,25 @@ pub struct Negative {
     pub question: String,
     /// The other.
     pub other: String,
+    /// The answer to the one, if the file says so.
+    #[serde(default)]
+    pub answer: Option<serde_json::Value>,
+    /// The answer to the other.
+    #[serde(default)]
+    pub other_answer: Option<serde_json::Value>,
+}
+
+impl Negative {
+    /// Whether one answer is wrong for the other; without answers they are taken to differ.
+    pub fn answers_differ(&self) -> bool {
+        let text = |v: &Option<serde_json::Value>| {
+            v.as_ref().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_string))
+        };
+        match (text(&self.answer), text(&self.other_answer)) {
+            (Some(a), Some(b)) => !same_answer(&a, &b),
+            _ => true,
+        }
+    }
 }
 
 /// Parses such a file; `path` is for messages. The first bad line is refused with its number; blank lines are skipped.
@@ -47,6 +67,12 @@ mod tests {
         let line = r#"{"id": "x", "kind": "number", "question": "a 1", "other": "a 2", "answer": 3}"#;
         let pairs = parse(&format!("{line}\n\n")).unwrap();
         assert_eq!((pairs.len(), pairs[0].kind.as_str(), pairs[0].other.as_str()), (1, "number", "a 2"));
+        assert!(pairs[0].answers_differ(), "nobody says otherwise");
+        let both = |other: &str| {
+            let ends = format!(r#", "answer": 3, "other_answer": {other}}}"#);
+            parse(&line.replace(r#", "answer": 3}"#, &ends)).unwrap()[0].answers_differ()
+        };
+        assert!(both("4") && !both("\"3\""));
         for (text, expected) in [
             ("", "holds no pairs"),
             ("{\"kind\": \"name\", \"question\": \"q\"}", "line 1: missing field `other`"),

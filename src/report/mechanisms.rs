@@ -6,7 +6,6 @@
 
 use serde::Serialize;
 
-use super::intervals::clopper_pearson;
 use super::ladder::{Arm, Interval, PriceList, Ratio, difference_of_means, ratio};
 use super::{LatencyMs, ProblemResult, SolveReport, TokenCounts, wilson};
 use crate::engine::EndReason;
@@ -14,6 +13,7 @@ use crate::gate::verify::SkipRule;
 use crate::prompts::same_answer;
 use crate::solver::SolverConfig;
 use crate::solver::select::{Ballot, Select, select};
+use crate::stats::clopper_pearson;
 
 /// Confidence of every interval here.
 const CONFIDENCE: f64 = 0.95;
@@ -74,6 +74,8 @@ pub struct Decisions {
     pub stops: usize,
     /// Branches merged into another.
     pub merges: usize,
+    /// Prompts that took over another's KV.
+    pub reuses: usize,
     /// Problems in which any of these happened.
     pub problems: usize,
 }
@@ -87,6 +89,7 @@ impl Decisions {
                 exits: r.verify.exited,
                 stops: count(|b| b.ended == Some(EndReason::Stopped)),
                 merges: count(|b| b.merged_into.is_some()),
+                reuses: reuses(r),
                 problems: 0,
             };
             Self {
@@ -94,16 +97,23 @@ impl Decisions {
                 exits: sum.exits + one.exits,
                 stops: sum.stops + one.stops,
                 merges: sum.merges + one.merges,
+                reuses: sum.reuses + one.reuses,
                 problems: sum.problems + usize::from(one != Self::default()),
             }
         })
     }
 
-    /// What a changed answer is charged to: the skips, where there are any; else exits, stops, merges. An arm that does
+    /// What a changed answer is charged to: the skips, where there are any; else exits, stops, merges, reuses. An arm that does
     /// several things has its changes charged to the first kind alone: rather too high a rate than too low a one.
     pub fn charged(&self) -> usize {
-        [self.skips, self.exits, self.stops, self.merges].into_iter().find(|&n| n > 0).unwrap_or(0)
+        [self.skips, self.exits, self.stops, self.merges, self.reuses].into_iter().find(|&n| n > 0).unwrap_or(0)
     }
+}
+
+/// Prompts of a problem that took over another's KV.
+pub fn reuses(r: &ProblemResult) -> usize {
+    let clusters = r.similarity.iter().flat_map(|s| s.clusters.iter().enumerate());
+    clusters.filter(|(own, representative)| own != *representative).count()
 }
 
 /// Answers of an arm under one selection rule.

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::intervals::clopper_pearson;
+use crate::stats::clopper_pearson;
 
 /// The probability that one of `positives` is larger than one of `negatives`; ties count half. `None` without both.
 pub fn auc(positives: &[f32], negatives: &[f32]) -> Option<f64> {

@@ -2,6 +2,7 @@
 
 mod agree;
 mod arms;
+mod asks;
 mod evict;
 mod gemm;
 mod kernels;
@@ -21,6 +22,7 @@ use rksc::backend::cpu::simd::SimdLevel;
 pub(crate) enum Command {
     Ladder(Box<ladder::Args>),
     Mechanisms(Box<mechanisms::Args>),
+    Asks(Box<asks::Args>),
     /// Decode steps of branches that share a context.
     Decode(passes::Args),
     /// Whole prompts.
@@ -40,6 +42,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Ladder(args) => ladder::run(args),
         Command::Mechanisms(args) => mechanisms::run(args),
+        Command::Asks(args) => asks::run(args),
         Command::Decode(args) => passes::decode(args),
         Command::Prefill(args) => passes::prefill(args),
         Command::Gemm(args) => gemm::run(args),

@@ -1,12 +1,14 @@
 //! Flags of what makes prompts one, stops a verification between layers, and merges branches.
 
 use clap::{Args, ValueEnum};
+use rksc::Engine;
 use rksc::calibrate::Usable;
 use rksc::gate::asks::{Asks, AsksScope};
 use rksc::gate::step::Converged;
 use rksc::gate::verify::VerifyExit;
 use rksc::gate::{Over, ProbeNorm};
 use rksc::solver::SolverConfig;
+use rksc::solver::sharing_table::SharingTable;
 
 #[derive(Args, Clone)]
 pub(crate) struct GateArgs {
@@ -28,6 +30,9 @@ pub(crate) struct GateArgs {
     /// Which prompts may become one: wordings of a problem, or of any problem in flight with the same numbers.
     #[arg(long, default_value = "problem")]
     asks_scope: Scope,
+    /// Compare prompts also where the times measured at the start say that nothing can be saved.
+    #[arg(long)]
+    asks_always: bool,
     /// Prompts keep their tokens; of those they share, this share is computed all the same, and the rest is taken over.
     #[arg(long, value_name = "P")]
     asks_recompute: Option<f32>,
@@ -90,6 +95,14 @@ enum Norm {
 }
 
 impl GateArgs {
+    /// Measures once where comparing prompts can pay, if they are to be compared.
+    pub(crate) fn measure(&self, engine: &mut Engine, config: &mut SolverConfig) -> rksc::Result<()> {
+        if let Some(asks) = config.asks.filter(|_| !self.asks_always) {
+            config.sharing_table = Some(SharingTable::measure(engine, &asks)?);
+        }
+        Ok(())
+    }
+
     /// Which of the mechanisms switched on here have their thresholds left to a calibration.
     pub(crate) fn left_open(&self) -> Usable {
         let is_candidates = matches!(self.verify_exit, Some(ExitOver::Candidates));

@@ -227,6 +227,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let left_open = Usable { skip: args.policy.leaves_skip_open(), ..args.gates.left_open() };
     args.calibration.apply(&args.engine.config(), &mut config, left_open, &setup)?;
     let mut engine = args.engine.open()?;
+    args.gates.measure(&mut engine, &mut config)?;
     let mut tasks = text_tasks(&compile_pack(&args.engine, &engine, pack, &prefix)?, &problems)?;
     tasks.first().map_or(Ok(()), |task| config.validate_task(task.as_ref()))?;
     // Last: what is in the file stays there until everything else is known to be sound.

@@ -7,8 +7,8 @@ use anyhow::Context;
 use rksc::config::ModelSource;
 use rksc::engine::PrefillOptions;
 use rksc::problems::{Problem, read_problems};
-use rksc::report::ProblemResult;
 use rksc::report::ladder::Arm;
+use rksc::report::{PassRecord, ProblemResult};
 use rksc::solver::task::{CompiledPack, Task};
 use rksc::solver::{Solver, SolverConfig};
 use rksc::{Engine, Error};
@@ -96,17 +96,19 @@ pub(super) fn run_one(engine: &mut Engine, work: &Work, problem: usize, arm: &mu
     Ok(())
 }
 
-/// Every problem once under `config`, many in flight: what comes of each, in order, and no times.
+/// Every problem once under `config`, many in flight: what comes of each, in order, and the passes. Its times mean
+/// nothing.
 pub(super) fn count(
     engine: &mut Engine,
     tasks: &[Box<dyn Task>],
     config: &SolverConfig,
     name: &str,
-) -> anyhow::Result<Vec<ProblemResult>> {
+) -> anyhow::Result<(Vec<ProblemResult>, Vec<PassRecord>)> {
     let bar = progress(tasks.len());
     bar.set_message(name.to_string());
     let mut results: Vec<(usize, ProblemResult)> = Vec::with_capacity(tasks.len());
-    Solver::new(engine, config.clone())?
+    let mut solver = Solver::new(engine, config.clone())?;
+    solver
         .solve(tasks, &mut |idx, result| {
             results.push((idx, result));
             bar.inc(1);
@@ -116,7 +118,7 @@ pub(super) fn count(
         .with_context(|| name.to_string())?;
     bar.finish_and_clear();
     results.sort_by_key(|(idx, _)| *idx);
-    Ok(results.into_iter().map(|(_, r)| r).collect())
+    Ok((results.into_iter().map(|(_, r)| r).collect(), solver.passes().to_vec()))
 }
 
 /// Leaves `tokens` in the prefix cache and nothing else: not what another arm left of the same problem.

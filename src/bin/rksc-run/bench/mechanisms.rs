@@ -7,10 +7,11 @@ use rksc::Engine;
 use rksc::gate::step::{Converged, DecodeExit};
 use rksc::gate::verify::{SkipRule, VerifyExit};
 use rksc::gate::{Over, ProbeNorm};
+use rksc::report::ProblemResult;
 use rksc::report::ladder::{Arm, Interval};
 use rksc::report::mechanisms::{MechanismReport, MechanismRow, Rate, Selection, with_skip};
 use rksc::solver::select::Select;
-use rksc::solver::{Policy, SolverConfig};
+use rksc::solver::{Policy, SolverConfig, verify_again};
 
 use super::arms::{self, Work};
 use super::{Table, cpu_model};
@@ -56,7 +57,11 @@ pub(crate) struct Args {
     /// Times each problem is solved by each arm.
     #[arg(long, default_value_t = 1)]
     rounds: usize,
-    /// Answers and token counts alone: N problems in flight, and arms that only skip are told from the run they skip in.
+    /// Only arms whose names contain one of these, and `exact`.
+    #[arg(long, value_delimiter = ',', value_name = "WORD,..")]
+    only: Vec<String>,
+    /// Answers and token counts alone: N problems in flight. Branches that another arm has decoded are not decoded
+    /// again to be verified otherwise, or not at all.
     #[arg(long, value_name = "N")]
     untimed: Option<usize>,
     /// One JSON object on stdout instead of tables.
@@ -100,7 +105,7 @@ fn configs(args: &Args) -> rksc::Result<Vec<(&'static str, SolverConfig)>> {
     let skip = |skip| SolverConfig { skip, ..base.clone() };
     let decode = |decode_exit| SolverConfig { decode_exit, ..base.clone() };
     let verify = |exit| SolverConfig { verify_exit: Some(exit), ..base.clone() };
-    let arms = vec![
+    let mut arms = vec![
         ("exact", base.clone()),
         ("skip: agreement", skip(SkipRule::AGREEMENT)),
         ("skip: the paper's rule", skip(SkipRule::PAPER)),
@@ -127,27 +132,37 @@ fn configs(args: &Args) -> rksc::Result<Vec<(&'static str, SolverConfig)>> {
         ("rksc", SolverConfig { num_branches: args.branches, max_new_tokens: args.max_new_tokens, ..rksc }),
     ];
     arms.iter().try_for_each(|(_, c)| c.validate())?;
+    let is_wanted = |name: &str| args.only.is_empty() || args.only.iter().any(|w| name.contains(w.as_str()));
+    arms.retain(|(name, _)| *name == "exact" || is_wanted(name));
     Ok(arms)
 }
 
-/// Runs each arm once over all problems. An arm that does what another does, and skips besides, is told from it.
+/// Runs each arm once over all problems. Where another arm has decoded the same branches, only what differs is run:
+/// the verification, or nothing where it is skipped.
 fn count(engine: &mut Engine, work: &Work, in_flight: usize, arms: &mut [Arm]) -> anyhow::Result<()> {
-    let verified = |c: &SolverConfig| SolverConfig { skip: SkipRule::Never, policy: Policy::Exact, ..c.clone() };
+    let plain = |c: &SolverConfig| SolverConfig {
+        skip: SkipRule::Never,
+        verify_exit: None,
+        policy: Policy::Exact,
+        ..c.clone()
+    };
     for at in 0..arms.len() {
         let (before, rest) = arms.split_at_mut(at);
         let arm = &mut rest[0];
-        let source = before.iter().find(|b| b.config.skip == SkipRule::Never && b.config == verified(&arm.config));
-        let results = match source {
-            Some(source) => {
-                let first: Vec<_> = source.results.iter().filter_map(|r| r.first().cloned()).collect();
-                with_skip(&first, arm.config.skip)
-            }
+        let source = before.iter().find(|b| b.config == plain(&arm.config));
+        let mut results: Vec<ProblemResult> = match source {
+            Some(source) => source.results.iter().flatten().cloned().collect(),
             None => {
-                let config = SolverConfig { concurrency: in_flight, cold_cache: false, ..arm.config.clone() };
-                arms::count(engine, &work.tasks, &config, &arm.name)?
+                let config = SolverConfig { concurrency: in_flight, cold_cache: false, ..plain(&arm.config) };
+                arms::count(engine, &work.tasks, &config, &arm.name)?.0
             }
         };
-        arm.results = results.into_iter().map(|r| vec![r]).collect();
+        if arm.config.verify_exit.is_some() {
+            for (task, result) in work.tasks.iter().zip(&mut results) {
+                *result = verify_again(engine, &arm.config, task.as_ref(), result)?;
+            }
+        }
+        arm.results = with_skip(&results, arm.config.skip).into_iter().map(|r| vec![r]).collect();
     }
     Ok(())
 }
