@@ -247,11 +247,11 @@ fn verdicts_leave_where_they_leave_on_the_cpu() {
                 })
             };
             let nearby: Vec<bool> = seen.iter().zip(&on_device).map(|(x, y)| is_near(x, y)).collect();
-            for i in 0..BRANCHES {
+            for (i, &is_near) in nearby.iter().enumerate() {
                 decisions += 1;
                 exited += usize::from(want[i].is_some());
                 if want[i] != got[i] {
-                    assert!(nearby[i] || (all_or_none && nearby.contains(&true)), "{exit:?}: {want:?} {got:?}");
+                    assert!(is_near || (all_or_none && nearby.contains(&true)), "{exit:?}: {want:?} {got:?}");
                     near += 1;
                 } else {
                     assert!((want_yes[i] - got_yes[i]).abs() < 0.1, "{} {}", want_yes[i], got_yes[i]);
