@@ -68,7 +68,7 @@ pub struct TrialRule {
 
 impl Default for TrialRule {
     fn default() -> Self {
-        Self { confidence: 0.999, max_tokens: 16 }
+        Self { confidence: 0.99999, max_tokens: 16 }
     }
 }
 

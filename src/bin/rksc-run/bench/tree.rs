@@ -108,6 +108,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let tasks = tasks(args, &engine, &problems, cycles)?;
         let mut results = Vec::with_capacity(tasks.len());
         for task in tasks.chunks(1) {
+            engine.clear_prefix_cache()?; // what the problem before left there is no part of this one's peak
             engine.reset_counters();
             let mut take = |_, result| {
                 results.push(result);
