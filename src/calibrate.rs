@@ -180,7 +180,9 @@ impl<S: Copy> Part<S> {
         let walk = walk::walk(goal, candidates, evaluate);
         let answer = match (&walk.chosen, walk.num_held) {
             (Some(_), _) => "admissible".to_string(),
-            (None, 0) => "no admissible setting: the most cautious does not hold the target".to_string(),
+            (None, 0) => {
+                format!("no admissible setting: {}", walk.failed.map_or("none to try".into(), |f| why(goal, f.1)))
+            }
             (None, held) => {
                 format!("no admissible setting: the {held} most cautious hold the target and save nothing here")
             }
@@ -195,6 +197,16 @@ impl<S: Copy> Part<S> {
             stopped_at: walk.failed.map(|(setting, c)| Stop { setting, evidence: Evidence::of(c, goal) }),
         }
     }
+}
+
+/// Why the most cautious setting does not do.
+fn why(goal: Goal, counts: Counts) -> String {
+    let merges = counts.merge_bound(goal.confidence).is_some_and(|bound| bound > goal.target);
+    let what = match merges {
+        true => format!("{} of {} pairs that must not become one do", counts.false_merges, counts.pairs),
+        false => format!("{} of {} problems go from right to wrong", counts.right_to_wrong, counts.n),
+    };
+    format!("under the most cautious {what}")
 }
 
 /// The settings of every mechanism.

@@ -95,8 +95,10 @@ pub(super) fn skip(rule: &SkipRule, problems: &[ProblemRecord]) -> Counts {
         let confidences: Vec<f64> = branches.iter().map(|b| b.confidence).collect();
         let answers: Vec<Option<String>> = branches.iter().map(|b| b.answer.clone()).collect();
         let skips = rule.skips(&confidences, &answers);
-        let before = p.is_right(Select::ScoreSqrtConf, &ballots(branches, |b| b.score));
-        let after = if skips { p.is_right(Select::ScoreSqrtConf, &ballots(branches, |_| None)) } else { before };
+        let scores = branches.iter().map(|b| b.score);
+        let before = p.is_right(Select::ScoreSqrtConf, &ballots(branches, scores));
+        let unverified = ballots(branches, std::iter::repeat(None));
+        let after = if skips { p.is_right(Select::ScoreSqrtConf, &unverified) } else { before };
         counts.book(before, after, skips);
         counts.work += branches.len() as u64;
         counts.saved += if skips { branches.len() as u64 } else { 0 };
@@ -110,12 +112,11 @@ pub(super) fn exit(setting: &ExitSetting, problems: &[ProblemRecord], num_layers
     for p in problems {
         let branches = p.branches();
         let left: Vec<Option<u32>> = branches.iter().map(|b| exit_layer(setting, &b.entropies, num_layers)).collect();
-        let mut idx = 0..;
-        let early = |b: &Solution| {
-            let layer = idx.next().and_then(|i: usize| left[i]);
-            layer.map_or(b.score, |layer| b.verdicts.get(layer as usize - 1).copied().or(b.score))
-        };
-        let before = p.is_right(Select::ScoreSqrtConf, &ballots(branches, |b| b.score));
+        let early = branches.iter().zip(&left).map(|(b, layer)| match layer {
+            Some(layer) => b.verdicts.get(*layer as usize - 1).copied(),
+            None => b.score,
+        });
+        let before = p.is_right(Select::ScoreSqrtConf, &ballots(branches, branches.iter().map(|b| b.score)));
         let after = p.is_right(Select::ScoreSqrtConf, &ballots(branches, early));
         counts.book(before, after, left.iter().any(Option::is_some));
         counts.work += (branches.len() * num_layers) as u64;
@@ -132,10 +133,12 @@ pub(super) fn exit_layer(setting: &ExitSetting, entropies: &[f32], num_layers: u
     (0..probed.len()).find(fires).map(|n| gate.layers[n])
 }
 
-fn ballots(branches: &[Solution], mut score: impl FnMut(&Solution) -> Option<f64>) -> Vec<Ballot> {
-    let ballot =
-        |b: &Solution| Ballot { answer: b.answer.clone(), confidence: b.confidence, score: score(b), votes: 1.0 };
-    branches.iter().map(ballot).collect()
+fn ballots(branches: &[Solution], scores: impl Iterator<Item = Option<f64>>) -> Vec<Ballot> {
+    let ballot = |(b, score): (&Solution, Option<f64>)| {
+        let (answer, confidence) = (b.answer.clone(), b.confidence);
+        Ballot { answer, confidence, score, votes: 1.0 }
+    };
+    branches.iter().zip(scores).map(ballot).collect()
 }
 
 impl ProblemRecord {
