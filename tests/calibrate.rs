@@ -37,7 +37,7 @@ fn bold() -> Parts {
         skip_paper: part(SkipRule::Paper { tau: 0.9, rel_gap: 0.002 }),
         skip_code: part(SkipRule::Code { tau: 0.99, gap: 0.001, rel_gap: 0.5 }),
         skip_agreement: part(SkipRule::Agreement { k: 4 }),
-        verify_exit: part(ExitSetting { min_layer: 2, every: 1, theta: 0.3, epsilon: 0.2 }),
+        verify_exit: part(ExitSetting { min_layer: 2, every: 1, theta: 0.66, epsilon: 0.2 }),
         asks: part(AsksSetting { tau: 0.5, probe_layers: 2 }),
     }
 }

@@ -651,7 +651,7 @@ fn every_command_has_its_help() {
 fn bench_evict_compares_the_policies_with_what_cannot_be_avoided() {
     let dir = folder();
     let prefixes = ["--prefixes", "3", "--prefix-tokens", "96", "--pool", "3", "--requests", "12", "--new-tokens", "4"];
-    let trees = ["--tree-problems", "2", "--concurrency", "2", "--depth", "2", "--beam", "2", "-B", "2"];
+    let trees = ["--tree-problems", "4", "--concurrency", "4", "--depth", "2", "--beam", "2", "-B", "2"];
     let report = json(dir.path(), &[&["bench", "evict", "--json"], &prefixes[..], &trees[..]].concat());
     for part in ["prefixes", "trees"] {
         let part = &report[part];

@@ -40,11 +40,13 @@ enum BatchRows {
 }
 
 impl BatchRows {
-    /// Maximal runs of neighbours.
-    fn runs(&self) -> Vec<Range<usize>> {
+    /// Calls `each` with every maximal run of neighbours.
+    fn for_each_run(&self, mut each: impl FnMut(Range<usize>)) {
         match self {
-            Self::All(rows) => vec![rows.clone()],
-            Self::Some(rows) => rows.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[run.len() - 1] + 1).collect(),
+            Self::All(rows) => each(rows.clone()),
+            Self::Some(rows) => {
+                rows.chunk_by(|a, b| a + 1 == *b).for_each(|run| each(run[0]..run[run.len() - 1] + 1));
+            }
         }
     }
 
@@ -98,14 +100,14 @@ impl LiveRows {
         for seq in &self.seqs {
             let whole = &batch.seqs[seq.seq];
             let blocks = &batch.blocks[whole.blocks.clone()];
-            for run in seq.batch_rows.runs() {
+            seq.batch_rows.for_each_run(|run| {
                 let first = inputs.token_ids.len();
                 inputs.token_ids.extend_from_slice(&batch.token_ids[run.clone()]);
                 inputs.positions.extend_from_slice(&batch.positions[run.clone()]);
                 inputs.slots.extend_from_slice(&batch.slots[run.clone()]);
                 let kv_len = whole.kv_len - (whole.rows.end - run.end);
                 views.push(SequenceView { rows: first..first + run.len(), blocks, kv_len });
-            }
+            });
         }
         inputs.plan = AttentionPlan::new(&views, block_size, max_group_rows);
         let mut query_ids = Vec::with_capacity(num_queries);
