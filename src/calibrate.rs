@@ -10,7 +10,7 @@
 //!
 //! **Why many settings may be tried.** Each mechanism's settings stand in one order, fixed in the code, from the most
 //! cautious to the boldest; they are tested in that order and the first that is not admissible ends the search
-//! ([`walk`]). This is fixed-sequence testing: a false setting is only ever reached by accepting the first false one
+//! (`calibrate/walk.rs`). This is fixed-sequence testing: a false setting is only ever reached by accepting the first false one
 //! in the order, which happens with probability `1 - confidence` at most. So any of the settings before the stop may
 //! be chosen, also the one that saves most on the very same problems, and no correction for their number is due.
 //!
