@@ -112,7 +112,13 @@ fn a_replay_is_a_run() {
 #[test]
 fn pairs_that_change_the_answer_leave_semantic_sharing_no_setting() {
     let base = &problems("dev", 1)[0];
-    let pair = |kind: &str, other: String| Negative { kind: kind.into(), question: base.question.clone(), other };
+    let pair = |kind: &str, other: String| Negative {
+        kind: kind.into(),
+        question: base.question.clone(),
+        other,
+        answer: None,
+        other_answer: None,
+    };
     let mut e = engine(|_| ());
     let pack = compiled(prompt_pack(), "");
     let setup = Setup { branches: 2, wordings: 2, ..setup() };
