@@ -428,6 +428,77 @@ fn bench_kernels_checks_an_op() {
     refused(dir.path(), &["bench", "kernels", "--device", "emulated", "--planted-fault"], 4, "out of bounds");
 }
 
+/// Every mechanism is an arm against `exact`, timed or counted, under each selection rule.
+#[test]
+fn bench_mechanisms_compares_each_with_exact() {
+    let dir = folder();
+    let small = ["bench", "mechanisms", "--limit", "2", "-B", "3", "--prefix", "none", "--json"];
+    let with = |more: &[&str]| json(dir.path(), &[&small[..], more].concat());
+    let counted = with(&["--untimed", "2"]);
+    let arms = counted["arms"].as_array().unwrap();
+    let names: Vec<&str> = arms.iter().map(|a| a["name"].as_str().unwrap()).collect();
+    assert_eq!((names[0], names[names.len() - 1], &counted["problems"]), ("exact", "rksc", &2.into()));
+    for a in arms {
+        assert!(a["timing"].is_null() && a["tokens"]["decode"].as_u64().unwrap() > 0, "{a}");
+        let rules: Vec<&Value> = a["selections"].as_array().unwrap().iter().map(|s| &s["rule"]).collect();
+        assert_eq!(rules, ["vote", "score*sqrt(conf)"]);
+    }
+    // The code's form of the early verdict leaves every pass on this model.
+    let paper = arms.iter().find(|a| a["name"] == "verify exit: the paper's").unwrap();
+    assert_eq!((&paper["decisions"]["exits"], &paper["verified"]), (&6.into(), &6.into()));
+    let timed = with(&["--only", "paper's rule,rksc", "--select", "vote"]);
+    let arms = timed["arms"].as_array().unwrap();
+    assert_eq!(arms.iter().map(|a| &a["name"]).collect::<Vec<_>>(), ["exact", "skip: the paper's rule", "rksc"]);
+    assert!(arms[0]["timing"]["gain"].is_null() && arms[2]["timing"]["gain"]["ceiling"].as_f64().unwrap() > 0.0);
+    // Counted and timed, the branches are the same.
+    assert_eq!(arms[0]["tokens"]["decode"], counted["arms"][0]["tokens"]["decode"]);
+    assert_eq!(arms[2]["selections"][0]["accuracy"], counted["arms"][names.len() - 1]["selections"][0]["accuracy"]);
+    let table =
+        ok(dir.path(), &["bench", "mechanisms", "--limit", "1", "-B", "2", "--prefix", "none", "--only", "none"]);
+    assert!(table.contains("selected by score*sqrt(conf)") && table.contains("baseline"), "{table}");
+    refused(dir.path(), &["bench", "mechanisms", "--limit", "0"], 1, "--limit: leaves no problems");
+    refused(dir.path(), &["bench", "mechanisms", "--rounds", "0"], 1, "--rounds");
+}
+
+#[test]
+fn bench_asks_compares_pairs_and_shares_prompts() {
+    let dir = folder();
+    let problems = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tinymath/problems/dev.jsonl");
+    let negatives = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tinymath/problems/negatives.jsonl");
+    let pairs = ["--problems", problems, "--negatives", negatives, "--prefix", "none"];
+    let small = ["--limit", "2", "-B", "3", "--wordings", "3", "--taus=-1,2", "--depths", "1,2", "--recompute", "0.5"];
+    let all = [&["bench", "asks", "--svg", "asks.svg", "--json"], &pairs[..], &small[..]].concat();
+    let report = json(dir.path(), &all);
+    let depths: Vec<&Value> = report["pairs"].as_array().unwrap().iter().map(|p| &p["depth"]).collect();
+    assert_eq!(depths, [1, 2, 6]);
+    let everything = &report["pairs"][0]["taus"][0];
+    assert_eq!((&everything["kinds"][0]["kind"], &everything["kinds"][0]["merged"]), (&"paraphrase".into(), &8.into()));
+    assert_eq!((&everything["false_rate"], &everything["kinds"].as_array().unwrap().len()), (&1.0.into(), &5));
+    assert_eq!(report["pairs"][0]["taus"][1]["false_rate"], 0.0);
+    let arms = report["arms"].as_array().unwrap();
+    let reuse: Vec<f64> = arms.iter().map(|a| a["reuse_rate"].as_f64().unwrap()).collect();
+    assert_eq!(reuse[..5], [0.0, 1.0, 0.0, 1.0, 0.0], "token-exact; everything and nothing, after 1 and 2 layers");
+    let saved: Vec<f64> = arms.iter().map(|a| a["saved_tokens"].as_f64().unwrap()).collect();
+    assert!(saved[1] > saved[3] && saved[3] > 0.0 && saved[0] == 0.0 && saved[2] == 0.0, "{saved:?}");
+    assert!(report["sharing_table"]["cells"].as_array().unwrap().len() >= 4);
+    assert!(read(&dir.path().join("asks.svg")).contains("token-exact sharing"));
+    let table = ok(dir.path(), &[&["bench", "asks", "--solve", "0"], &pairs[..], &small[..]].concat());
+    assert!(table.contains("AUC against number") && table.contains("start-up table"), "{table}");
+    refused(dir.path(), &["bench", "asks", "--negatives", "nowhere.jsonl"], 2, "nowhere.jsonl");
+}
+
+/// A run of the command line measures where comparing pays, unless it is told to compare always.
+#[test]
+fn solve_measures_where_comparing_prompts_pays() {
+    let dir = folder();
+    let args = ["solve", "--limit", "1", "-B", "2", "--wordings", "2", "--asks", "semantic", "--asks-tau=-1", "--json"];
+    let measured = json(dir.path(), &args);
+    assert!(measured["config"]["sharing_table"]["cells"].as_array().unwrap().len() >= 4, "{}", measured["config"]);
+    let always = json(dir.path(), &[&args[..], &["--asks-always"]].concat());
+    assert!(always["config"]["sharing_table"].is_null());
+    assert!(always["tokens"]["probed"].as_u64().unwrap() > 0);
+}
+
 #[test]
 fn bench_agree_compares_devices() {
     let dir = folder();
@@ -636,6 +707,8 @@ fn every_command_has_its_help() {
         "bench decode",
         "bench prefill",
         "bench agree",
+        "bench mechanisms",
+        "bench asks",
         "bench evict",
     ] {
         let args: Vec<&str> = command.split(' ').chain(["--help"]).collect();

@@ -8,7 +8,10 @@ use rksc::engine::{BranchId, EndReason, Engine, Event, EventKind, PrefillOptions
 use rksc::gate::asks::Asks;
 use rksc::gate::verify::VerifyExit;
 use rksc::gate::{Effect, GateSpec, Over, ProbeNorm, Rule, Statistic};
+use rksc::report::ProblemResult;
+use rksc::solver::sharing_table::{SharingCell, SharingTable};
 use rksc::solver::task::Task;
+use rksc::solver::{Policy, Solver, SolverConfig, verify_again};
 
 const LAYERS: u64 = 8;
 
@@ -564,4 +567,72 @@ fn a_score_that_a_gate_cut_short_is_an_error() {
     let mut logprobs = [0.0; 2];
     assert!(e.score(id, &[303, 304], &mut logprobs).unwrap_err().to_string().contains("gate"));
     assert_eq!(logprobs, [0.0; 2]);
+}
+
+fn solve(e: &mut Engine, config: &SolverConfig, tasks: &[Box<dyn Task>]) -> Vec<ProblemResult> {
+    let mut results = Vec::new();
+    let mut take = |_, r| {
+        results.push(r);
+        Ok(())
+    };
+    Solver::new(e, config.clone()).unwrap().solve(tasks, &mut take).unwrap();
+    results
+}
+
+/// Branches that are verified by themselves, after the run, say what they say within it.
+#[test]
+fn branches_verified_again_say_the_same() {
+    let tasks = tasks(&problems("dev", 2), "");
+    let mut e = engine(|_| ());
+    let plain = SolverConfig { num_branches: 3, ..SolverConfig::preset(Policy::Exact) };
+    let decoded = solve(&mut e, &plain, &tasks);
+    let early = VerifyExit { theta: 0.69, epsilon: 0.69, ..VerifyExit::CANDIDATES };
+    for exit in [None, Some(VerifyExit::PAPER), Some(early)] {
+        let config = SolverConfig { verify_exit: exit, ..plain.clone() };
+        let within = solve(&mut e, &config, &tasks);
+        assert_eq!(exit.is_some(), within.iter().any(|r| r.verify.exited > 0), "{exit:?}");
+        for ((task, before), within) in tasks.iter().zip(&decoded).zip(&within) {
+            let again = verify_again(&mut e, &config, task.as_ref(), before).unwrap();
+            assert_eq!((&again.branches, &again.verify), (&within.branches, &within.verify), "{exit:?}");
+        }
+    }
+    assert_eq!(e.engine_stats().branches, 0);
+    e.check_integrity().unwrap();
+    let mut reworded = decoded[0].clone();
+    reworded.branches[0].wording = 1;
+    let refused = verify_again(&mut e, &plain, tasks[0].as_ref(), &reworded).unwrap_err();
+    assert!(refused.to_string().contains("wordings"), "{refused}");
+}
+
+#[test]
+fn prompts_are_not_compared_where_the_start_up_table_says_no() {
+    let tasks = tasks(&problems("dev", 1), "");
+    let mut e = engine(|_| ());
+    let mut run = |full_ms| {
+        let cell = SharingCell { prefix_tokens: 16, branches: 2, full_ms, prefix_ms: 1.0, suffix_ms: 1.0 };
+        let config = SolverConfig {
+            num_branches: 3,
+            wordings: 3,
+            asks: Some(Asks { tau: -1.0, ..Asks::default() }),
+            sharing_table: Some(SharingTable { cells: vec![cell] }),
+            ..SolverConfig::preset(Policy::Exact)
+        };
+        let r = solve(&mut e, &config, &tasks).remove(0);
+        (r.similarity.is_some(), r.tokens.probed > 0)
+    };
+    assert_eq!((run(2.5), run(1.5)), ((true, true), (false, false)));
+}
+
+/// What is timed is thrown away; the times themselves are nobody's to assert.
+#[test]
+fn the_start_up_table_leaves_the_engine_as_it_was() {
+    let mut e = engine(|_| ());
+    let table = SharingTable::measure(&mut e, &Asks::default()).unwrap();
+    let sizes: Vec<(usize, usize)> = table.cells.iter().take(4).map(|c| (c.prefix_tokens, c.branches)).collect();
+    assert_eq!(sizes, [(64, 1), (64, 2), (64, 4), (64, 8)]);
+    assert!(table.cells.iter().all(|c| c.full_ms > 0.0 && c.prefix_ms > 0.0));
+    let stats = e.engine_stats();
+    assert_eq!((stats.branches, stats.blocks_used, stats.tokens_computed), (0, 0, 0));
+    assert!(e.next_event().is_none());
+    e.check_integrity().unwrap();
 }
