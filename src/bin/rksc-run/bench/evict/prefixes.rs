@@ -116,6 +116,7 @@ fn requests(args: &Args, tasks: &[Box<dyn Task>], seed: u64) -> anyhow::Result<V
         (0..args.prefixes).map(|i| prefix(args, tasks, i, &mut rng)).collect::<rksc::Result<_>>()?;
     let weights: Vec<f64> = (1..=args.prefixes).map(|i| (i as f64).powf(-args.skew)).collect();
     let sum: f64 = weights.iter().sum();
+    let num_approaches = (0..args.requests).take_while(|&b| tasks[0].branch(b).is_ok()).count().max(1);
     let request = |i: usize| {
         let mut left = (f64::from(rng.unit()) + 1.0) / 2.0 * sum;
         let drawn = weights.iter().position(|w| {
@@ -123,7 +124,8 @@ fn requests(args: &Args, tasks: &[Box<dyn Task>], seed: u64) -> anyhow::Result<V
             left < 0.0
         });
         let prefix = drawn.unwrap_or(args.prefixes - 1);
-        let question = prompt(tasks[i % tasks.len()].as_ref(), i / tasks.len())?;
+        // More requests than questions and approaches: they come again.
+        let question = prompt(tasks[i % tasks.len()].as_ref(), i / tasks.len() % num_approaches)?;
         Ok(Request { prefix, tokens: [prefixes[prefix].as_slice(), &question].concat() })
     };
     (0..args.requests).map(request).collect()
