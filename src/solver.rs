@@ -162,7 +162,12 @@ impl<'e> Solver<'e> {
 
     /// Writes down what comparisons of prompts found, under names that say whose each prompt is.
     fn record_similarities(&mut self, tasks: &[Box<dyn Task>], flight: &mut Flight) -> Result<()> {
-        if self.config.asks.is_none() {
+        // Nearly every step has nothing to write down: no names are made for it.
+        let mut is_due = false;
+        for run in &flight.runs {
+            is_due |= run.prompts().has_new_similarity(self.engine)?;
+        }
+        if !is_due {
             return Ok(());
         }
         let is_batch = self.config.asks.as_ref().is_some_and(|a| a.scope == AsksScope::Batch);

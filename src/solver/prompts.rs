@@ -104,6 +104,14 @@ impl Prompts {
         Ok(longer)
     }
 
+    /// A comparison has found something that is not written down yet.
+    pub(super) fn has_new_similarity(&self, engine: &Engine) -> Result<bool> {
+        match (&self.record, self.wordings.first()) {
+            (None, Some(first)) => Ok(engine.similarity(first.id)?.is_some()),
+            _ => Ok(false),
+        }
+    }
+
     /// Writes down what a comparison found, once; `name` knows the prompts of every problem in flight.
     pub(super) fn take_similarity(
         &mut self,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use rksc::Engine;
-use rksc::problems::{Problem, read_problems};
+use rksc::problems::Problem;
 use rksc::prompts::same_answer;
 use rksc::report::{NodeEnd, ProblemResult, wilson};
 use rksc::sampler::SamplingParams;
@@ -12,7 +12,7 @@ use rksc::solver::select::{Ballot, Select, select};
 use rksc::solver::task::Task;
 use rksc::solver::{Policy, SearchConfig, Solver, SolverConfig, StepScore, VerifyMode};
 
-use super::{Table, cpu_model};
+use super::{Table, arms, cpu_model};
 use crate::common::{EngineArgs, print_json, progress};
 use crate::search::Score;
 use crate::solve::{compile_pack, text_tasks};
@@ -93,12 +93,7 @@ struct Cell {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(args.select != Select::ScoreSqrtConf, "--select: use vote or majority; nothing is verified");
-    let source = args.engine.source();
-    let mut problems = match &args.problems {
-        Some(path) => read_problems(path)?,
-        None => source.sample_problems()?,
-    };
-    problems.truncate(args.limit.unwrap_or(usize::MAX));
+    let mut problems = arms::read(&args.engine, args.problems.as_slice(), args.limit)?;
     problems.retain(|p| p.answer.is_some());
     anyhow::ensure!(!problems.is_empty(), "--problems: none has an answer to compare with");
     let arms = arms(args)?;

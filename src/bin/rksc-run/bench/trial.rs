@@ -4,11 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
 use rksc::gate::step::{DecodeExit, TrialRule};
-use rksc::problems::read_problems;
 use rksc::report::{ProblemResult, wilson};
 use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
 
-use super::{Table, cpu_model};
+use super::{Table, arms, cpu_model};
 use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
 use crate::solve::{compile_pack, text_tasks};
 
@@ -65,11 +64,7 @@ struct Row {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let source = args.engine.source();
-    let mut problems = match &args.problems {
-        Some(path) => read_problems(path)?,
-        None => source.sample_problems()?,
-    };
-    problems.truncate(args.limit.unwrap_or(usize::MAX));
+    let mut problems = arms::read(&args.engine, args.problems.as_slice(), args.limit)?;
     problems.retain(|p| p.answer.is_some());
     anyhow::ensure!(!problems.is_empty(), "--problems: none has an answer to compare with");
     let exits = [(DecodeExit::Off, None), (DecodeExit::Decided, None)].into_iter();
