@@ -80,8 +80,11 @@ pub(super) fn measure(engine: &mut Engine, work: &Work, rounds: usize, arms: &mu
 
 /// One arm, one problem.
 pub(super) fn run_one(engine: &mut Engine, work: &Work, problem: usize, arm: &mut Arm) -> anyhow::Result<()> {
+    // Before the counters start over: what the arm before left in the cache is no part of this one's peak.
     if !work.warm.is_empty() {
         warm_cache(engine, &work.warm)?;
+    } else if arm.config.cold_cache {
+        engine.clear_prefix_cache()?;
     }
     engine.reset_counters();
     let mut solver = Solver::new(engine, arm.config.clone())?;
