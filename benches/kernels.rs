@@ -9,6 +9,8 @@
 //! pass over a model that no cache holds; activations stay in the caches, as they do between the ops of a pass, and can
 //! be faster than the floor. The bytes of each op stand beside its case, with t rows and 2 bytes a bf16.
 
+#[path = "kernels/compression.rs"]
+mod compression;
 #[path = "kernels/probes.rs"]
 mod probes;
 
@@ -155,6 +157,8 @@ fn main() -> anyhow::Result<()> {
     row_stats(&mut h)?;
     probes::entropy_probe(&mut h)?;
     probes::branch_similarity(&mut h)?;
+    compression::kv_scores(&mut h)?;
+    compression::kv_compact(&mut h)?;
     if let Some(path) = json {
         let roof = serde_json::json!({"read": memory.read, "copy": memory.copy, "linear_flops": flops});
         let all = serde_json::json!({"device": device, "dtype": COMPUTE, "roof": roof, "cases": h.cases});
@@ -293,6 +297,7 @@ fn rope_append(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
             inputs: &inputs,
             qkv: &qkv,
             q,
+            query_ring: None,
             k_cache: &mut k,
             v_cache: &mut v,
             inv_freq: &inv_freq_buf,

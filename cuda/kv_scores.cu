@@ -18,10 +18,10 @@ RKSC_DEVICE float from_ordered(uint32_t x) { return __uint_as_float(x & 0x800000
 template <typename T>
 RKSC_DEVICE void group_logits(const ScoresPlan& plan, uint32_t head, smem<const T> keys, uint32_t stride, smem<uint32_t> best) {
   const rksc_kv_scores_params& p = plan.p;
-  const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, num_rows = p.window * plan.group;
+  const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, num_rows = p.num_queries * plan.group;
   const gptr<const T> queries = global<const T>(p.queries) + static_cast<uint64_t>(head) * plan.group * p.head_dim;
   const uint32_t b_row = lane / 16 * 8 + lane % 8, b_col = lane / 8 % 2 * 8;
-  // A warp takes 16 rows (window query, query head of the group) against the tile's 64 keys.
+  // A warp takes 16 rows (query, query head of the group) against the tile's 64 keys.
   for (uint32_t base = threadIdx.x / 32 * 16; base < num_rows; base += kScoreThreads / 32 * 16) {
     gptr<const T> q[2];
     bool valid[2];
@@ -73,7 +73,7 @@ RKSC_DEVICE void group_logits<float>(const ScoresPlan& plan, uint32_t head, smem
   const rksc_kv_scores_params& p = plan.p;
   const uint32_t slot = threadIdx.x % kTileSlots;
   const smem<const float> key = keys + slot * stride;
-  for (uint32_t j = threadIdx.x / kTileSlots; j < p.window; j += kScoreThreads / kTileSlots) {
+  for (uint32_t j = threadIdx.x / kTileSlots; j < p.num_queries; j += kScoreThreads / kTileSlots) {
     float max = -INFINITY;
     for (uint32_t g = 0; g < plan.group; ++g) {
       const gptr<const float> q = global<const float>(p.queries) + (j * p.num_q_heads + head * plan.group + g) * p.head_dim;
@@ -92,21 +92,21 @@ RKSC_DEVICE void group_logits<float>(const ScoresPlan& plan, uint32_t head, smem
 
 // kv_prepare
 //   inv_norm[v] = 1 / (|K_v| + 1e-8); tile_keys = sum over the tile of K_v inv_norm[v]; logits[j, v] = max_g q_jg K_v sm_scale;
-//   tile_max, tile_sum: softmax statistics of each window query over the tile's candidates; protected_links = 0
+//   tile_max, tile_sum: softmax statistics of each query over the tile's candidates; protected_links = 0
 //
-//   queries [window, Hq, D] T, k_cache [num_blocks, Hkv, block_size, D] T, blocks, positions: read; the rest: ScoresPlan, written
+//   queries [num_queries, Hq, D] T, k_cache [num_blocks, Hkv, block_size, D] T, blocks, positions: read; the rest: ScoresPlan, written
 //
 // Work      CTA = (64 slots, kv head): keys to shared memory once; tensor cores for the logits of 16-bit keys, the maximum over
 //           the group by shared-memory integer maxima (any order).
 // Numerics  f32 throughout; sums over a tile in ascending order of slots.
-// Traffic   Hkv * num_slots * (D * sizeof(T) + 4 * (window + 3)) bytes; queries from L2.
-// Bound     memory: 2 * window * group FLOP an element of K.
+// Traffic   Hkv * num_slots * (D * sizeof(T) + 4 * (num_queries + 3)) bytes; queries from L2.
+// Bound     memory: 2 * num_queries * group FLOP an element of K.
 // Limits    see the launcher.
 // Oracle    testing/kv_scores.rs.   Bench  rksc-run bench kernels --op kv_scores
 template <typename T>
 __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_constant__ ScoresPlan plan) {
   RKSC_SHARED(float, inv_norms, kTileSlots);
-  RKSC_SHARED(uint32_t, best, kMaxWindow * kTileSlots);
+  RKSC_SHARED(uint32_t, best, kMaxQueries * kTileSlots);
   const rksc_kv_scores_params& p = plan.p;
   const uint32_t tile = blockIdx.x, head = blockIdx.y, thread = threadIdx.x, lane = thread % 32;
   constexpr uint32_t kChunk = kChunkVecs * kVec<T>;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_
   const smem<T> keys = dynamic_shared<T>(0);
   for (uint32_t col = 0; col < p.head_dim; col += kChunk) load_keys<T>(p, head, tile, col / kChunk, keys + col, stride);
   cp_async_commit();
-  for (uint32_t x = thread; x < p.window * kTileSlots; x += kScoreThreads) best[x] = 0;
+  for (uint32_t x = thread; x < p.num_queries * kTileSlots; x += kScoreThreads) best[x] = 0;
   cp_async_wait<0>();
   // Keys and zeroed maxima.
   __syncthreads();
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_
     }
     tile_keys[d] = sum;
   }
-  for (uint32_t j = thread / 32; j < p.window; j += kScoreThreads / 32) {
-    const gptr<float> logits = global<float>(plan.logits) + (static_cast<uint64_t>(head) * p.window + j) * plan.padded;
+  for (uint32_t j = thread / 32; j < p.num_queries; j += kScoreThreads / 32) {
+    const gptr<float> logits = global<float>(plan.logits) + (static_cast<uint64_t>(head) * p.num_queries + j) * plan.padded;
     float x[2], max = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_
     // Without a candidate the maximum is -inf and the sum empty.
     if (max > -INFINITY) sum = warp_sum(expf(x[0] - max) + expf(x[1] - max));
     if (lane == 0) {
-      const uint64_t at = (static_cast<uint64_t>(head) * plan.num_tiles + tile) * p.window + j;
+      const uint64_t at = (static_cast<uint64_t>(head) * plan.num_tiles + tile) * p.num_queries + j;
       global<float>(plan.tile_max)[at] = max;
       global<float>(plan.tile_sum)[at] = sum;
     }
@@ -186,15 +186,16 @@ __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_
 }
 
 // kv_mean
-//   m_v = (<k_v, sum_u k_u> - <k_v, k_v> - protected_links[v]) / n, k the normalised keys: the column mean of S without the
-//   protected links and the diagonal; exp_mean = exp(m), tile_exp its sum over the tile
-//   importance[v] = mean_j exp(logits[j, v] - row_max[j]) / row_sum[j]
+//   m_v = (<k_v, sum_u k_u> - <k_v, k_v> - protected_links[v]) / n, k the normalised keys: the mean of S's column or row v
+//   without the protected links and the diagonal; exp_mean = exp(m), tile_exp its sum over the tile
+//   importance[v] = mean_j exp(logits[j, v] - row_max[j]) / row_sum[j]; in the text's variant the logit is the largest of
+//   the candidates [v - W, v + W - 1], W = pool_size / 2, which is to pool each query's attention before the mean
 //
 //   ScoresPlan; k_cache, blocks read once more
 //
 // Work      CTA = (64 slots, kv head); 8 lanes a key.
 // Numerics  f32. m lies within [-1, 1], so its softmax needs no maximum.
-// Traffic   Hkv * num_slots * (D * sizeof(T) + 4 * (window + 5)) bytes.
+// Traffic   Hkv * num_slots * (D * sizeof(T) + 4 * (num_queries + 5)) bytes.
 // Bound     memory (L2: keys were read by the kernels before).
 // Limits    see the launcher.
 // Oracle    testing/kv_scores.rs.   Bench  rksc-run bench kernels --op kv_scores
@@ -242,19 +243,26 @@ __global__ void __launch_bounds__(kScoreThreads) kv_mean_kernel(const __grid_con
   }
   const uint32_t slot = tile * kTileSlots + thread;
   if (thread < kTileSlots && slot < plan.num_candidates) {
+    const uint32_t reach = p.variant == RKSC_KV_TEXT ? p.pool_size / 2 : 0, ahead = reach > 0 ? reach - 1 : 0;
+    const uint32_t first = slot > reach ? slot - reach : 0;
+    const uint32_t last = plan.num_candidates - 1 - slot > ahead ? slot + ahead : plan.num_candidates - 1;
     float sum = 0.0f;
-    for (uint32_t j = 0; j < p.window; ++j) {
-      const float x = global<const float>(plan.logits)[(static_cast<uint64_t>(head) * p.window + j) * plan.padded + slot];
-      const float max = global<const float>(plan.row_max)[head * p.window + j];
-      const float norm = global<const float>(plan.row_sum)[head * p.window + j];
+    for (uint32_t j = 0; j < p.num_queries; ++j) {
+      const gptr<const float> logits =
+          global<const float>(plan.logits) + (static_cast<uint64_t>(head) * p.num_queries + j) * plan.padded;
+      float x = -INFINITY;
+      for (uint32_t s = first; s <= last; ++s) x = fmaxf(x, logits[s]);
+      const float max = global<const float>(plan.row_max)[head * p.num_queries + j];
+      const float norm = global<const float>(plan.row_sum)[head * p.num_queries + j];
       sum += expf(x - max) / norm;
     }
-    global<float>(plan.importance)[of_head + slot] = sum / static_cast<float>(p.window);
+    global<float>(plan.importance)[of_head + slot] = sum / static_cast<float>(p.num_queries);
   }
 }
 
 // kv_score
-//   redundancy[v] = exp_mean[v] / sum over all slots; importance[v] = max of the means within pool_size / 2 candidates;
+//   redundancy[v] = exp_mean[v] / sum over all slots; importance[v] = max of the means within pool_size / 2 candidates, or as
+//   it is where each query's attention was pooled;
 //   scores[v] = lambda * importance[v] - (1 - lambda) * redundancy[v]
 //
 //   ScoresPlan; scores, importance, redundancy [Hkv, num_candidates] f32: written
@@ -276,7 +284,7 @@ __global__ void __launch_bounds__(256) kv_score_kernel(const __grid_constant__ S
   if (slot >= plan.num_candidates) return;
   const uint64_t of_head = static_cast<uint64_t>(head) * plan.padded;
   const gptr<const float> means = global<const float>(plan.importance) + of_head;
-  const uint32_t reach = p.pool_size / 2, first = slot > reach ? slot - reach : 0;
+  const uint32_t reach = p.variant == RKSC_KV_TEXT ? 0 : p.pool_size / 2, first = slot > reach ? slot - reach : 0;
   const uint32_t last = plan.num_candidates - 1 - slot > reach ? slot + reach : plan.num_candidates - 1;
   float pooled = -INFINITY;
   for (uint32_t s = first; s <= last; ++s) pooled = fmaxf(pooled, means[s]);
@@ -289,7 +297,7 @@ __global__ void __launch_bounds__(256) kv_score_kernel(const __grid_constant__ S
 }
 
 // Lays the plan's arrays out from `base`; returns the bytes they take.
-size_t lay_out(ScoresPlan& plan, unsigned char* base, uint32_t num_slots, uint32_t window, uint32_t num_kv_heads,
+size_t lay_out(ScoresPlan& plan, unsigned char* base, uint32_t num_slots, uint32_t num_queries, uint32_t num_kv_heads,
                uint32_t head_dim) {
   plan.num_tiles = div_up(num_slots, kTileSlots);
   plan.padded = plan.num_tiles * kTileSlots;
@@ -300,17 +308,17 @@ size_t lay_out(ScoresPlan& plan, unsigned char* base, uint32_t num_slots, uint32
   };
   take(plan.protected_links, plan.padded);
   take(plan.inv_norm, plan.padded);
-  take(plan.logits, static_cast<size_t>(window) * plan.padded);
+  take(plan.logits, static_cast<size_t>(num_queries) * plan.padded);
   take(plan.importance, plan.padded);
   take(plan.exp_mean, plan.padded);
   take(plan.tile_keys, static_cast<size_t>(plan.num_tiles) * head_dim);
-  take(plan.tile_max, static_cast<size_t>(plan.num_tiles) * window);
-  take(plan.tile_sum, static_cast<size_t>(plan.num_tiles) * window);
+  take(plan.tile_max, static_cast<size_t>(plan.num_tiles) * num_queries);
+  take(plan.tile_sum, static_cast<size_t>(plan.num_tiles) * num_queries);
   take(plan.tile_exp, plan.num_tiles);
   take(plan.tile_newest, plan.num_tiles);
   take(plan.key_sum, head_dim);
-  take(plan.row_max, window);
-  take(plan.row_sum, window);
+  take(plan.row_max, num_queries);
+  take(plan.row_sum, num_queries);
   return bytes;
 }
 
@@ -331,14 +339,15 @@ int32_t launch_scores(const ScoresPlan& plan, rksc_stream stream) {
 
 // ---- launchers: check, dispatch, launch, report -------------------------------------------------
 
-extern "C" size_t RKSC_FN(kv_scores_workspace_bytes)(uint32_t num_slots, uint32_t window, uint32_t, uint32_t num_kv_heads,
+extern "C" size_t RKSC_FN(kv_scores_workspace_bytes)(uint32_t num_slots, uint32_t num_queries, uint32_t, uint32_t num_kv_heads,
                                                      uint32_t head_dim) {
   ScoresPlan plan = {};
-  return lay_out(plan, nullptr, num_slots, window, num_kv_heads, head_dim);
+  return lay_out(plan, nullptr, num_slots, num_queries, num_kv_heads, head_dim);
 }
 
 extern "C" int32_t RKSC_FN(kv_scores)(const rksc_kv_scores_params* p, rksc_stream stream) {
-  RKSC_REQUIRE(p->window >= 1 && p->window <= kMaxWindow);
+  RKSC_REQUIRE(p->num_queries >= 1 && p->num_queries <= kMaxQueries);
+  RKSC_REQUIRE(p->variant <= RKSC_KV_ALG1);
   RKSC_REQUIRE(p->num_slots >= p->window && p->num_slots <= kMaxSlots);
   RKSC_REQUIRE(p->pool_size % 2 == 1 && p->block_size > 0);
   RKSC_REQUIRE(p->head_dim >= 8 && p->head_dim <= 256 && p->head_dim % (p->dtype == RKSC_F32 ? 8 : 16) == 0);
@@ -350,7 +359,7 @@ extern "C" int32_t RKSC_FN(kv_scores)(const rksc_kv_scores_params* p, rksc_strea
   RKSC_REQUIRE(p->num_q_heads >= p->num_kv_heads && p->num_q_heads % p->num_kv_heads == 0);
   ScoresPlan plan = {};
   plan.p = *p;
-  lay_out(plan, static_cast<unsigned char*>(p->workspace), p->num_slots, p->window, p->num_kv_heads, p->head_dim);
+  lay_out(plan, static_cast<unsigned char*>(p->workspace), p->num_slots, p->num_queries, p->num_kv_heads, p->head_dim);
   plan.num_candidates = p->num_slots - p->window;
   plan.group = p->num_q_heads / p->num_kv_heads;
   return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] { return launch_scores<T>(plan, stream); });

@@ -8,25 +8,25 @@ constexpr uint32_t kTileSlots = 64;
 constexpr uint32_t kScoreThreads = 128;
 // Columns that are brought to shared memory at a time: 128 bytes of a row, 8 threads of 16 bytes each.
 constexpr uint32_t kChunkVecs = 8;
-constexpr uint32_t kMaxWindow = 64;
+constexpr uint32_t kMaxQueries = 64;
 constexpr uint32_t kMaxSlots = 1u << 17;
 
 // The params and where things lie in the workspace. `padded` is num_slots rounded up to whole tiles.
 struct ScoresPlan {
   rksc_kv_scores_params p;
-  uint64_t* protected_links; // [Hkv, padded] sum of S[u, v] over the u whose protected link is v; fixed point, see to_fixed
+  uint64_t* protected_links; // [Hkv, padded] what a key's mean leaves out: the links to it, or its own; fixed point, see to_fixed
   float* inv_norm;           // [Hkv, padded] 1 / (|K| + 1e-8)
-  float* logits;             // [Hkv, window, padded] maximum over the group, scaled
-  float* importance;         // [Hkv, padded] mean over the window, before pooling
+  float* logits;             // [Hkv, num_queries, padded] maximum over the group, scaled
+  float* importance;         // [Hkv, padded] mean over the queries, before pooling over slots
   float* exp_mean;           // [Hkv, padded] exp(m)
   float* tile_keys;          // [Hkv, num_tiles, D] sum of a tile's normalised keys
-  float* tile_max;           // [Hkv, num_tiles, window] largest logit of a tile's candidates
-  float* tile_sum;           // [Hkv, num_tiles, window] sum of exp(logit - tile_max)
+  float* tile_max;           // [Hkv, num_tiles, num_queries] largest logit of a tile's candidates
+  float* tile_sum;           // [Hkv, num_tiles, num_queries] sum of exp(logit - tile_max)
   float* tile_exp;           // [Hkv, num_tiles] sum of exp(m)
   uint32_t* tile_newest;     // [Hkv, num_tiles] largest position
   float* key_sum;            // [Hkv, D] sum of all normalised keys
-  float* row_max;            // [Hkv, window]
-  float* row_sum;            // [Hkv, window]
+  float* row_max;            // [Hkv, num_queries]
+  float* row_sum;            // [Hkv, num_queries]
   uint32_t num_tiles, padded, num_candidates, group;
 };
 

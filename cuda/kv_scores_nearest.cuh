@@ -27,7 +27,7 @@ RKSC_DEVICE void newest_up_to(gptr<const uint32_t> tile_newest, uint32_t num_til
   }
 }
 
-// Sums what the tiles of a head left: normalised keys over D, and the softmax of each window query. Tiles in ascending order.
+// Sums what the tiles of a head left: normalised keys over D, and the softmax of each query. Tiles in ascending order.
 RKSC_DEVICE void fold_tiles(const ScoresPlan& plan, uint32_t head) {
   const rksc_kv_scores_params& p = plan.p;
   const gptr<const float> tile_keys =
@@ -38,18 +38,18 @@ RKSC_DEVICE void fold_tiles(const ScoresPlan& plan, uint32_t head) {
     for (uint32_t tile = 0; tile < plan.num_tiles; ++tile) sum += tile_keys[tile * p.head_dim + d];
     global<float>(plan.key_sum)[head * p.head_dim + d] = sum;
   }
-  const uint64_t of_head = static_cast<uint64_t>(head) * plan.num_tiles * p.window;
+  const uint64_t of_head = static_cast<uint64_t>(head) * plan.num_tiles * p.num_queries;
   const gptr<const float> tile_max = global<const float>(plan.tile_max) + of_head;
   const gptr<const float> tile_sum = global<const float>(plan.tile_sum) + of_head;
-  for (uint32_t j = threadIdx.x; j < p.window; j += kScoreThreads) {
+  for (uint32_t j = threadIdx.x; j < p.num_queries; j += kScoreThreads) {
     float max = -INFINITY, sum = 0.0f;
-    for (uint32_t tile = 0; tile < plan.num_tiles; ++tile) max = fmaxf(max, tile_max[tile * p.window + j]);
+    for (uint32_t tile = 0; tile < plan.num_tiles; ++tile) max = fmaxf(max, tile_max[tile * p.num_queries + j]);
     for (uint32_t tile = 0; tile < plan.num_tiles; ++tile) {
       // A tile of window slots alone has maximum -inf and sum 0; there is a candidate, so max is finite.
-      sum += tile_sum[tile * p.window + j] * expf(tile_max[tile * p.window + j] - max);
+      sum += tile_sum[tile * p.num_queries + j] * expf(tile_max[tile * p.num_queries + j] - max);
     }
-    global<float>(plan.row_max)[head * p.window + j] = max;
-    global<float>(plan.row_sum)[head * p.window + j] = sum;
+    global<float>(plan.row_max)[head * p.num_queries + j] = max;
+    global<float>(plan.row_sum)[head * p.num_queries + j] = sum;
   }
 }
 
@@ -101,16 +101,19 @@ RKSC_DEVICE bool all_found(smem<const uint64_t> best_of_row, uint32_t newest_lef
   return __all_sync(kFullMask, found);
 }
 
-// Adds the rows' protected links to their columns.
+// Adds the rows' links to their newest similar keys to what those keys' means leave out, or with row means to what their own do.
 template <typename T>
-RKSC_DEVICE void add_links(const Nearest& nearest, uint32_t u_start, smem<const uint64_t> best_of_row,
+RKSC_DEVICE void add_links(const Nearest& nearest, uint32_t u_start, bool row_means, smem<const uint64_t> best_of_row,
                            smem<const float> link_to_first, gptr<uint64_t> links) {
 #pragma unroll
   for (uint32_t m = 0; m < 4; ++m) {
-    const uint64_t key = best_of_row[PairTile<T>::row(m)];
+    const uint32_t row = PairTile<T>::row(m);
+    const uint64_t key = best_of_row[row];
     // A key names its slot, so exactly one thread has it.
-    if (nearest.key[m] != 0 && nearest.key[m] == key) atomic_add(links + static_cast<uint32_t>(key - 1), to_fixed(nearest.link[m]));
+    if (nearest.key[m] == 0 || nearest.key[m] != key) continue;
+    atomic_add(links + (row_means ? u_start + row : static_cast<uint32_t>(key - 1)), to_fixed(nearest.link[m]));
   }
+  if (row_means) return;
   // Where nothing is similar the link to slot 0 is dropped, as the published code does. Such a row made the walk reach tile 0.
   // Without redundancy nearly all rows end here: one addition a warp.
   if (threadIdx.x >= kTileSlots) return;
@@ -127,15 +130,16 @@ RKSC_DEVICE void add_links(const Nearest& nearest, uint32_t u_start, smem<const 
 
 // kv_nearest
 //   v*(u) = the newest v != u with S[u, v] > threshold, S[u, v] = K_u K_v / ((|K_u| + 1e-8) (|K_v| + 1e-8)); 0 if there is none
-//   protected_links[v] = sum of S[u, v] over the u != v with v*(u) = v
+//   protected_links[v] = sum of S[u, v] over the u != v with v*(u) = v; with row means (variants text and alg1)
+//   protected_links[u] = S[u, v*(u)], 0 if there is none
 //
 //   k_cache [num_blocks, Hkv, block_size, D] T, blocks [slots], positions [Hkv, position_stride] or null: read
 //   inv_norm, tile_newest and, for the fold, tile_keys, tile_max, tile_sum: read, as kv_prepare left them
-//   protected_links: added to; key_sum [Hkv, D], row_max, row_sum [Hkv, window]: written
+//   protected_links: added to; key_sum [Hkv, D], row_max, row_sum [Hkv, num_queries]: written
 //
 // Work      CTA = (64 rows u, kv head); it holds its rows' keys in shared memory and walks the tiles of keys v from the last to the
 //           first, two chunks of columns in flight, until all its rows have a similar key newer than all that is left. One CTA
-//           more per head folds the tiles' partial sums meanwhile.
+//           more per head folds the tiles' partial sums meanwhile, and is all there is where nobody wants redundancy.
 // Numerics  dot products of raw keys in f32 (tensor cores for 16-bit keys: products exact, f32 accumulation), then two f32 factors:
 //           about 2^-21 off the exact cosine at most, never rounded to 16 bits. Sums over u are of integers: any order will do.
 // Traffic   keys of the walked tiles per 64 rows, from L2: at worst num_slots^2 / 64 * D * sizeof(T) bytes a head; once from memory.
@@ -225,7 +229,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_nearest_kernel(const __grid_
   }
   // No copy may outlive the CTA.
   cp_async_wait<0>();
-  add_links<T>(nearest, u_tile * kTileSlots, best_of_row, link_to_first,
+  add_links<T>(nearest, u_tile * kTileSlots, p.variant != RKSC_KV_CODE, best_of_row, link_to_first,
                global<uint64_t>(plan.protected_links) + static_cast<uint64_t>(head) * plan.padded);
 }
 
@@ -234,7 +238,9 @@ int32_t launch_nearest(const ScoresPlan& plan, rksc_stream stream) {
   constexpr uint32_t kStride = (kChunkVecs + 1) * kVec<T>;
   const uint32_t elements = kTileSlots * (plan.p.head_dim + kVec<T>) + 2 * kTileSlots * kStride;
   const uint32_t newest = plan.p.positions ? plan.num_tiles * 4 : 0;
-  return launch(kv_nearest_kernel<T>, dim3(plan.num_tiles + 1, plan.p.num_kv_heads), dim3(kScoreThreads),
+  // Without links the redundancy is some finite number, and its share is 0.
+  const uint32_t tiles = plan.p.lambda == 1.0f && plan.p.redundancy == nullptr ? 0 : plan.num_tiles;
+  return launch(kv_nearest_kernel<T>, dim3(tiles + 1, plan.p.num_kv_heads), dim3(kScoreThreads),
                 elements * static_cast<uint32_t>(sizeof(T)) + newest, stream, plan);
 }
 

@@ -1,4 +1,4 @@
-// rope_append.cu -- fused qkv rows become rotated q, and k and v in their cache slots.
+// rope_append.cu -- fused qkv rows become rotated q, and k and v in their cache slots; some rows' q is kept for later.
 #include "common.cuh"
 
 namespace {
@@ -21,8 +21,10 @@ RKSC_DEVICE uint32_t head_lanes(uint32_t half, uint32_t width) {
 //
 //   qkv       [num_rows, (Hq + 2 Hkv) * D] f32                  read: q heads, k heads, v heads
 //   positions, slots [num_rows] u32, inv_freq [D / 2] f32       read
+//   ring_rows        [num_rows] u32                             read, or null
 //   q_norm, k_norm   [D] f32                                    read, or null
 //   q         [num_rows, Hq, D] T                               write
+//   query_ring       [.., Hq, D] T                              write at ring_rows, q's bits; or null
 //   k_cache, v_cache [num_blocks, Hkv, block_size, D] T         write at slots; nothing for RKSC_NO_SLOT
 //
 // Work      CTA = (row, run of heads). head_lanes lanes a head, kWidth pairs (i, i + D / 2) a lane at a time: 2 heads of 128
@@ -33,7 +35,7 @@ RKSC_DEVICE uint32_t head_lanes(uint32_t half, uint32_t width) {
 // Traffic   num_rows * (Hq + 2 Hkv) * D * (4 + sizeof(T)) bytes.
 // Bound     memory; at decode sizes latency.
 // Limits    head_dim even, <= 256; head_dim % 8 == 0 takes the vector path (kWidth 4), others single pairs.
-//           block_size > 0; no slot named twice.
+//           block_size > 0; no slot and no ring row named twice.
 // Oracle    testing::oracle::rope, rms_norm.   Bench  rksc-run bench kernels --op rope_append
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(const __grid_constant__ rksc_rope_append_params p) {
@@ -61,6 +63,8 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const __grid_cons
     for (int e = 0; e < kWidth; ++e) squares += low[turn][e] * low[turn][e] + high[turn][e] * high[turn][e];
   }
   const uint32_t slot = global<const uint32_t>(p.slots)[row];
+  uint32_t ring_row = RKSC_NO_SLOT;
+  if (is_q && p.query_ring != nullptr && p.ring_rows != nullptr) ring_row = global<const uint32_t>(p.ring_rows)[row];
   const float position = static_cast<float>(global<const uint32_t>(p.positions)[row]);
   for (uint32_t i = threadIdx.x; i < half; i += kThreads) {
     const float inv_freq = global<const float>(p.inv_freq)[i];
@@ -100,6 +104,9 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const __grid_cons
     const uint64_t at = (static_cast<uint64_t>(block) * hkv + kv_head) * p.block_size + slot % p.block_size;
     to = global<T>(is_v ? p.v_cache : p.k_cache) + at * p.head_dim;
   }
+  const bool kept = ring_row != RKSC_NO_SLOT;
+  gptr<T> ring = to;
+  if (kept) ring = global<T>(p.query_ring) + (static_cast<uint64_t>(ring_row) * hq + head) * p.head_dim;
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     const uint32_t i = first + turn * stride;
@@ -118,6 +125,9 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const __grid_cons
     }
     store_vec(to + i, y_low);
     store_vec(to + half + i, y_high);
+    if (!kept) continue;
+    store_vec(ring + i, y_low);
+    store_vec(ring + half + i, y_high);
   }
 }
 

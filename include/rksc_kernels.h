@@ -101,10 +101,12 @@ int32_t RKSC_FN(linear_w4)(const rksc_linear_w4_params* p, rksc_stream stream);
 typedef struct rksc_rope_append_params {
   const float* qkv;          /* [T, (Hq + 2 Hkv) * D]: q heads, k heads, v heads */
   void* q;                   /* [T, Hq, D] dtype */
+  void* query_ring;          /* [.., Hq, D] dtype: q once more, at ring_rows; or null */
   void* k_cache;             /* one layer */
   void* v_cache;             /* one layer */
   const uint32_t* positions; /* [T]: what RoPE uses; never derived from the slot */
   const uint32_t* slots;     /* [T], or RKSC_NO_SLOT */
+  const uint32_t* ring_rows; /* [T] row of query_ring, no two alike, or RKSC_NO_SLOT; null: none */
   const float* inv_freq;     /* [D / 2] radians per position; the angle is the f32 product */
   const float* q_norm;       /* [D], or null */
   const float* k_norm;       /* [D], or null */
@@ -113,7 +115,7 @@ typedef struct rksc_rope_append_params {
   float q_norm_eps, k_norm_eps;
   uint32_t reserved;
 } rksc_rope_append_params;
-RKSC_LAYOUT(rksc_rope_append_params, 112);
+RKSC_LAYOUT(rksc_rope_append_params, 128);
 int32_t RKSC_FN(rope_append)(const rksc_rope_append_params* p, rksc_stream stream);
 
 /* ---- kv_copy_blocks: copy-on-write of block heads; destinations are distinct and no source ---------------------- */
@@ -301,8 +303,13 @@ int32_t RKSC_FN(branch_similarity)(const rksc_branch_similarity_params* p, rksc_
 size_t RKSC_FN(branch_similarity_workspace_bytes)(uint32_t num_layers, uint32_t num_branches);
 
 /* ---- kv_scores: R-KV importance and redundancy, no n x n matrix in memory ----------------------------------------- */
+enum rksc_kv_variant {
+  RKSC_KV_CODE = 0, /* column means without the links to the newest similar key (to slot 0 where there is none); pooled means */
+  RKSC_KV_TEXT = 1, /* row means without the row's own such link; each query's attention pooled over [-size/2, size/2 - 1] */
+  RKSC_KV_ALG1 = 2  /* row means as in the text; pooling as in the code */
+};
 typedef struct rksc_kv_scores_params {
-  const void* queries;       /* [window, Hq, D] dtype: the last post-RoPE queries, oldest first */
+  const void* queries;       /* [num_queries, Hq, D] dtype: the last post-RoPE queries, in any order */
   const void* k_cache;       /* one layer */
   const uint32_t* blocks;    /* the sequence's table */
   const uint32_t* positions; /* [Hkv, position_stride] of the slots, for recency; null: slot order */
@@ -310,13 +317,17 @@ typedef struct rksc_kv_scores_params {
   float* importance;         /* [Hkv, num_slots - window] after pooling; null: not wanted */
   float* redundancy;         /* [Hkv, num_slots - window]; null: not wanted */
   void* workspace;           /* rksc_kv_scores_workspace_bytes; any contents */
-  uint32_t num_slots, window, pool_size, num_q_heads, num_kv_heads, head_dim, block_size, dtype;
-  float sm_scale, lambda, threshold;
+  uint32_t num_slots;
+  uint32_t window;          /* last slots that are no candidates; they take part in redundancy */
+  uint32_t num_queries, pool_size, variant, num_q_heads, num_kv_heads, head_dim, block_size, dtype;
+  float sm_scale;
+  float lambda;             /* at 1, and without redundancy, keys are not compared */
+  float threshold;
   uint32_t position_stride; /* slots from one head to the next in positions */
 } rksc_kv_scores_params;
-RKSC_LAYOUT(rksc_kv_scores_params, 112);
+RKSC_LAYOUT(rksc_kv_scores_params, 120);
 int32_t RKSC_FN(kv_scores)(const rksc_kv_scores_params* p, rksc_stream stream);
-size_t RKSC_FN(kv_scores_workspace_bytes)(uint32_t num_slots, uint32_t window, uint32_t num_q_heads, uint32_t num_kv_heads,
+size_t RKSC_FN(kv_scores_workspace_bytes)(uint32_t num_slots, uint32_t num_queries, uint32_t num_q_heads, uint32_t num_kv_heads,
                                           uint32_t head_dim);
 
 /* ---- kv_compact: move kept slots down, in place, each kv head its own set ------------------------------------------- */

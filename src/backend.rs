@@ -6,7 +6,7 @@
 //! | `embed` | gather rows | ids \[T\] -> x \[T, hidden\] |
 //! | `add_rms_norm` | residual add + RMSNorm, optional step similarity | \[T, hidden\] |
 //! | `linear` | y = x W^T (+ b) | \[T, in\] -> \[T, out\] |
-//! | `rope_append` | q/k norm, RoPE, write k and v to their slots | qkv \[T, (Hq + 2 Hkv) D\] -> q, KV cache |
+//! | `rope_append` | q/k norm, RoPE, write k and v to their slots, keep some rows' q | qkv \[T, (Hq + 2 Hkv) D\] -> q, KV cache |
 //! | `kv_copy_blocks` | copy-on-write of block heads | pairs of block ids |
 //! | `kv_transfer` | K and V of slots for other positions, K turned by the difference | pairs of slots |
 //! | `paged_attention` | plan-driven prefill, decode and shared segments | q -> o \[T, Hq, D\], lse \[T, Hq\] |
@@ -18,6 +18,8 @@
 //! | `entropy_probe` | norm + unembedding + statistics of inner-layer rows, logits never written | \[R, hidden\] -> \[R\] |
 //! | `branch_similarity` | layer-weighted cosines to the root and pairwise, cluster labels | \[L, B, hidden\] -> \[B, B\] |
 //! | `attention_mass` | exp(q k sm_scale - lse), summed over rows and group | q, K, lse -> \[Hkv, kv_len\] |
+//! | `kv_scores` | R-KV: how much the last queries look at a slot, how redundant its key is | q ring, K -> \[Hkv, n - window\] |
+//! | `kv_compact` | moves kept slots down in place, each kv head its own set | K, V, keep \[Hkv, num_keep\] |
 //!
 //! *A pass in order:* [`stage`](Backend::stage) lays out what the host decided (tokens, positions, slots, plan), the ops run,
 //! [`read_stats`](Backend::read_stats) waits once for what the next decision needs. Between
@@ -71,6 +73,9 @@ pub struct Sampled {
     pub logit: f32,
 }
 
+/// In [`PassInputs::ring_rows`]: a row whose q nobody wants later.
+pub const NO_RING_ROW: u32 = u32::MAX;
+
 /// What the host decided for a pass, in row order. Staged once a pass, and again when a gate has cut rows.
 #[derive(Clone, Debug, Default)]
 pub struct PassInputs {
@@ -80,6 +85,8 @@ pub struct PassInputs {
     pub positions: Vec<u32>,
     /// `[T]`: `block_id * block_size + offset`, where K and V go.
     pub slots: Vec<u32>,
+    /// `[T]` row of the query ring that keeps the row's q, [`NO_RING_ROW`] for none; empty: none at all.
+    pub ring_rows: Vec<u32>,
     /// Copy-on-write heads.
     pub copies: Vec<BlockCopy>,
     /// Slots that take their K and V from others; destinations are distinct, and no source.
@@ -97,9 +104,9 @@ pub struct Counters {
     pub launches: u64,
     /// Bytes of weights that the ops had to read, each matrix once a call.
     pub weight_bytes: u64,
-    /// Bytes of K and V read by attention, each planned tile once a segment.
+    /// Bytes of K and V read by attention, each planned tile once a segment, and of K by `attention_mass` and `kv_scores`.
     pub kv_read_bytes: u64,
-    /// Bytes of K and V written by `rope_append`, `kv_copy_blocks` and `kv_transfer`.
+    /// Bytes of K and V written by `rope_append`, `kv_copy_blocks`, `kv_transfer` and `kv_compact`.
     pub kv_write_bytes: u64,
     /// Times the host waited for device results.
     pub read_backs: u64,
@@ -180,6 +187,13 @@ pub trait Backend: Send + 'static {
     fn branch_similarity(&mut self, p: BranchSimilarity<'_, Self>) -> Result<()>;
     /// See [`AttentionMass`]. Counts one read-back.
     fn attention_mass(&mut self, p: AttentionMass<'_, Self>) -> Result<()>;
+    /// See [`KvScores`].
+    fn kv_scores(&mut self, p: KvScores<'_, Self>) -> Result<()>;
+    /// See [`KvCompact`].
+    fn kv_compact(&mut self, p: KvCompact<'_, Self>) -> Result<()>;
+    /// Buffers that a recording may name have been replaced: none of them is replayed any more. Not between
+    /// [`begin_pass`](Self::begin_pass) and [`end_pass`](Self::end_pass) of a repeatable pass.
+    fn forget_recordings(&mut self) -> Result<()>;
 }
 
 /// `x[t] = table[ids[t]]`, widened to f32.
@@ -239,6 +253,8 @@ pub struct RopeAppend<'a, B: Backend + ?Sized> {
     pub qkv: &'a B::Buf,
     /// `[T, Hq, D]` compute type, written.
     pub q: &'a mut B::Buf,
+    /// `[.., Hq, D]` compute type: q of a row once more, at the inputs' `ring_rows`. There is one where any are named.
+    pub query_ring: Option<&'a mut B::Buf>,
     /// K of one layer, laid out as [`KvLayout`] says, written at the rows' slots.
     pub k_cache: &'a mut B::Buf,
     /// V of one layer, written at the rows' slots.
@@ -458,4 +474,71 @@ pub struct MassSequence {
     pub block_start: usize,
     /// Slots its last row attends to; each earlier row one fewer.
     pub kv_len: usize,
+}
+
+/// Which of the three published forms of R-KV scores slots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RkvVariant {
+    /// The reference code: column means of the cosines, each key's link to its newest similar key left out of *that* key's
+    /// column (slot 0's where there is none), so that the newest of several duplicates stays; importance is pooled over
+    /// `pool_size` slots after the mean over the queries.
+    #[default]
+    Code,
+    /// The paper's text: a key loses its own link to its newest similar key, so none of the duplicates is preferred; each
+    /// query's attention is pooled over `[i - pool_size / 2, i + pool_size / 2 - 1]` before the mean.
+    Text,
+    /// The paper's Algorithm 1: redundancy as in the text, pooling as in the code.
+    Alg1,
+}
+
+/// `lambda * importance - (1 - lambda) * redundancy` of each slot but the last `window`, for one sequence and layer.
+/// Nothing of the size `num_slots^2` is kept. Formulas: `testing::kv_scores`.
+pub struct KvScores<'a, B: Backend + ?Sized> {
+    /// `[.., Hq, D]` compute type, after RoPE.
+    pub queries: &'a B::Buf,
+    /// The last queries' rows of `queries`, in any order; importance is their mean.
+    pub query_rows: Range<usize>,
+    /// K of one layer.
+    pub k_cache: &'a B::Buf,
+    /// The sequence's table.
+    pub blocks: &'a [u32],
+    /// Slots it holds; the newest is the last.
+    pub num_slots: usize,
+    /// Last slots that are no candidates; they take part in redundancy.
+    pub window: usize,
+    /// Odd.
+    pub pool_size: usize,
+    /// See [`RkvVariant`].
+    pub variant: RkvVariant,
+    /// Share of the importance; at 1 redundancy is not computed.
+    pub lambda: f32,
+    /// Cosine above which two keys are similar.
+    pub threshold: f32,
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// As in `paged_attention`.
+    pub sm_scale: f32,
+    /// Geometry of the cache.
+    pub layout: &'a KvLayout,
+    /// f32; `[Hkv, num_slots - window]` is written from element `scores_start` on.
+    pub scores: &'a mut B::Buf,
+    /// See `scores`.
+    pub scores_start: usize,
+}
+
+/// For `i` ascending, slot `first_slot + i` of kv head `h` takes K and V of slot `keep[h][i]`, bit for bit, in one layer.
+pub struct KvCompact<'a, B: Backend + ?Sized> {
+    /// K of one layer.
+    pub k_cache: &'a mut B::Buf,
+    /// V of one layer.
+    pub v_cache: &'a mut B::Buf,
+    /// The sequence's table; nobody else holds the blocks from `first_slot` on.
+    pub blocks: &'a [u32],
+    /// `[Hkv, num_keep]`, each head's ascending, `keep[h][i] >= first_slot + i`.
+    pub keep: &'a [u32],
+    /// Where they go.
+    pub first_slot: usize,
+    /// Geometry of the cache.
+    pub layout: &'a KvLayout,
 }

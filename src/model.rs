@@ -308,6 +308,7 @@ impl<B: Backend> Model<B> {
                 inputs: &pass.inputs,
                 qkv: &ws.qkv,
                 q: &mut ws.q,
+                query_ring: None,
                 k_cache,
                 v_cache,
                 inv_freq: &self.inv_freq,

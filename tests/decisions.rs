@@ -180,6 +180,7 @@ impl Recorder {
             inputs,
             qkv,
             q,
+            query_ring: None,
             k_cache,
             v_cache,
             inv_freq,

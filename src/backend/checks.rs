@@ -1,6 +1,6 @@
-//! What every backend asks of a probe's parameters before it touches memory.
+//! What every backend asks of an op's parameters before it touches memory.
 
-use super::MassSequence;
+use super::{Backend, KvCompact, KvScores, MassSequence, NO_RING_ROW};
 use crate::error::{Error, Result};
 use crate::kv::KvLayout;
 
@@ -51,4 +51,74 @@ pub(super) fn sequences(
         slots += s.kv_len;
     }
     Ok(slots)
+}
+
+/// Ring rows of a pass of `num_rows` rows: none, or one each. Returns how many rows the ring must have for them.
+pub(super) fn ring_rows(ring_rows: &[u32], num_rows: usize) -> Result<usize> {
+    if !ring_rows.is_empty() && ring_rows.len() != num_rows {
+        let got = format!("{} ring rows", ring_rows.len());
+        return Err(Error::Shape { op: "stage", expected: format!("none, or one for each of {num_rows} rows"), got });
+    }
+    Ok(ring_rows.iter().filter(|&&row| row != NO_RING_ROW).max().map_or(0, |&row| row as usize + 1))
+}
+
+/// Named ring rows without a ring would be lost without a word.
+pub(super) fn ring_is_there(num_ring_rows: usize, there: bool) -> Result<()> {
+    if num_ring_rows == 0 || there {
+        return Ok(());
+    }
+    let expected = format!("a query ring of {num_ring_rows} rows");
+    Err(Error::Shape { op: "rope_append", expected, got: "none".into() })
+}
+
+/// A table that holds the sequence's slots, a query at least, an odd pooling, a threshold no zero key passes.
+pub(super) fn kv_scores<B: Backend>(p: &KvScores<'_, B>) -> Result<()> {
+    let KvLayout { num_kv_heads, block_size, num_blocks, .. } = *p.layout;
+    let table = p.blocks.get(..p.num_slots.div_ceil(block_size.max(1)));
+    let held = table.is_some_and(|t| t.iter().all(|&b| (b as usize) < num_blocks));
+    let heads = num_kv_heads > 0 && p.num_q_heads > 0 && p.num_q_heads.is_multiple_of(num_kv_heads);
+    let wanted = p.window <= p.num_slots && !p.query_rows.is_empty() && p.pool_size % 2 == 1;
+    if held && heads && wanted && p.threshold >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        op: "kv_scores",
+        expected: "a table of the slots, a window within them, a query, an odd pool, a threshold of 0 at least".into(),
+        got: format!(
+            "{} slots in {} blocks, window {}, queries {:?}, pool {}, threshold {}, {} query heads of {:?}",
+            p.num_slots,
+            p.blocks.len(),
+            p.window,
+            p.query_rows,
+            p.pool_size,
+            p.threshold,
+            p.num_q_heads,
+            p.layout
+        ),
+    })
+}
+
+/// Every head keeps as many slots of the table, ascending, none of them below where it goes. Returns how many rows move.
+pub(super) fn kv_compact<B: Backend>(p: &KvCompact<'_, B>) -> Result<usize> {
+    let KvLayout { num_kv_heads, block_size, num_blocks, .. } = *p.layout;
+    let refuse = |got: String| {
+        let expected = "ascending slots of the table, as many a head, none below where it goes".into();
+        Err(Error::Shape { op: "kv_compact", expected, got })
+    };
+    let num_keep = p.keep.len() / num_kv_heads.max(1);
+    if num_keep * num_kv_heads != p.keep.len() || p.blocks.iter().any(|&b| b as usize >= num_blocks) {
+        return refuse(format!("{} slots of {num_kv_heads} heads, blocks {:?}", p.keep.len(), p.blocks));
+    }
+    let capacity = p.blocks.len() * block_size;
+    let mut moved = 0;
+    for keep in p.keep.chunks(num_keep.max(1)) {
+        let ascending = keep.windows(2).all(|pair| pair[0] < pair[1]);
+        // Ascending, so the first decides for all.
+        let downwards = keep.first().is_none_or(|&slot| slot as usize >= p.first_slot);
+        if !ascending || !downwards || keep.last().is_some_and(|&slot| slot as usize >= capacity) {
+            return refuse(format!("{keep:?} to {} of {capacity}", p.first_slot));
+        }
+        moved += keep.iter().zip(p.first_slot..).filter(|&(&from, to)| from as usize != to).count();
+    }
+    Ok(moved)
 }

@@ -8,6 +8,8 @@ pub mod branch_similarity;
 pub mod elem;
 pub mod elementwise;
 pub mod entropy_probe;
+pub mod kv_compact;
+pub mod kv_scores;
 pub mod kv_transfer;
 pub mod linear;
 pub mod matrix;
@@ -25,8 +27,10 @@ pub use attention::MAX_GROUP_ROWS;
 use attention::mass::AttentionMassArgs;
 use attention::{AttentionScratch, PagedAttentionArgs};
 use branch_similarity::{BranchSimilarityArgs, BranchSimilarityScratch};
+use elem::Elem;
 use elementwise::{SiluMulArgs, Table};
 use entropy_probe::{EntropyProbeArgs, EntropyProbeScratch};
+use kv_scores::{KvScoresArgs, KvScoresScratch};
 use linear::{Activations, LinearArgs, LinearScratch};
 use matrix::{CpuMatrix, Weights};
 use norm::AddRmsNormArgs;
@@ -36,8 +40,9 @@ use row_stats::RowStatsScratch;
 use simd::SimdLevel;
 
 use super::{
-    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCopyBlocks,
-    KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, Sampled, SiluMul,
+    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCompact,
+    KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp,
+    Sample, Sampled, SiluMul, checks,
 };
 use crate::config::available_memory;
 use crate::dtype::DType;
@@ -88,6 +93,19 @@ impl CpuBuf {
         if let Self::F32(x) = self { Ok(x) } else { Err(mixed(op)) }
     }
 
+    /// The elements, where they are of type `T`.
+    fn typed_mut<T: Elem>(&mut self, op: &'static str) -> Result<&mut [T]> {
+        let is_t = match self {
+            Self::F32(_) => T::DTYPE == DType::F32,
+            Self::Bf16(_) => T::DTYPE == DType::Bf16,
+            Self::F16(_) => T::DTYPE == DType::F16,
+        };
+        if !is_t {
+            return Err(mixed(op));
+        }
+        bytemuck::try_cast_slice_mut(self.bytes_mut()).map_err(|_| mixed(op))
+    }
+
     fn bytes(&self) -> &[u8] {
         match self {
             Self::F32(x) => bytemuck::cast_slice(x),
@@ -127,6 +145,7 @@ pub struct Cpu {
     row_stats: RowStatsScratch,
     probe: EntropyProbeScratch,
     similarity: BranchSimilarityScratch,
+    kv_scores: KvScoresScratch,
     /// What the last `row_stats` or `entropy_probe` found.
     stats: Vec<RowStats>,
     /// One row of logits that `sample` may spoil.
@@ -149,6 +168,7 @@ impl Cpu {
             row_stats: RowStatsScratch::default(),
             probe: EntropyProbeScratch::default(),
             similarity: BranchSimilarityScratch::default(),
+            kv_scores: KvScoresScratch::default(),
             stats: Vec::new(),
             logits_row: Vec::new(),
             counters: Counters::default(),
@@ -335,10 +355,12 @@ impl Backend for Cpu {
                 rows: p.rows,
                 qkv,
                 q,
+                query_ring: p.query_ring.map(|ring| ring.typed_mut(op)).transpose()?,
                 k_cache,
                 v_cache,
                 positions: &p.inputs.positions,
                 slots: &p.inputs.slots,
+                ring_rows: &p.inputs.ring_rows,
                 inv_freq,
                 rope_scale: p.rope_scale,
                 q_norm: q_norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)),
@@ -493,6 +515,50 @@ impl Backend for Cpu {
             };
             attention::mass::attention_mass(self.level, &mut self.pool, &mut self.attention, args)
         })
+    }
+
+    fn kv_scores(&mut self, p: KvScores<'_, Self>) -> Result<()> {
+        checks::kv_scores(&p)?;
+        let bytes = p.num_slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
+        self.launched().kv_read_bytes += bytes as u64;
+        let scores = p.scores.f32_mut("kv_scores")?;
+        let num_scores = p.layout.num_kv_heads * (p.num_slots - p.window);
+        let Some(scores) = scores.get_mut(p.scores_start..p.scores_start + num_scores) else {
+            return Err(out_of_range("kv_scores", p.scores_start, num_scores));
+        };
+        with_type!("kv_scores", [queries = p.queries, k_cache = p.k_cache], {
+            let args = KvScoresArgs {
+                queries,
+                query_rows: p.query_rows,
+                k_cache,
+                blocks: p.blocks,
+                num_slots: p.num_slots,
+                window: p.window,
+                pool_size: p.pool_size,
+                variant: p.variant,
+                lambda: p.lambda,
+                threshold: p.threshold,
+                num_q_heads: p.num_q_heads,
+                sm_scale: p.sm_scale,
+                layout: p.layout,
+                scores,
+            };
+            kv_scores::kv_scores(self.level, &mut self.pool, &mut self.kv_scores, args)
+        })
+    }
+
+    fn kv_compact(&mut self, p: KvCompact<'_, Self>) -> Result<()> {
+        let moved = checks::kv_compact(&p)?;
+        self.launched().kv_write_bytes += (2 * moved * p.layout.head_dim * p.layout.dtype.size_bytes()) as u64;
+        let (blocks, keep, first_slot, layout) = (p.blocks, p.keep, p.first_slot, p.layout);
+        with_type!("kv_compact", [k_cache = p.k_cache, v_cache = p.v_cache], {
+            kv_compact::kv_compact(k_cache, v_cache, blocks, keep, first_slot, layout)
+        })
+    }
+
+    /// Nothing is recorded here.
+    fn forget_recordings(&mut self) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ pub mod attention_items;
 #[allow(clippy::all, clippy::undocumented_unsafe_blocks, missing_docs, non_camel_case_types, unsafe_code)]
 #[doc(hidden)]
 pub mod bindings;
+mod compression;
 #[allow(unsafe_code)]
 pub mod cublas;
 #[allow(unsafe_code)]
@@ -107,6 +108,10 @@ struct Scratch {
     mass_sequences: Option<DeviceBuf<u8>>,
     mass_blocks: Option<DeviceBuf<u8>>,
     mass: Option<DeviceBuf<u8>>,
+    /// `kv_scores`, and the tables of it and of `kv_compact`, and what that keeps.
+    kv_scores: Option<DeviceBuf<u8>>,
+    kv_blocks: Option<DeviceBuf<u8>>,
+    kv_keep: Option<DeviceBuf<u8>>,
     /// Unmerged outputs of `paged_attention`.
     partial_o: Option<DeviceBuf<u8>>,
     /// Their maxima and sums.

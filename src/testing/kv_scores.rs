@@ -1,9 +1,11 @@
-//! Oracle of `kv_scores`: R-KV in float64, every pair of keys by itself, with the link removal of the published code.
+//! Oracle of `kv_scores`: R-KV in float64, every pair of keys by itself, in each of its published forms.
+
+use crate::backend::RkvVariant;
 
 /// One kv head at compression.
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
-    /// Queries `[window][group][D]`, oldest first.
+    /// Queries `[num_queries][group][D]`, in any order.
     pub queries: &'a [f64],
     /// Keys `[num_slots][D]`.
     pub keys: &'a [f64],
@@ -17,6 +19,8 @@ pub struct Head<'a> {
     pub window: usize,
     /// Width of the pooling, odd.
     pub pool_size: usize,
+    /// Which form.
+    pub variant: RkvVariant,
     /// Multiplies q k.
     pub sm_scale: f64,
     /// Share of the importance in the score.
@@ -28,13 +32,13 @@ pub struct Head<'a> {
 /// What [`kv_scores`] returns.
 #[derive(Clone, Debug)]
 pub struct Scores {
-    /// Of each candidate, before pooling.
+    /// Of each candidate, before the means are pooled.
     pub unpooled: Vec<f64>,
     /// Of each candidate.
     pub importance: Vec<f64>,
     /// Newest similar other slot of each slot.
     pub nearest: Vec<Option<usize>>,
-    /// Column means, of each slot.
+    /// Column means, or row means, of each slot.
     pub mean: Vec<f64>,
     /// Of each candidate.
     pub redundancy: Vec<f64>,
@@ -48,8 +52,11 @@ pub struct Scores {
 pub fn kv_scores(head: &Head<'_>) -> Scores {
     let num_candidates = head.keys.len() / head.head_dim - head.window;
     let unpooled = unpooled_importance(head, num_candidates);
-    let importance = max_pool(&unpooled, head.pool_size);
-    let (nearest, mean, ambiguous) = column_means(head);
+    let importance = match head.variant {
+        RkvVariant::Code | RkvVariant::Alg1 => max_pool(&unpooled, head.pool_size),
+        RkvVariant::Text => unpooled.clone(),
+    };
+    let (nearest, mean, ambiguous) = means(head);
     let redundancy = softmax(&mean)[..num_candidates].to_vec();
     let mix = |(i, r): (&f64, &f64)| head.lambda * i - (1.0 - head.lambda) * r;
     let scores = importance.iter().zip(&redundancy).map(mix).collect();
@@ -58,12 +65,16 @@ pub fn kv_scores(head: &Head<'_>) -> Scores {
 
 /// Largest value within `pool_size / 2` places.
 pub fn max_pool(x: &[f64], pool_size: usize) -> Vec<f64> {
-    let reach = pool_size / 2;
-    let widest = |i: usize| &x[i.saturating_sub(reach)..(i + reach + 1).min(x.len())];
-    (0..x.len()).map(|i| widest(i).iter().copied().fold(f64::NEG_INFINITY, f64::max)).collect()
+    max_within(x, pool_size / 2, pool_size / 2)
 }
 
-/// `nearest` and `mean` by the identity that the kernel uses: the sum of all normalised keys minus what does not count.
+/// Largest value of `[i - behind, i + ahead]`.
+fn max_within(x: &[f64], behind: usize, ahead: usize) -> Vec<f64> {
+    let near = |i: usize| &x[i.saturating_sub(behind)..(i + ahead + 1).min(x.len())];
+    (0..x.len()).map(|i| near(i).iter().copied().fold(f64::NEG_INFINITY, f64::max)).collect()
+}
+
+/// `nearest` and the column means by the identity that the kernels use: the sum of all normalised keys minus what does not count.
 pub fn column_means_by_identity(head: &Head<'_>) -> (Vec<Option<usize>>, Vec<f64>) {
     let keys = normalised(head);
     let n = keys.len();
@@ -90,21 +101,27 @@ pub fn column_means_by_identity(head: &Head<'_>) -> (Vec<Option<usize>>, Vec<f64
 
 fn unpooled_importance(head: &Head<'_>, num_candidates: usize) -> Vec<f64> {
     let mut importance = vec![0.0; num_candidates];
+    let num_queries = head.queries.len() / (head.group * head.head_dim);
     for of_row in head.queries.chunks(head.group * head.head_dim) {
         let logit = |key: &[f64]| {
             of_row.chunks(head.head_dim).map(|q| dot(q, key) * head.sm_scale).fold(f64::NEG_INFINITY, f64::max)
         };
         let logits: Vec<f64> = head.keys.chunks(head.head_dim).take(num_candidates).map(logit).collect();
-        for (i, p) in importance.iter_mut().zip(softmax(&logits)) {
-            *i += p / head.window as f64;
+        let mut attention = softmax(&logits);
+        if head.variant == RkvVariant::Text {
+            let half = head.pool_size / 2;
+            attention = max_within(&attention, half, half.saturating_sub(1));
+        }
+        for (i, p) in importance.iter_mut().zip(attention) {
+            *i += p / num_queries as f64;
         }
     }
     importance
 }
 
-/// Column means of the cosines without the diagonal and without each row's link to its newest similar key (slot 0 where
-/// there is none).
-fn column_means(head: &Head<'_>) -> (Vec<Option<usize>>, Vec<f64>, usize) {
+/// Means of the cosines without the diagonal and without each row's link to its newest similar key: of columns in the code
+/// (slot 0 where there is none), of rows elsewhere.
+fn means(head: &Head<'_>) -> (Vec<Option<usize>>, Vec<f64>, usize) {
     const MARGIN: f64 = 1e-6;
     let keys = normalised(head);
     let n = keys.len();
@@ -118,8 +135,10 @@ fn column_means(head: &Head<'_>) -> (Vec<Option<usize>>, Vec<f64>, usize) {
             ambiguous += 1;
         }
         for (v, s) in row.iter().enumerate() {
-            if v != link.unwrap_or(0) {
-                mean[v] += s / n as f64;
+            match head.variant {
+                RkvVariant::Code if v != link.unwrap_or(0) => mean[v] += s / n as f64,
+                RkvVariant::Text | RkvVariant::Alg1 if Some(v) != link => mean[u] += s / n as f64,
+                _ => {}
             }
         }
         nearest.push(link);
@@ -159,15 +178,15 @@ mod tests {
 
     fn head<'a>(keys: &'a [f64], queries: &'a [f64], head_dim: usize, window: usize) -> Head<'a> {
         let (pool_size, sm_scale) = (1, 1.0 / (head_dim as f64).sqrt());
-        let group = queries.len() / (head_dim * window);
         Head {
             queries,
             keys,
             positions: None,
             head_dim,
-            group,
+            group: 1,
             window,
             pool_size,
+            variant: RkvVariant::Code,
             sm_scale,
             lambda: 0.1,
             threshold: 0.5,
@@ -193,12 +212,38 @@ mod tests {
         }
         let queries = vec![0.0; d];
         let head = head(&keys, &queries, d, 1);
-        let (nearest, mean, ambiguous) = column_means(&head);
+        let (nearest, mean, ambiguous) = means(&head);
         let (fast_nearest, fast_mean) = column_means_by_identity(&head);
         assert_eq!(ambiguous, 0);
         assert_eq!(nearest, fast_nearest);
         assert!(nearest.iter().flatten().count() > n / 4);
         assert!(mean.iter().zip(&fast_mean).all(|(a, b)| (a - b).abs() < 1e-12));
+    }
+
+    #[test]
+    fn row_means_prefer_none_of_three_duplicates() {
+        let keys = [0., 0., 1., 1., 0., 0., 2., 0., 0., 0., 1., 0., 3., 0., 0.];
+        let code = kv_scores(&head(&keys, &[0.0; 3], 3, 1));
+        close(&code.mean, &[0.0, 0.4, 0.2, 0.0, 0.0]);
+        close(&code.redundancy, &[0.175_032, 0.261_118, 0.213_785, 0.175_032]);
+        for variant in [RkvVariant::Text, RkvVariant::Alg1] {
+            let rows = kv_scores(&Head { variant, ..head(&keys, &[0.0; 3], 3, 1) });
+            assert_eq!(rows.nearest, code.nearest);
+            close(&rows.mean, &[0.0, 0.2, 0.2, 0.0, 0.2]);
+        }
+    }
+
+    #[test]
+    fn text_pools_each_query_before_the_mean() {
+        // The queries look at slots 1 and 4 alone.
+        let keys = [0., 0., 90., 0., 0., 0., 0., 0., 0., 90., 0., 0., 0., 0.];
+        let of = |variant, pool_size| {
+            kv_scores(&Head { variant, pool_size, ..head(&keys, &[9., 0., 0., 9.], 2, 1) }).importance
+        };
+        close(&of(RkvVariant::Text, 1), &[0.0, 0.5, 0.0, 0.0, 0.5, 0.0]);
+        close(&of(RkvVariant::Text, 3), &[0.0, 0.5, 0.5, 0.0, 0.5, 0.5]);
+        close(&of(RkvVariant::Text, 5), &[0.5, 0.5, 0.5, 1.0, 0.5, 0.5]);
+        close(&of(RkvVariant::Alg1, 5), &[0.5; 6]);
     }
 
     #[test]

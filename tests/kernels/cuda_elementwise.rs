@@ -248,6 +248,13 @@ fn rope_case(dtype: DType, case: &Rope) {
     for slot in slots.iter_mut().skip(2).step_by(5) {
         *slot = RKSC_NO_SLOT;
     }
+    // Every third row's q is not kept; the ring has rows that nobody writes.
+    let ring = hq % 3 != 0;
+    let mut kept_at = fill.shuffled(rows + 4)[..rows].to_vec();
+    for row in kept_at.iter_mut().step_by(3) {
+        *row = RKSC_NO_SLOT;
+    }
+    let ring_before = fill.normals((rows + 4) * hq * dim, 1.0);
     let cache = fill.normals(2 * num_blocks * layout.block_elems(), 1.0);
     let (k_before, v_before) = cache.split_at(cache.len() / 2);
 
@@ -273,17 +280,20 @@ fn rope_case(dtype: DType, case: &Rope) {
     }
     for_each_device(&what, |dev| {
         let (x, freqs) = (dev.buffer(&qkv)?, dev.buffer(&inv_freq)?);
-        let (positions, slots) = (dev.buffer(&positions)?, dev.buffer(&slots)?);
+        let (positions, slots, ring_rows) = (dev.buffer(&positions)?, dev.buffer(&slots)?, dev.buffer(&kept_at)?);
+        let mut query_ring = narrowed(dev, dtype, &ring_before)?;
         let (qw, kw) = (dev.buffer(&qw)?, dev.buffer(&kw)?);
         let mut q = dev.alloc::<u8>(rows * hq * dim * dtype.size_bytes())?;
         let (mut k, mut v) = (narrowed(dev, dtype, k_before)?, narrowed(dev, dtype, v_before)?);
         let params = rksc_rope_append_params {
             qkv: x.ptr(),
             q: q.ptr_mut().cast(),
+            query_ring: if ring { query_ring.ptr_mut().cast() } else { null_mut() },
             k_cache: k.ptr_mut().cast(),
             v_cache: v.ptr_mut().cast(),
             positions: positions.ptr(),
             slots: slots.ptr(),
+            ring_rows: ring_rows.ptr(),
             inv_freq: freqs.ptr(),
             q_norm: if q_norm { qw.ptr() } else { null() },
             k_norm: if k_norm { kw.ptr() } else { null() },
@@ -303,6 +313,11 @@ fn rope_case(dtype: DType, case: &Rope) {
         oracle::assert_close(&format!("{what} q"), dtype, 4e-6, &wide(&q), &want_q);
         oracle::assert_close(&format!("{what} k"), dtype, 4e-6, &wide(&k), &want_k);
         assert_eq!(wide(&v), want_v, "{what} v");
+        let mut want_ring = rounded(dtype, &ring_before);
+        for (row, &kept) in q.chunks_exact(hq * dim).zip(&kept_at).filter(|&(_, &kept)| ring && kept != RKSC_NO_SLOT) {
+            want_ring[kept as usize * hq * dim..][..hq * dim].copy_from_slice(&wide(row));
+        }
+        assert_eq!(wide(&widened(dev, dtype, &query_ring)?), want_ring, "{what} query ring");
         Ok([bits(&q), bits(&k), bits(&v)].concat())
     });
 }

@@ -1,5 +1,6 @@
 use half::{bf16, f16};
 use rksc::DType;
+use rksc::backend::NO_RING_ROW;
 use rksc::backend::cpu::elem::Elem;
 use rksc::backend::cpu::elementwise::{SiluMulArgs, Table, embed, gather_rows, silu_mul};
 use rksc::backend::cpu::norm::{AddRmsNormArgs, add_rms_norm};
@@ -194,20 +195,29 @@ fn rope_case<T: Elem>(level: SimdLevel) {
         let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
         let positions: Vec<u32> = (0..rows as u32).map(|r| r % 5 * 700 + r / 10).collect();
         let slots = fill.shuffled(80)[..rows].to_vec();
+        // Every third row's q is not kept; the ring has rows that nobody writes.
+        let mut ring_rows = fill.shuffled(rows + 4)[..rows].to_vec();
+        for row in ring_rows.iter_mut().step_by(3) {
+            *row = NO_RING_ROW;
+        }
+        let ring_before: Vec<T> = fill.normals((rows + 4) * hq * dim, 1.0).into_iter().map(T::narrow).collect();
         let run = |threads: usize, part: std::ops::Range<usize>| {
             let mut q = vec![T::zeroed(); rows * hq * dim];
             let mut k = vec![T::zeroed(); 5 * layout.block_elems()];
             let mut v = k.clone();
+            let mut ring = ring_before.clone();
             let mut scratch = RopeScratch::default();
             for _ in 0..2 {
                 let args = RopeAppendArgs {
                     rows: part.clone(),
                     qkv: &qkv,
                     q: &mut q,
+                    query_ring: Some(&mut ring),
                     k_cache: &mut k,
                     v_cache: &mut v,
                     positions: &positions,
                     slots: &slots,
+                    ring_rows: &ring_rows,
                     inv_freq: &inv_freq,
                     rope_scale: 1.25,
                     q_norm: norm.then_some((qw.as_slice(), 1e-6)),
@@ -217,9 +227,9 @@ fn rope_case<T: Elem>(level: SimdLevel) {
                 };
                 rope_append(level, &mut ThreadPool::new(threads), &mut scratch, args).unwrap();
             }
-            (q, k, v)
+            (q, k, v, ring)
         };
-        let (q, k, v) = run(1, 0..rows);
+        let (q, k, v, ring) = run(1, 0..rows);
         let head = |row: usize, h: usize| wide(&qkv[row * width + h * dim..][..dim]);
         for r in 0..rows {
             let what = format!("rope_append {level:?} {hq}/{hkv} heads of {dim}, row {r}");
@@ -238,7 +248,12 @@ fn rope_case<T: Elem>(level: SimdLevel) {
                 assert_eq!(wide(&v[at..at + dim]), rounded(T::DTYPE, &head(r, hq + hkv + h)), "{what}");
             }
         }
-        assert_eq!(run(2, 0..rows), (q.clone(), k, v));
+        let mut want_ring = ring_before.clone();
+        for (row, &kept) in q.chunks_exact(hq * dim).zip(&ring_rows).filter(|&(_, &kept)| kept != NO_RING_ROW) {
+            want_ring[kept as usize * hq * dim..][..hq * dim].copy_from_slice(row);
+        }
+        assert_eq!(ring, want_ring);
+        assert_eq!(run(2, 0..rows), (q.clone(), k, v, ring));
         assert_eq!(run(1, 7..8).0[7 * hq * dim..8 * hq * dim], q[7 * hq * dim..8 * hq * dim]);
     }
 }
@@ -249,25 +264,49 @@ fn rope_append_matches_oracle() {
 }
 
 #[test]
-fn rope_append_refuses_a_slot_named_twice() {
+fn rope_append_refuses_rows_named_twice_and_rings_too_small() {
     let layout = KvLayout { num_blocks: 1, num_kv_heads: 1, block_size: 16, head_dim: 2, dtype: DType::F32 };
-    let (mut q, mut k, mut v) = (vec![0f32; 4], vec![0f32; 32], vec![0f32; 32]);
-    let args = RopeAppendArgs {
-        rows: 0..2,
-        qkv: &[0.0; 12],
-        q: &mut q,
-        k_cache: &mut k,
-        v_cache: &mut v,
-        positions: &[0, 1],
-        slots: &[3, 3],
-        inv_freq: &[1.0],
-        rope_scale: 1.0,
-        q_norm: None,
-        k_norm: None,
-        num_q_heads: 1,
-        layout: &layout,
+    let run = |slots: [u32; 2], ring_rows: &[u32], ring: Option<usize>| {
+        let (mut q, mut k, mut v) = (vec![0f32; 4], vec![0f32; 32], vec![0f32; 32]);
+        let mut ring = ring.map(|rows| vec![0f32; 2 * rows]);
+        let args = RopeAppendArgs {
+            rows: 0..2,
+            qkv: &[0.0; 12],
+            q: &mut q,
+            query_ring: ring.as_deref_mut(),
+            k_cache: &mut k,
+            v_cache: &mut v,
+            positions: &[0, 1],
+            slots: &slots,
+            ring_rows,
+            inv_freq: &[1.0],
+            rope_scale: 1.0,
+            q_norm: None,
+            k_norm: None,
+            num_q_heads: 1,
+            layout: &layout,
+        };
+        rope_append(SimdLevel::Portable, &mut ThreadPool::new(1), &mut RopeScratch::default(), args)
     };
-    assert!(rope_append(SimdLevel::Portable, &mut ThreadPool::new(1), &mut RopeScratch::default(), args).is_err());
+    const NONE: u32 = NO_RING_ROW;
+    for (slots, ring_rows, ring) in [
+        ([3, 4], &[][..], None),
+        ([3, 4], &[], Some(0)),
+        ([3, 4], &[NONE, NONE], None),
+        ([3, 4], &[1, 0], Some(2)),
+        ([3, 4], &[NONE, 1], Some(2)),
+    ] {
+        run(slots, ring_rows, ring).unwrap();
+    }
+    for (slots, ring_rows, ring) in [
+        ([3, 3], &[][..], None),
+        ([3, 4], &[1, 1], Some(2)),
+        ([3, 4], &[1], Some(2)),
+        ([3, 4], &[0, 2], Some(2)),
+        ([3, 4], &[0, NONE], None),
+    ] {
+        assert!(run(slots, ring_rows, ring).is_err(), "{slots:?} {ring_rows:?} {ring:?}");
+    }
 }
 
 #[test]

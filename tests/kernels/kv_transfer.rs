@@ -122,7 +122,7 @@ fn frequencies(head_dim: usize) -> Vec<f32> {
     (0..head_dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / head_dim as f32)).collect()
 }
 
-fn cache<B: Backend>(b: &mut B, dtype: DType, x: &[f32]) -> Result<B::Buf> {
+pub(crate) fn cache<B: Backend>(b: &mut B, dtype: DType, x: &[f32]) -> Result<B::Buf> {
     let bytes: Vec<u8> = match dtype {
         DType::F32 => x.iter().flat_map(|x| x.to_ne_bytes()).collect(),
         DType::Bf16 => x.iter().flat_map(|&x| bf16::from_f32(x).to_ne_bytes()).collect(),
@@ -133,7 +133,7 @@ fn cache<B: Backend>(b: &mut B, dtype: DType, x: &[f32]) -> Result<B::Buf> {
     Ok(buf)
 }
 
-fn contents<B: Backend>(b: &mut B, buf: &B::Buf, dtype: DType, len: usize) -> Result<Vec<f32>> {
+pub(crate) fn contents<B: Backend>(b: &mut B, buf: &B::Buf, dtype: DType, len: usize) -> Result<Vec<f32>> {
     let mut bytes = Vec::new();
     b.read_bytes(buf, 0, len, &mut bytes)?;
     let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
@@ -291,6 +291,7 @@ fn moved_case<B: Backend>(b: &mut B, dtype: DType, dim: usize, what: &str) -> Re
         inputs: &inputs,
         qkv: &qkv,
         q: &mut q,
+        query_ring: None,
         k_cache: &mut k,
         v_cache: &mut v,
         inv_freq: &inv_freq,

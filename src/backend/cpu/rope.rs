@@ -4,7 +4,7 @@
 //! y\[i\] = x\[i\] cos a_i - x\[i + D/2\] sin a_i, y\[i + D/2\] = x\[i + D/2\] cos a_i + x\[i\] sin a_i; v is only rounded
 //! work split: rows
 //! numerics: the angle is an f32 product, as transformers computes it; cos and sin of that f32, correctly rounded
-//! traffic: qkv once, q, k and v once
+//! traffic: qkv once, q, k and v once; q of the rows that the ring keeps once more
 //! oracle: `testing::oracle::rope`; tests: `tests/kernels/elementwise.rs`
 #![allow(unsafe_code)]
 
@@ -16,6 +16,7 @@ use super::norm::{inv_rms, sum_squares};
 use super::pool::{SharedMut, ThreadPool};
 use super::simd::SimdLevel;
 use super::vector::{Kernel, Vector, dispatch};
+use crate::backend::{NO_RING_ROW, checks};
 use crate::error::{Error, Result};
 use crate::kv::BlockCopy;
 use crate::kv::KvLayout;
@@ -28,6 +29,8 @@ pub struct RopeAppendArgs<'a, T> {
     pub qkv: &'a [f32],
     /// `[T, Hq, D]`, written.
     pub q: &'a mut [T],
+    /// `[.., Hq, D]`, written at `ring_rows`; there is one where any are named.
+    pub query_ring: Option<&'a mut [T]>,
     /// K of one layer, written at `slots`.
     pub k_cache: &'a mut [T],
     /// V of one layer, written at `slots`.
@@ -36,6 +39,8 @@ pub struct RopeAppendArgs<'a, T> {
     pub positions: &'a [u32],
     /// `[T]`: `block_id * block_size + offset`, no two alike.
     pub slots: &'a [u32],
+    /// `[T]` row of the ring, no two alike, or [`NO_RING_ROW`]; empty: none at all.
+    pub ring_rows: &'a [u32],
     /// `[D / 2]`, radians per position.
     pub inv_freq: &'a [f32],
     /// Multiplies cos and sin.
@@ -61,9 +66,31 @@ pub struct RopeScratch {
     distinct: Vec<u32>,
     /// `[distinct, 2, D / 2]`: cos, then sin.
     table: Vec<f32>,
-    /// Slots of the last call, found distinct.
-    slots: Vec<u32>,
-    sorted_slots: Vec<u32>,
+    slots: Distinct,
+    ring_rows: Distinct,
+}
+
+/// Ids of the last call, found distinct.
+#[derive(Default)]
+struct Distinct {
+    ids: Vec<u32>,
+    sorted: Vec<u32>,
+}
+
+impl Distinct {
+    /// Whether no id but [`NO_RING_ROW`] is named twice.
+    fn check(&mut self, ids: &[u32]) -> bool {
+        if self.ids == ids {
+            return true;
+        }
+        copy(&mut self.sorted, ids);
+        self.sorted.sort_unstable();
+        if self.sorted.windows(2).any(|w| w[0] == w[1] && w[0] != NO_RING_ROW) {
+            return false;
+        }
+        copy(&mut self.ids, ids);
+        true
+    }
 }
 
 impl RopeScratch {
@@ -85,20 +112,6 @@ impl RopeScratch {
             self.table.extend(inv_freq.iter().map(|f| angle(f).sin() as f32 * scale));
         }
     }
-
-    /// Whether no slot is named twice.
-    fn distinct_slots(&mut self, slots: &[u32]) -> bool {
-        if self.slots == slots {
-            return true;
-        }
-        copy(&mut self.sorted_slots, slots);
-        self.sorted_slots.sort_unstable();
-        if self.sorted_slots.windows(2).any(|w| w[0] == w[1]) {
-            return false;
-        }
-        copy(&mut self.slots, slots);
-        true
-    }
 }
 
 fn copy(to: &mut Vec<u32>, from: &[u32]) {
@@ -115,11 +128,11 @@ pub fn rope_append<T: Elem>(
 ) -> Result<()> {
     check(&args)?;
     let rows = args.rows.clone();
-    let slots = &args.slots[rows.clone()];
-    if !scratch.distinct_slots(slots) {
+    let kept = if args.ring_rows.is_empty() { 0..0 } else { rows.clone() };
+    if !scratch.slots.check(&args.slots[rows.clone()]) || !scratch.ring_rows.check(&args.ring_rows[kept]) {
         return Err(Error::Shape {
             op: "rope_append",
-            expected: "distinct slots".into(),
+            expected: "distinct slots, and distinct ring rows".into(),
             got: "one named twice".into(),
         });
     }
@@ -128,10 +141,12 @@ pub fn rope_append<T: Elem>(
     let job = Job {
         qkv: args.qkv,
         q: SharedMut::new(args.q),
+        query_ring: SharedMut::new(args.query_ring.unwrap_or_default()),
         k_cache: SharedMut::new(args.k_cache),
         v_cache: SharedMut::new(args.v_cache),
         positions: args.positions,
         slots: args.slots,
+        ring_rows: args.ring_rows,
         distinct: &scratch.distinct,
         table: &scratch.table,
         q_norm: args.q_norm,
@@ -168,6 +183,12 @@ fn check<T: Elem>(args: &RopeAppendArgs<'_, T>) -> Result<()> {
     if args.slots[rows.clone()].iter().any(|&s| s as usize >= num_slots) {
         return shape(format!("slots below {num_slots}"), "one beyond".into());
     }
+    let num_ring_rows = checks::ring_rows(args.ring_rows, args.positions.len())?;
+    checks::ring_is_there(num_ring_rows, args.query_ring.is_some())?;
+    let ring_len = num_ring_rows * args.num_q_heads * dim;
+    if args.query_ring.as_ref().is_some_and(|ring| ring.len() < ring_len) {
+        return shape(format!("a query ring of {ring_len} elements"), "a smaller one".into());
+    }
     if [args.q_norm, args.k_norm].iter().flatten().any(|(w, _)| w.len() != dim) {
         return shape(format!("head norm weights of {dim}"), "another length".into());
     }
@@ -177,10 +198,12 @@ fn check<T: Elem>(args: &RopeAppendArgs<'_, T>) -> Result<()> {
 struct Job<'a, T> {
     qkv: &'a [f32],
     q: SharedMut<'a, T>,
+    query_ring: SharedMut<'a, T>,
     k_cache: SharedMut<'a, T>,
     v_cache: SharedMut<'a, T>,
     positions: &'a [u32],
     slots: &'a [u32],
+    ring_rows: &'a [u32],
     distinct: &'a [u32],
     table: &'a [f32],
     q_norm: Option<(&'a [f32], f32)>,
@@ -209,6 +232,11 @@ impl<T: Elem> Kernel for Turn<'_, T> {
             let q = unsafe { job.q.range(row * hq * dim..(row + 1) * hq * dim) };
             for (x, y) in heads.chunks_exact(dim).zip(q.chunks_exact_mut(dim)) {
                 rotate(v, x, job.q_norm, cos, sin, y);
+            }
+            if let Some(&kept) = job.ring_rows.get(row).filter(|&&kept| kept != NO_RING_ROW) {
+                let to = kept as usize * hq * dim;
+                // SAFETY: no two rows have the same ring row.
+                unsafe { job.query_ring.range(to..to + hq * dim) }.copy_from_slice(q);
             }
             let slot = job.slots[row] as usize;
             for head in 0..hkv {

@@ -187,10 +187,12 @@ impl Default for rksc_linear_w4_params {
 pub struct rksc_rope_append_params {
     pub qkv: *const f32,
     pub q: *mut ::core::ffi::c_void,
+    pub query_ring: *mut ::core::ffi::c_void,
     pub k_cache: *mut ::core::ffi::c_void,
     pub v_cache: *mut ::core::ffi::c_void,
     pub positions: *const u32,
     pub slots: *const u32,
+    pub ring_rows: *const u32,
     pub inv_freq: *const f32,
     pub q_norm: *const f32,
     pub k_norm: *const f32,
@@ -207,44 +209,48 @@ pub struct rksc_rope_append_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_rope_append_params"][::core::mem::size_of::<rksc_rope_append_params>() - 112usize];
+    ["Size of rksc_rope_append_params"][::core::mem::size_of::<rksc_rope_append_params>() - 128usize];
     ["Alignment of rksc_rope_append_params"][::core::mem::align_of::<rksc_rope_append_params>() - 8usize];
     ["Offset of field: rksc_rope_append_params::qkv"][::core::mem::offset_of!(rksc_rope_append_params, qkv) - 0usize];
     ["Offset of field: rksc_rope_append_params::q"][::core::mem::offset_of!(rksc_rope_append_params, q) - 8usize];
+    ["Offset of field: rksc_rope_append_params::query_ring"]
+        [::core::mem::offset_of!(rksc_rope_append_params, query_ring) - 16usize];
     ["Offset of field: rksc_rope_append_params::k_cache"]
-        [::core::mem::offset_of!(rksc_rope_append_params, k_cache) - 16usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, k_cache) - 24usize];
     ["Offset of field: rksc_rope_append_params::v_cache"]
-        [::core::mem::offset_of!(rksc_rope_append_params, v_cache) - 24usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, v_cache) - 32usize];
     ["Offset of field: rksc_rope_append_params::positions"]
-        [::core::mem::offset_of!(rksc_rope_append_params, positions) - 32usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, positions) - 40usize];
     ["Offset of field: rksc_rope_append_params::slots"]
-        [::core::mem::offset_of!(rksc_rope_append_params, slots) - 40usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, slots) - 48usize];
+    ["Offset of field: rksc_rope_append_params::ring_rows"]
+        [::core::mem::offset_of!(rksc_rope_append_params, ring_rows) - 56usize];
     ["Offset of field: rksc_rope_append_params::inv_freq"]
-        [::core::mem::offset_of!(rksc_rope_append_params, inv_freq) - 48usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, inv_freq) - 64usize];
     ["Offset of field: rksc_rope_append_params::q_norm"]
-        [::core::mem::offset_of!(rksc_rope_append_params, q_norm) - 56usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, q_norm) - 72usize];
     ["Offset of field: rksc_rope_append_params::k_norm"]
-        [::core::mem::offset_of!(rksc_rope_append_params, k_norm) - 64usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, k_norm) - 80usize];
     ["Offset of field: rksc_rope_append_params::num_rows"]
-        [::core::mem::offset_of!(rksc_rope_append_params, num_rows) - 72usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, num_rows) - 88usize];
     ["Offset of field: rksc_rope_append_params::num_q_heads"]
-        [::core::mem::offset_of!(rksc_rope_append_params, num_q_heads) - 76usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, num_q_heads) - 92usize];
     ["Offset of field: rksc_rope_append_params::num_kv_heads"]
-        [::core::mem::offset_of!(rksc_rope_append_params, num_kv_heads) - 80usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, num_kv_heads) - 96usize];
     ["Offset of field: rksc_rope_append_params::head_dim"]
-        [::core::mem::offset_of!(rksc_rope_append_params, head_dim) - 84usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, head_dim) - 100usize];
     ["Offset of field: rksc_rope_append_params::block_size"]
-        [::core::mem::offset_of!(rksc_rope_append_params, block_size) - 88usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, block_size) - 104usize];
     ["Offset of field: rksc_rope_append_params::dtype"]
-        [::core::mem::offset_of!(rksc_rope_append_params, dtype) - 92usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, dtype) - 108usize];
     ["Offset of field: rksc_rope_append_params::rope_scale"]
-        [::core::mem::offset_of!(rksc_rope_append_params, rope_scale) - 96usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, rope_scale) - 112usize];
     ["Offset of field: rksc_rope_append_params::q_norm_eps"]
-        [::core::mem::offset_of!(rksc_rope_append_params, q_norm_eps) - 100usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, q_norm_eps) - 116usize];
     ["Offset of field: rksc_rope_append_params::k_norm_eps"]
-        [::core::mem::offset_of!(rksc_rope_append_params, k_norm_eps) - 104usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, k_norm_eps) - 120usize];
     ["Offset of field: rksc_rope_append_params::reserved"]
-        [::core::mem::offset_of!(rksc_rope_append_params, reserved) - 108usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, reserved) - 124usize];
 };
 impl Default for rksc_rope_append_params {
     fn default() -> Self {
@@ -909,6 +915,10 @@ impl Default for rksc_branch_similarity_params {
         }
     }
 }
+pub const RKSC_KV_CODE: rksc_kv_variant = 0;
+pub const RKSC_KV_TEXT: rksc_kv_variant = 1;
+pub const RKSC_KV_ALG1: rksc_kv_variant = 2;
+pub type rksc_kv_variant = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct rksc_kv_scores_params {
@@ -922,7 +932,9 @@ pub struct rksc_kv_scores_params {
     pub workspace: *mut ::core::ffi::c_void,
     pub num_slots: u32,
     pub window: u32,
+    pub num_queries: u32,
     pub pool_size: u32,
+    pub variant: u32,
     pub num_q_heads: u32,
     pub num_kv_heads: u32,
     pub head_dim: u32,
@@ -935,7 +947,7 @@ pub struct rksc_kv_scores_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_kv_scores_params"][::core::mem::size_of::<rksc_kv_scores_params>() - 112usize];
+    ["Size of rksc_kv_scores_params"][::core::mem::size_of::<rksc_kv_scores_params>() - 120usize];
     ["Alignment of rksc_kv_scores_params"][::core::mem::align_of::<rksc_kv_scores_params>() - 8usize];
     ["Offset of field: rksc_kv_scores_params::queries"]
         [::core::mem::offset_of!(rksc_kv_scores_params, queries) - 0usize];
@@ -957,25 +969,29 @@ const _: () = {
         [::core::mem::offset_of!(rksc_kv_scores_params, num_slots) - 64usize];
     ["Offset of field: rksc_kv_scores_params::window"]
         [::core::mem::offset_of!(rksc_kv_scores_params, window) - 68usize];
+    ["Offset of field: rksc_kv_scores_params::num_queries"]
+        [::core::mem::offset_of!(rksc_kv_scores_params, num_queries) - 72usize];
     ["Offset of field: rksc_kv_scores_params::pool_size"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, pool_size) - 72usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, pool_size) - 76usize];
+    ["Offset of field: rksc_kv_scores_params::variant"]
+        [::core::mem::offset_of!(rksc_kv_scores_params, variant) - 80usize];
     ["Offset of field: rksc_kv_scores_params::num_q_heads"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, num_q_heads) - 76usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, num_q_heads) - 84usize];
     ["Offset of field: rksc_kv_scores_params::num_kv_heads"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, num_kv_heads) - 80usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, num_kv_heads) - 88usize];
     ["Offset of field: rksc_kv_scores_params::head_dim"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, head_dim) - 84usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, head_dim) - 92usize];
     ["Offset of field: rksc_kv_scores_params::block_size"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, block_size) - 88usize];
-    ["Offset of field: rksc_kv_scores_params::dtype"][::core::mem::offset_of!(rksc_kv_scores_params, dtype) - 92usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, block_size) - 96usize];
+    ["Offset of field: rksc_kv_scores_params::dtype"][::core::mem::offset_of!(rksc_kv_scores_params, dtype) - 100usize];
     ["Offset of field: rksc_kv_scores_params::sm_scale"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, sm_scale) - 96usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, sm_scale) - 104usize];
     ["Offset of field: rksc_kv_scores_params::lambda"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, lambda) - 100usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, lambda) - 108usize];
     ["Offset of field: rksc_kv_scores_params::threshold"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, threshold) - 104usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, threshold) - 112usize];
     ["Offset of field: rksc_kv_scores_params::position_stride"]
-        [::core::mem::offset_of!(rksc_kv_scores_params, position_stride) - 108usize];
+        [::core::mem::offset_of!(rksc_kv_scores_params, position_stride) - 116usize];
 };
 impl Default for rksc_kv_scores_params {
     fn default() -> Self {
@@ -1065,7 +1081,7 @@ unsafe extern "C" {
     pub fn rksc_kv_scores(p: *const rksc_kv_scores_params, stream: rksc_stream) -> i32;
     pub fn rksc_kv_scores_workspace_bytes(
         num_slots: u32,
-        window: u32,
+        num_queries: u32,
         num_q_heads: u32,
         num_kv_heads: u32,
         head_dim: u32,
@@ -1096,7 +1112,7 @@ unsafe extern "C" {
     pub fn rksc_emu_kv_scores(p: *const rksc_kv_scores_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_kv_scores_workspace_bytes(
         num_slots: u32,
-        window: u32,
+        num_queries: u32,
         num_q_heads: u32,
         num_kv_heads: u32,
         head_dim: u32,

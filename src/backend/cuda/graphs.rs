@@ -19,6 +19,8 @@ pub(super) struct Shape {
     pub(super) queries: usize,
     pub(super) items: usize,
     pub(super) partials: usize,
+    /// Some rows' q goes to the query ring as well.
+    pub(super) keeps_queries: bool,
 }
 
 /// The next size at or above `n` that launches are made for: powers of two to 8, then multiples of 8 to 64, then of 32.

@@ -1,17 +1,18 @@
 //! A pass's inputs in device memory: one buffer of 32-bit words, filled by one copy.
 //!
 //! ```text
-//! | token_ids | positions | slots | query_rows | row_order | kv_lens | num_items | items | groups | copies | transfers | blocks |
+//! | token_ids | positions | slots | ring_rows | query_rows | row_order | kv_lens | num_items | items | groups | copies | transfers | blocks |
 //! ```
 //!
 //! Sections are as long as their bucket, so that a recorded graph finds each where it was. Block ids come last: they
-//! are reached through indices, and there may be any number.
+//! are reached through indices, and there may be any number. Only passes that keep queries have ring rows, and they are
+//! shapes of their own, so that a recording either reads this pass's ring rows or writes to no ring.
 
 use super::attention_items::{AttentionItems, ItemParams};
 use super::bindings::{RKSC_NO_SLOT, rksc_attention_group, rksc_attention_item, rksc_block_copy, rksc_slot_transfer};
 use super::device::{Device, DeviceBuf};
 use super::graphs::{Shape, bucket};
-use crate::backend::PassInputs;
+use crate::backend::{PassInputs, checks};
 use crate::error::Result;
 
 /// Where a pass's inputs lie, and what the host needs to know of them. Valid until the next pass is staged.
@@ -21,6 +22,8 @@ pub struct CudaInputs {
     pub(super) num_queries: usize,
     pub(super) num_copies: usize,
     pub(super) num_transfers: usize,
+    /// Rows the query ring must have for the ring rows; 0: none are named.
+    pub(super) num_ring_rows: usize,
     /// Counts rounded up.
     pub(super) shape: Shape,
     /// KV slots attention reads, shared runs once.
@@ -37,6 +40,7 @@ pub struct CudaInputs {
 struct Sections {
     positions: usize,
     slots: usize,
+    ring_rows: usize,
     query_rows: usize,
     row_order: usize,
     kv_lens: usize,
@@ -53,7 +57,8 @@ impl Sections {
         let words = |bytes: usize| bytes / 4;
         let positions = shape.rows;
         let slots = positions + shape.rows;
-        let query_rows = slots + shape.rows;
+        let ring_rows = slots + shape.rows;
+        let query_rows = ring_rows + if shape.keeps_queries { shape.rows } else { 0 };
         let row_order = query_rows + shape.queries;
         let kv_lens = row_order + shape.rows;
         let num_items = kv_lens + shape.rows;
@@ -63,7 +68,20 @@ impl Sections {
         let copies = groups + shape.rows * words(size_of::<rksc_attention_group>());
         let transfers = copies + num_copies * words(size_of::<rksc_block_copy>());
         let blocks = transfers + num_transfers * words(size_of::<rksc_slot_transfer>());
-        Self { positions, slots, query_rows, row_order, kv_lens, num_items, items, groups, copies, transfers, blocks }
+        Self {
+            positions,
+            slots,
+            ring_rows,
+            query_rows,
+            row_order,
+            kv_lens,
+            num_items,
+            items,
+            groups,
+            copies,
+            transfers,
+            blocks,
+        }
     }
 }
 
@@ -82,6 +100,11 @@ impl CudaInputs {
 
     pub(super) fn slots(&self) -> *const u32 {
         self.at(self.sections.slots)
+    }
+
+    /// Null where no row's q is kept.
+    pub(super) fn ring_rows(&self) -> *const u32 {
+        if self.shape.keeps_queries { self.at(self.sections.ring_rows) } else { std::ptr::null() }
     }
 
     pub(super) fn query_rows(&self) -> *const u32 {
@@ -138,11 +161,14 @@ impl InputStore {
     ) -> Result<(CudaInputs, bool)> {
         let plan = AttentionItems::new(&inputs.plan, params);
         let num_rows = inputs.token_ids.len();
+        let num_ring_rows = checks::ring_rows(&inputs.ring_rows, num_rows)?;
+        let ring_rows = if num_ring_rows > 0 { inputs.ring_rows.as_slice() } else { &[] };
         let shape = Shape {
             rows: bucket(num_rows),
             queries: bucket(inputs.query_rows.len()),
             items: plan.items.len().next_power_of_two(),
             partials: plan.num_partials.next_power_of_two(),
+            keeps_queries: num_ring_rows > 0,
         };
         let sections = Sections::new(shape, inputs.copies.len(), inputs.transfers.len());
         self.words.clear();
@@ -153,6 +179,7 @@ impl InputStore {
         put(0, &inputs.token_ids, 0);
         put(sections.positions, &inputs.positions, 0);
         put(sections.slots, &inputs.slots, 0);
+        put(sections.ring_rows, ring_rows, RKSC_NO_SLOT);
         put(sections.query_rows, &inputs.query_rows, RKSC_NO_SLOT);
         put(sections.row_order, &inputs.plan.row_order, 0);
         put(sections.kv_lens, &inputs.plan.kv_lens, 0);
@@ -176,6 +203,7 @@ impl InputStore {
             num_queries: inputs.query_rows.len(),
             num_copies: inputs.copies.len(),
             num_transfers: inputs.transfers.len(),
+            num_ring_rows,
             shape,
             slots_read: inputs.plan.slots_read(),
             slots_copied: inputs.copies.iter().map(|c| c.num_slots as usize).sum(),

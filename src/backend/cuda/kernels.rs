@@ -124,7 +124,7 @@ kernels! {
             rksc_entropy_probe_workspace_bytes rksc_emu_entropy_probe_workspace_bytes;
         branch_similarity_workspace_bytes(num_layers, num_branches)
             rksc_branch_similarity_workspace_bytes rksc_emu_branch_similarity_workspace_bytes;
-        kv_scores_workspace_bytes(num_slots, window, num_q_heads, num_kv_heads, head_dim)
+        kv_scores_workspace_bytes(num_slots, num_queries, num_q_heads, num_kv_heads, head_dim)
             rksc_kv_scores_workspace_bytes rksc_emu_kv_scores_workspace_bytes;
     }
 }

@@ -9,9 +9,9 @@ use super::graphs::Mode;
 use super::inputs::CudaInputs;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow, put};
 use crate::backend::{
-    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCopyBlocks,
-    KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, SampleRow,
-    SiluMul,
+    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCompact,
+    KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp,
+    Sample, SampleRow, SiluMul, checks,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -103,6 +103,10 @@ impl Backend for Cuda {
     }
 
     fn stage(&mut self, inputs: PassInputs) -> Result<CudaInputs> {
+        // What a pass that failed half-way left behind would take the upload for one of its own.
+        if self.graphs.mode() == Mode::Record {
+            self.graphs.abandon(&mut self.device)?;
+        }
         let params = self.item_params();
         let (staged, moved) = self.inputs.stage(&mut self.device, &inputs, &params)?;
         if moved {
@@ -227,13 +231,22 @@ impl Backend for Cuda {
             None => Ok((std::ptr::null(), 0.0)),
         };
         let ((q_norm, q_norm_eps), (k_norm, k_norm_eps)) = (norm(p.q_norm)?, norm(p.k_norm)?);
+        let num_ring_rows = p.inputs.num_ring_rows;
+        checks::ring_is_there(num_ring_rows, p.query_ring.is_some())?;
+        let query_ring = match p.query_ring {
+            Some(ring) if num_ring_rows > 0 => ring.at_mut(op, dtype, 0, num_ring_rows * q_width)?.cast(),
+            _ => std::ptr::null_mut(),
+        };
+        let ring_rows = p.inputs.ring_rows();
         let params = rksc_rope_append_params {
             qkv: p.qkv.at(op, DType::F32, p.rows.start * width, rows * width)?.cast(),
             q: p.q.at_mut(op, dtype, p.rows.start * q_width, rows * q_width)?.cast(),
+            query_ring,
             k_cache: p.k_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
             v_cache: p.v_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
             positions: p.inputs.positions().wrapping_add(p.rows.start),
             slots: p.inputs.slots().wrapping_add(p.rows.start),
+            ring_rows: if ring_rows.is_null() { ring_rows } else { ring_rows.wrapping_add(p.rows.start) },
             inv_freq: p.inv_freq.at(op, DType::F32, 0, head_dim / 2)?.cast(),
             q_norm,
             k_norm,
@@ -424,6 +437,20 @@ impl Backend for Cuda {
 
     fn attention_mass(&mut self, p: AttentionMass<'_, Self>) -> Result<()> {
         self.weigh_slots(p)
+    }
+
+    fn kv_scores(&mut self, p: KvScores<'_, Self>) -> Result<()> {
+        self.score_slots(p)
+    }
+
+    fn kv_compact(&mut self, p: KvCompact<'_, Self>) -> Result<()> {
+        self.compact_slots(p)
+    }
+
+    fn forget_recordings(&mut self) -> Result<()> {
+        self.outside_recording("forget_recordings")?;
+        self.graphs.forget();
+        Ok(())
     }
 }
 

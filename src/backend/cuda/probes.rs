@@ -19,7 +19,7 @@ const MAX_BRANCHES: usize = 64;
 
 impl Cuda {
     /// An op that reads back or uploads cannot be part of a recording.
-    fn outside_recording(&self, op: &'static str) -> Result<()> {
+    pub(super) fn outside_recording(&self, op: &'static str) -> Result<()> {
         match self.graphs.mode() {
             Mode::Launch => Ok(()),
             Mode::Record | Mode::Skip => Err(Error::Internal(format!("{op} in a pass that is said to be repeatable"))),

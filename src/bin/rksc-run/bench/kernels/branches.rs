@@ -1,6 +1,7 @@
 //! Ops on branches and their caches: `branch_similarity`, `kv_scores`, `kv_compact`.
 
 use rksc::DType;
+use rksc::backend::RkvVariant;
 use rksc::backend::cuda::bindings::*;
 use rksc::testing::branch_similarity::{branch_similarity as similarity_oracle, layer_weights};
 use rksc::testing::fill::Fill;
@@ -82,7 +83,9 @@ pub(super) fn kv_scores(b: &mut Bench) -> anyhow::Result<()> {
                     workspace: workspace.ptr_mut().cast(),
                     num_slots: n as u32,
                     window: WINDOW as u32,
+                    num_queries: WINDOW as u32,
                     pool_size: 7,
+                    variant: RKSC_KV_CODE,
                     num_q_heads: hq as u32,
                     num_kv_heads: hkv as u32,
                     head_dim: dim as u32,
@@ -109,6 +112,7 @@ pub(super) fn kv_scores(b: &mut Bench) -> anyhow::Result<()> {
                     group,
                     window: WINDOW,
                     pool_size: 7,
+                    variant: RkvVariant::Code,
                     sm_scale: f64::from(params.sm_scale),
                     lambda: f64::from(params.lambda),
                     threshold: f64::from(params.threshold),

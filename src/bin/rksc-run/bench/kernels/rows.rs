@@ -247,10 +247,12 @@ pub(super) fn rope_append(b: &mut Bench) -> anyhow::Result<()> {
                 let params = rksc_rope_append_params {
                     qkv: qkv.ptr(0).cast(),
                     q: q.ptr_mut().cast(),
+                    query_ring: std::ptr::null_mut(),
                     k_cache: k.ptr_mut().cast(),
                     v_cache: v.ptr_mut().cast(),
                     positions: ids.ptr(),
                     slots: ids.ptr(),
+                    ring_rows: std::ptr::null(),
                     inv_freq: inv_freq_buf.ptr(),
                     q_norm: std::ptr::null(),
                     k_norm: std::ptr::null(),
