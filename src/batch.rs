@@ -7,6 +7,7 @@ mod attention_plan;
 
 pub use attention_plan::{AttentionPlan, PlanSegment, RowGroup, SequenceView};
 
+use crate::backend::NO_RING_ROW;
 use crate::kv::BlockCopy;
 
 /// Slots per attention tile. The grid is anchored at slot 0 of a sequence and never moves.
@@ -21,6 +22,8 @@ pub struct Batch {
     pub positions: Vec<u32>,
     /// `[T]`: `block_id * block_size + offset`, where this token's K and V go.
     pub slots: Vec<u32>,
+    /// `[T]`: where the row's q is kept for a later cut, [`NO_RING_ROW`] for nowhere.
+    pub ring_rows: Vec<u32>,
     /// `[num_seqs]`, rows in order.
     pub seqs: Vec<BatchSeq>,
     /// Block ids of all sequences, each sequence's range in its [`BatchSeq::blocks`].
@@ -42,12 +45,24 @@ pub struct BatchSeq {
     pub blocks: std::ops::Range<usize>,
     /// Slots held after this step. Row `rows.end - 1` attends to `[0, kv_len)`, each earlier row to one slot less.
     pub kv_len: usize,
+    /// From this one of its rows on, the attention its slots receive is reported; `None`: not at all.
+    pub accumulates_from: Option<usize>,
 }
 
 impl Batch {
     /// Rows in this step.
     pub fn num_rows(&self) -> usize {
         self.token_ids.len()
+    }
+
+    /// Some row's q is kept.
+    pub fn keeps_queries(&self) -> bool {
+        self.ring_rows.iter().any(|&row| row != NO_RING_ROW)
+    }
+
+    /// Somebody adds up what slots receive.
+    pub fn accumulates(&self) -> bool {
+        self.seqs.iter().any(|s| s.accumulates_from.is_some())
     }
 
     /// The plan that covers every row of this batch.

@@ -300,6 +300,9 @@ fn outside(config: &SolverConfig) -> Vec<String> {
     if config.search.is_some() || config.merge.is_some() {
         found.push("branches are not independent".to_string());
     }
+    if config.kv.is_some() {
+        found.push("branches have a KV budget".to_string());
+    }
     found
 }
 

@@ -77,6 +77,8 @@ pub struct EngineConfig {
     pub mass_every: usize,
     /// What a measurement leaves of the mass measured before, in `(0, 1]`.
     pub mass_decay: f64,
+    /// Under a KV budget, the last tokens that always stay and whose queries judge the others, 1 to 64.
+    pub kv_window: usize,
     /// Look for NaN and infinities in the weights while opening.
     pub check_tensors: bool,
 }
@@ -96,6 +98,7 @@ impl Default for EngineConfig {
             eviction: Eviction::Lru,
             mass_every: 16,
             mass_decay: 0.95,
+            kv_window: 8,
             check_tensors: false,
         }
     }
@@ -115,6 +118,9 @@ impl EngineConfig {
         }
         if !(self.mass_decay > 0.0 && self.mass_decay <= 1.0) {
             return Err(Error::config("mass-decay", "must be above 0 and at most 1"));
+        }
+        if !(1..=64).contains(&self.kv_window) {
+            return Err(Error::config("kv-window", "must be between 1 and 64"));
         }
         check_threads(self.threads)?;
         self.device.parse::<DeviceChoice>().map(drop)
@@ -152,6 +158,7 @@ mod tests {
         assert!(bad(|c| c.device = "cuda:x".into()).starts_with("device"));
         assert!(bad(|c| c.max_batch_tokens = 0).starts_with("max-batch-tokens"));
         assert!(bad(|c| c.mass_every = 0).starts_with("mass-every"));
+        assert!(bad(|c| c.kv_window = 0).starts_with("kv-window"));
         assert!(bad(|c| c.mass_decay = 0.0).starts_with("mass-decay"));
         assert!(bad(|c| c.mass_decay = f64::NAN).starts_with("mass-decay"));
         assert!(EngineConfig::default().validate().is_ok());

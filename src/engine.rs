@@ -14,6 +14,9 @@ mod evict_tests;
 #[cfg(test)]
 mod gate_tests;
 mod gating;
+mod limit;
+#[cfg(test)]
+mod limit_tests;
 mod open;
 mod stats;
 mod step;
@@ -28,14 +31,14 @@ use crate::config::EngineConfig;
 use crate::error::{Error, Result};
 use crate::gate::GateSpec;
 use crate::kv::KvLayout;
-use crate::kv::block_pool::{BlockPool, BlockState};
+use crate::kv::block_pool::BlockPool;
 use crate::kv::block_table::BlockTable;
 use crate::kv::eviction::Evictor;
 use crate::kv::prefix_cache::PrefixCache;
 use crate::model::family::ModelConfig;
 use crate::model::{RowQuery, Runner};
 use crate::sampler;
-use crate::tree::{Branch, BranchTree, ForkPoint, Mode};
+use crate::tree::{Branch, BranchTree, ForkPoint, Mode, SwappedBlocks};
 
 pub(crate) use open::kv_layout;
 
@@ -44,6 +47,7 @@ pub use crate::model::LayerRow;
 pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
 pub(crate) use gating::BranchGate;
 pub use gating::GroupSimilarity;
+pub(crate) use limit::Limited;
 pub use stats::{BranchStats, EngineStats, MemoryUse, ModelInfo, StepItem, StepSummary};
 
 /// How a root takes part in the prefix cache, and how its draws are keyed.
@@ -131,23 +135,31 @@ pub struct Engine {
     cancel: CancelFlag,
     next_arrival: u64,
     swap_used: u64,
+    rings: limit::RingPool,
     totals: EngineStats,
     batch: Batch,
     queries: Vec<RowQuery>,
     /// See [`Engine::fail_allocation`].
     fault: Option<usize>,
+    /// See [`Engine::force_preemption`].
+    forced_preemptions: Vec<BranchId>,
 }
 
 impl Engine {
     /// Makes a root branch of `tokens`. Refused when they can never fit the cache or the model's context.
     pub fn prefill(&mut self, tokens: &[u32], options: PrefillOptions) -> Result<BranchId> {
         self.check_tokens(tokens)?;
-        self.check_fits(tokens.len())?;
+        self.check_fits(tokens.len(), tokens.len())?;
         let arrival = self.arrive();
         let table = BlockTable::new(self.layout.block_size);
         let salt = options.use_prefix_cache.then_some(options.salt);
         let path = sampler::child_path(0, options.path);
-        Ok(self.tree.insert(|id| Branch { salt, ..Branch::new(id, tokens.to_vec(), table, path, (arrival, arrival)) }))
+        let ordinal = options.path;
+        Ok(self.tree.insert(|id| Branch {
+            salt,
+            ordinal,
+            ..Branch::new(id, tokens.to_vec(), table, path, (arrival, arrival))
+        }))
     }
 
     /// Makes `out.len()` children that continue from the branch as it is now. They share its KV; what it has not
@@ -178,34 +190,49 @@ impl Engine {
         let waits = parent.fork_point.is_some() || parent.is_runnable();
         let shares_now = !waits && parent.swapped.is_none();
         let fork_point = waits.then_some(ForkPoint { parent: parent_id, at: parent.tokens.len() });
+        // What a cut went through cannot be computed again as it was.
+        let swapped = parent.swapped.as_ref().filter(|_| !waits && parent.limited.is_some());
+        let swapped = swapped.map(|s| s.fork(s.num_slots));
         let (table, num_computed) = if shares_now {
-            (parent.table.fork(&mut self.pool, parent.num_computed)?, parent.num_computed)
+            (parent.table.fork(&mut self.pool, parent.table.len())?, parent.num_computed)
         } else {
-            (BlockTable::new(block_size), 0)
+            (BlockTable::new(block_size), swapped.as_ref().map_or(0, |_| parent.num_computed))
         };
+        let fork_at = if waits { parent.tokens.len() } else { parent.num_computed.max(parent.num_lost) };
+        let limited = parent.limited.as_ref().map(|l| Box::new(l.fork(ordinal, fork_at)));
         let path = sampler::child_path(parent.path, ordinal);
         let arrival = (parent.arrival.0, arrival);
         let child = Branch {
             depth: parent.depth + 1,
+            ordinal,
             num_computed,
             fork_point,
             state: parent.state,
             num_lost: parent.num_lost,
-            num_found: num_computed,
+            num_found: parent.whole_tokens(num_computed),
+            num_forked: fork_at,
+            swapped,
+            limited,
             salt: parent.salt,
             votes: parent.votes,
             num_cached_blocks: if shares_now { parent.num_cached_blocks } else { 0 },
             last: if shares_now { parent.last.clone() } else { None },
             ..Branch::new(parent_id, parent.tokens.clone(), table, path, arrival)
         };
+        self.swap_used += child.swapped.as_ref().map_or(0, SwappedBlocks::num_bytes);
+        let parent = self.tree.get_mut(parent_id)?;
+        parent.num_forked = parent.num_forked.max(fork_at);
+        if !waits && let Some(limited) = &mut parent.limited {
+            limited.share(fork_at);
+        }
         Ok(self.tree.insert(|id| Branch { id, ..child }))
     }
 
     /// Gives a branch more tokens to run. An ended branch wakes up.
     pub fn append(&mut self, branch: BranchId, tokens: &[u32]) -> Result<()> {
         self.check_tokens(tokens)?;
-        let len = self.tree.get(branch)?.tokens.len();
-        self.check_fits(len + tokens.len())?;
+        let b = self.tree.get(branch)?;
+        self.check_fits(b.tokens.len() + tokens.len(), self.slots_once_run(b) + tokens.len())?;
         let b = self.tree.get_mut(branch)?;
         b.tokens.extend_from_slice(tokens);
         b.rests = false;
@@ -222,13 +249,14 @@ impl Engine {
         }
         self.settle_children(branch)?;
         let b = self.tree.get_mut(branch)?;
-        if b.state == BlockState::Compacted && num_tokens < b.num_computed {
-            return Err(Error::config("truncate", "a compacted branch has no slot per token"));
-        }
+        let Some(num_slots) = b.slots_for(b.num_computed.min(num_tokens)) else {
+            return Err(Error::config("truncate", "a cut under a KV budget went through those tokens"));
+        };
         b.tokens.truncate(num_tokens);
         b.num_computed = b.num_computed.min(num_tokens);
         b.num_lost = b.num_lost.min(num_tokens);
         b.num_found = b.num_found.min(num_tokens);
+        b.num_forked = b.num_forked.min(num_tokens);
         b.prompt_len = b.prompt_len.min(num_tokens);
         b.num_generated = 0;
         b.num_cached_blocks = b.num_cached_blocks.min(num_tokens / self.layout.block_size);
@@ -237,10 +265,12 @@ impl Engine {
         if let Some(fork) = &mut b.fork_point {
             fork.at = fork.at.min(num_tokens);
         }
-        if let Some(swapped) = &mut b.swapped {
-            swapped.num_slots = swapped.num_slots.min(num_tokens);
-        } else {
-            b.table.truncate(&mut self.pool, b.num_computed)?;
+        if let Some(limited) = &mut b.limited {
+            limited.truncate(num_tokens);
+        }
+        match &mut b.swapped {
+            Some(swapped) => swapped.num_slots = num_slots,
+            None => b.table.truncate(&mut self.pool, num_slots)?,
         }
         Ok(())
     }
@@ -248,9 +278,10 @@ impl Engine {
     /// Removes a branch; its private blocks return. Its children live on.
     pub fn prune(&mut self, branch: BranchId) -> Result<()> {
         self.settle_children(branch)?;
+        self.release_ring(branch)?;
         let mut b = self.tree.remove(branch)?;
         if let Some(swapped) = b.swapped.take() {
-            self.swap_used -= swapped.bytes.len() as u64;
+            self.swap_used -= swapped.num_bytes();
         }
         b.table.clear(&mut self.pool)
     }
@@ -294,8 +325,9 @@ impl Engine {
     pub fn start(&mut self, branch: BranchId, params: GenerateParams) -> Result<()> {
         params.sampling.validate()?;
         self.check_tokens(&params.end_tokens)?;
-        let len = self.tree.get(branch)?.tokens.len();
-        self.check_fits(len.saturating_add(params.max_new_tokens).min(self.model.max_position_embeddings))?;
+        let b = self.tree.get(branch)?;
+        let new = params.max_new_tokens.min(self.model.max_position_embeddings.saturating_sub(b.tokens.len()));
+        self.check_fits(b.tokens.len() + new, self.slots_behind(b, self.slots_once_run(b), new))?;
         self.reopen_last_row(branch)?;
         self.leave_clusters(branch)?;
         let b = self.tree.get_mut(branch)?;
@@ -497,8 +529,20 @@ impl Engine {
         }
     }
 
+    /// Slots of a branch when all its tokens have run.
+    fn slots_once_run(&self, b: &Branch) -> usize {
+        let start = self.fork_start(b);
+        self.start_slots(b, start) + b.tokens.len() - start
+    }
+
+    /// Slots at most when a branch that will hold `num_slots` has generated `num_new` tokens more.
+    fn slots_behind(&self, b: &Branch, num_slots: usize, num_new: usize) -> usize {
+        let most = b.limited.as_ref().map_or(usize::MAX, |l| l.most_slots(self.config.kv_window));
+        (num_slots + num_new).min(most.max(num_slots))
+    }
+
     /// Refuses what no amount of waiting can make fit.
-    fn check_fits(&self, num_tokens: usize) -> Result<()> {
+    fn check_fits(&self, num_tokens: usize, num_slots: usize) -> Result<()> {
         if num_tokens == 0 {
             return Err(Error::config("tokens", "a branch needs at least one token"));
         }
@@ -506,8 +550,8 @@ impl Engine {
             let max = self.model.max_position_embeddings;
             return Err(Error::config("tokens", format!("{num_tokens} tokens exceed the model's context of {max}")));
         }
-        // One block more than the tokens fill: the copy of a shared tail.
-        let needed = num_tokens.div_ceil(self.layout.block_size) + 1;
+        // One block more than the slots fill: the copy of a shared tail.
+        let needed = num_slots.div_ceil(self.layout.block_size) + 1;
         let capacity = self.pool.num_blocks();
         if needed > capacity {
             let missing_bytes = (needed - capacity) as u64 * self.layout.block_bytes(self.model.num_layers);
@@ -526,6 +570,10 @@ impl Engine {
             None if b.num_computed > last => self.uncompute(branch, last)?,
             None => {}
         }
+        // Also where its KV is lost or not there yet: what counts as run must not depend on that.
+        if let Some(limited) = &mut self.tree.get_mut(branch)?.limited {
+            limited.run_again(last);
+        }
         Ok(())
     }
 
@@ -533,14 +581,20 @@ impl Engine {
     fn uncompute(&mut self, branch: BranchId, num_computed: usize) -> Result<()> {
         self.settle_children(branch)?;
         let b = self.tree.get_mut(branch)?;
-        if b.state == BlockState::Compacted {
-            return Err(Error::config("branch", "a compacted branch cannot run its last token again"));
+        let Some(num_slots) = b.slots_for(num_computed) else {
+            return Err(Error::config(
+                "branch",
+                "a cut under a KV budget went through the tokens that are to run again",
+            ));
+        };
+        if let Some(limited) = &mut b.limited {
+            limited.run_again(num_computed);
         }
         b.num_computed = num_computed;
         b.num_cached_blocks = b.num_cached_blocks.min(num_computed / self.layout.block_size);
         match &mut b.swapped {
-            Some(swapped) => swapped.num_slots = num_computed,
-            None => b.table.truncate(&mut self.pool, num_computed)?,
+            Some(swapped) => swapped.num_slots = num_slots,
+            None => b.table.truncate(&mut self.pool, num_slots)?,
         }
         Ok(())
     }
@@ -586,21 +640,38 @@ impl Engine {
     }
 
     /// Gives a waiting child the rows up to its fork that its parent has, or will have after running `num_planned` more
-    /// in this very step. A swapped-out parent has none to share.
+    /// in this very step. A swapped-out parent has none to share; of one that has been cut, the child has a copy.
     fn share_from_parent(&mut self, child: BranchId, num_planned: usize) -> Result<()> {
         let Some(fork) = self.tree.get(child)?.fork_point else { return Ok(()) };
-        let parent = self.tree.get(fork.parent)?;
-        if parent.swapped.is_some() {
+        let parent = self.tree.get_mut(fork.parent)?;
+        if parent.swapped.is_some() && parent.limited.is_none() {
             return Ok(());
         }
-        let at = fork.at.min(parent.num_computed + num_planned);
-        let table = parent.table.fork(&mut self.pool, at)?;
+        if let Some(limited) = &mut parent.limited {
+            limited.share(fork.at);
+        }
+        let parent = self.tree.get(fork.parent)?;
+        let at = parent.whole_tokens(fork.at.min(parent.num_computed + num_planned));
+        let num_slots = parent.slots_for(at).unwrap_or(at);
+        let swapped = parent.swapped.as_ref().map(|s| s.fork(num_slots));
+        let table = match swapped {
+            Some(_) => BlockTable::new(self.layout.block_size),
+            None => parent.table.fork(&mut self.pool, num_slots)?,
+        };
         let (state, cached, num_lost) = (parent.state, parent.num_cached_blocks, parent.num_lost.min(fork.at));
+        let (num_found, limited) = (parent.whole_tokens(at), parent.limited.clone());
+        self.swap_used += swapped.as_ref().map_or(0, SwappedBlocks::num_bytes);
         let c = self.tree.get_mut(child)?;
+        match (&mut c.limited, limited) {
+            (Some(own), parent) => own.take_from(parent.as_deref(), fork.at),
+            (None, Some(parent)) if parent.is_cut() => c.limited = Some(Box::new(parent.fork(c.ordinal, fork.at))),
+            (None, _) => {}
+        }
         c.num_lost = c.num_lost.max(num_lost);
+        c.swapped = swapped;
         c.table = table;
         c.num_computed = at;
-        c.num_found = at;
+        c.num_found = num_found;
         c.num_cached_blocks = cached.min(at / self.layout.block_size);
         c.state = state;
         Ok(())

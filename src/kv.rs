@@ -11,8 +11,10 @@
 
 pub mod block_pool;
 pub mod block_table;
+pub mod budget;
 pub mod eviction;
 pub mod prefix_cache;
+pub(crate) mod selection;
 
 use crate::dtype::DType;
 

@@ -5,6 +5,7 @@
 //! over all of them. With no gate at work there is one segment and nothing is permuted.
 
 mod answer;
+mod cuts;
 pub mod family;
 pub(crate) mod fields;
 mod gating;
@@ -25,6 +26,8 @@ use crate::error::{Error, Result};
 use crate::kv::KvLayout;
 use crate::sampler::{DrawKey, SamplingParams};
 use crate::tree::RowAnswer;
+use cuts::QueryRings;
+pub(crate) use cuts::{QueryRing, SlotScoring};
 use family::ModelConfig;
 pub(crate) use gating::PassGate;
 use gating::{Exit, Watch};
@@ -98,6 +101,9 @@ pub(crate) struct PassOutput {
     pub(crate) slots_read: usize,
     /// What each of the batch's `blocks` received from the last row of its sequence; empty unless that was measured.
     pub(crate) mass: Vec<f32>,
+    /// Of each sequence that asked for it, `[layers, kv heads, kv_len]`: what its slots received from its rows. Empty when
+    /// nobody asked.
+    pub(crate) slot_mass: Vec<Vec<f32>>,
     /// Rows in flight, summed over the layers.
     pub(crate) layer_rows: u64,
 }
@@ -109,6 +115,17 @@ pub(crate) trait Runner: Send {
     fn read_block(&mut self, block: u32, out: &mut Vec<u8>) -> Result<()>;
     /// The inverse; returns the bytes taken.
     fn write_block(&mut self, block: u32, bytes: &[u8]) -> Result<usize>;
+    /// Makes room for so many rings of `window` queries; those that are there keep their contents.
+    fn reserve_rings(&mut self, capacity: usize, window: usize) -> Result<()>;
+    /// Appends the bytes of one ring, all layers, to `out`.
+    fn read_ring(&mut self, ring: u32, out: &mut Vec<u8>) -> Result<()>;
+    /// The inverse.
+    fn write_ring(&mut self, ring: u32, bytes: &[u8]) -> Result<()>;
+    /// `[layers, kv heads, candidates]` scores of a branch's slots.
+    fn kv_scores(&mut self, scoring: &SlotScoring<'_>, scores: &mut Vec<f32>) -> Result<()>;
+    /// Moves the slots `keep`, `[layers, kv heads, kept]`, down to `first_slot`. After an error in the middle the branch's
+    /// slots are lost.
+    fn kv_compact(&mut self, blocks: &[u32], keep: &[u32], first_slot: usize) -> Result<()>;
     fn counters(&self) -> Counters;
     fn reset_counters(&mut self);
     /// The device in words.
@@ -156,6 +173,10 @@ pub(crate) struct Model<B: Backend> {
     inv_freq: B::Buf,
     /// K and V of each layer.
     kv: Vec<(B::Buf, B::Buf)>,
+    /// Last queries of branches under a KV budget; `None` until there is one.
+    rings: Option<QueryRings<B>>,
+    /// f32, and how many: the scores of a branch's slots on their way to the host.
+    slot_scores: Option<(B::Buf, usize)>,
     ws: Workspace<B>,
     max_rows: usize,
     max_group_rows: usize,
@@ -222,6 +243,8 @@ impl<B: Backend> Model<B> {
             no_norm: None,
             lm_head,
             kv,
+            rings: None,
+            slot_scores: None,
             ws,
         })
     }
@@ -249,10 +272,11 @@ impl<B: Backend> Model<B> {
             step_similarity: Vec::new(),
             watches: gates.iter().map(Watch::new).collect(),
             mass: Vec::new(),
+            slot_mass: if batch.accumulates() { vec![Vec::new(); batch.seqs.len()] } else { Vec::new() },
         };
         let mut layer_rows = 0;
-        let repeatable =
-            gates.is_empty() && batch.copies.is_empty() && !batch.measures_mass && queries.len() <= self.ws.chunk;
+        let reads_mass = batch.measures_mass || batch.accumulates();
+        let repeatable = gates.is_empty() && batch.copies.is_empty() && !reads_mass && queries.len() <= self.ws.chunk;
         self.backend.begin_pass(&pass.inputs, repeatable)?;
         let hidden = self.config.hidden;
         self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden })?;
@@ -267,13 +291,13 @@ impl<B: Backend> Model<B> {
         self.flush_delta(&mut pass, None)?;
         self.answer(queries, &mut pass)?;
         let similarities = pass.watches.into_iter().map(|w| w.similarity).collect();
-        let Pass { answers, fates, layers, mass, .. } = pass;
-        Ok(PassOutput { answers, fates, layers, similarities, slots_read, layer_rows, mass })
+        let Pass { answers, fates, layers, mass, slot_mass, .. } = pass;
+        Ok(PassOutput { answers, fates, layers, similarities, slots_read, layer_rows, mass, slot_mass })
     }
 
     /// One layer for every row in flight, each with its weight set.
     fn decoder_layer(&mut self, layer_idx: usize, batch: &Batch, pass: &mut Pass<B>) -> Result<()> {
-        let Self { backend, config, ws, layout, .. } = self;
+        let Self { backend, config, ws, layout, rings, .. } = self;
         let (hidden, eps) = (config.hidden, config.rms_norm_eps);
         let groups = pass.live.groups();
         let weights = |set: WeightSet| match set {
@@ -308,7 +332,7 @@ impl<B: Backend> Model<B> {
                 inputs: &pass.inputs,
                 qkv: &ws.qkv,
                 q: &mut ws.q,
-                query_ring: None,
+                query_ring: rings.as_mut().map(|r| &mut r.layers[layer_idx]),
                 k_cache,
                 v_cache,
                 inv_freq: &self.inv_freq,
@@ -340,6 +364,9 @@ impl<B: Backend> Model<B> {
         })?;
         if batch.measures_mass && layer_idx == mass::layer(config) {
             pass.mass = mass::measure(backend, ws, k_cache, (config, layout), (batch, &pass.live))?;
+        }
+        if !pass.slot_mass.is_empty() {
+            cuts::accumulate(backend, ws, k_cache, (config, layout), (batch, &pass.live), &mut pass.slot_mass)?;
         }
 
         // Output projection and MLP half.
@@ -419,6 +446,26 @@ impl<B: Backend> Runner for Model<B> {
         Ok(taken)
     }
 
+    fn reserve_rings(&mut self, capacity: usize, window: usize) -> Result<()> {
+        self.grow_rings(capacity, window)
+    }
+
+    fn read_ring(&mut self, ring: u32, out: &mut Vec<u8>) -> Result<()> {
+        self.ring_bytes_out(ring, out)
+    }
+
+    fn write_ring(&mut self, ring: u32, bytes: &[u8]) -> Result<()> {
+        self.ring_bytes_in(ring, bytes)
+    }
+
+    fn kv_scores(&mut self, scoring: &SlotScoring<'_>, scores: &mut Vec<f32>) -> Result<()> {
+        self.score_slots(scoring, scores)
+    }
+
+    fn kv_compact(&mut self, blocks: &[u32], keep: &[u32], first_slot: usize) -> Result<()> {
+        self.compact_slots(blocks, keep, first_slot)
+    }
+
     fn counters(&self) -> Counters {
         self.backend.counters()
     }
@@ -460,6 +507,8 @@ struct Pass<B: Backend> {
     watches: Vec<Watch<B>>,
     /// See [`PassOutput::mass`].
     mass: Vec<f32>,
+    /// See [`PassOutput::slot_mass`].
+    slot_mass: Vec<Vec<f32>>,
 }
 
 type Groups = Vec<(Range<usize>, WeightSet)>;

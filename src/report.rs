@@ -1,6 +1,7 @@
 //! The record of a run: what each branch said, what it cost, why it ended; per problem and in sum.
 
 pub mod html;
+pub mod kv;
 pub mod ladder;
 pub mod mechanisms;
 mod plan;
@@ -212,6 +213,14 @@ pub struct BranchResult {
     pub blocks_shared: usize,
     /// KV blocks of its own.
     pub blocks_private: usize,
+    /// KV slots it held when decoding ended, in each layer and head.
+    pub kv_slots: usize,
+    /// KV slots it would have held then without a KV budget: one a token.
+    pub kv_full: usize,
+    /// Times its KV was cut back to its budget.
+    pub kv_cuts: u32,
+    /// Of the tokens it generated, those that were computed when that first happened.
+    pub first_kv_cut: Option<usize>,
 }
 
 /// A problem's record: one line of `--out`.
@@ -321,6 +330,8 @@ pub struct SolveReport {
     pub policy: &'static str,
     /// KV blocks.
     pub blocks: BlockTotals,
+    /// What the KV budget held back, where there was one.
+    pub kv: Option<kv::KvTotals>,
     /// The whole configuration.
     pub config: SolverConfig,
 }
@@ -353,6 +364,7 @@ impl SolveReport {
                 peak: results.iter().map(|r| r.blocks_peak).max().unwrap_or(0),
                 shared: results.iter().map(|r| r.blocks_shared).max().unwrap_or(0),
             },
+            kv: config.kv.map(|_| kv::KvTotals::of(results)),
             config: config.clone(),
         }
     }

@@ -184,7 +184,7 @@ fn penalise(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], generat
 }
 
 /// A uniform number in [0, 1), a pure function of its arguments.
-fn uniform(seed: u64, key: DrawKey) -> f64 {
+pub(crate) fn uniform(seed: u64, key: DrawKey) -> f64 {
     let bits = mix(mix(mix(seed) ^ key.path) ^ key.position);
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }

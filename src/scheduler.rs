@@ -19,8 +19,9 @@ pub struct Candidate {
     pub after: Option<(usize, usize)>,
     /// Tokens computed so far.
     pub computed: usize,
-    /// It gave up its blocks before; it comes back only when it can stay.
-    pub preempted: bool,
+    /// It comes in only when it can stay: it gave up its blocks before, or its KV is limited and it has not begun, so that
+    /// how much it will need is known.
+    pub needs_room_to_stay: bool,
     /// Branches of one group run all their pending tokens in one pass, or none.
     pub group: Option<usize>,
     /// Blocks it may still ask for after this step, at most.
@@ -135,7 +136,10 @@ impl<'a> Division<'a> {
             return Verdict::Next;
         }
         let needed = blocks_for(c, wanted, self.block_size);
-        if c.preempted && !self.items.is_empty() && needed + c.growth_blocks + self.reserved_growth > self.free_blocks {
+        if c.needs_room_to_stay
+            && !self.items.is_empty()
+            && needed + c.growth_blocks + self.reserved_growth > self.free_blocks
+        {
             return Verdict::Next;
         }
         let fitting = || tokens_that_fit(c, self.free_blocks, self.block_size).min(wanted);
@@ -220,7 +224,7 @@ mod tests {
             copy_blocks: 0,
             after: None,
             computed: 0,
-            preempted: false,
+            needs_room_to_stay: false,
             group: None,
             growth_blocks: 0,
         }
@@ -296,7 +300,7 @@ mod tests {
 
     #[test]
     fn a_preempted_branch_returns_only_when_it_can_stay() {
-        let back = Candidate { preempted: true, growth_blocks: 3, ..candidate(1, 16) };
+        let back = Candidate { needs_room_to_stay: true, growth_blocks: 3, ..candidate(1, 16) };
         let busy = Candidate { growth_blocks: 2, ..candidate(0, 1) };
         assert_eq!(shares(&decide(&[busy.clone(), back.clone()], &[], budget(99, 6))), [(0, 1)]);
         assert_eq!(shares(&decide(&[busy, back.clone()], &[], budget(99, 7))), [(0, 1), (1, 16)]);

@@ -49,6 +49,9 @@ impl<'e> Solver<'e> {
     /// Checks the configuration against the engine.
     pub fn new(engine: &'e mut Engine, config: SolverConfig) -> Result<Self> {
         config.validate()?;
+        if let Some(kv) = &config.kv {
+            kv.for_prompt(1, engine.config().block_size).validate(engine.config().kv_window)?;
+        }
         Ok(Self { engine, config, passes: Vec::new() })
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::backend::RowStats;
-use crate::engine::{BranchGate, GroupSimilarity};
+use crate::engine::{BranchGate, GroupSimilarity, Limited};
 use crate::error::{Error, Result};
 use crate::kv::block_pool::BlockState;
 use crate::kv::block_table::BlockTable;
@@ -108,6 +108,8 @@ pub(crate) struct ForkPoint {
 pub(crate) struct Branch {
     pub(crate) id: BranchId,
     pub(crate) depth: u32,
+    /// Which of its parent's children it is; of a root what it was given as its path.
+    pub(crate) ordinal: u64,
     pub(crate) num_children: u64,
     /// Hash of the path from the root: the key of its draws.
     pub(crate) path: u64,
@@ -123,6 +125,9 @@ pub(crate) struct Branch {
     pub(crate) num_lost: usize,
     /// `tokens[..num_found]` it did not compute itself: another branch did, or the prefix cache had them.
     pub(crate) num_found: usize,
+    /// `tokens[..num_forked]` it had in common with another branch, run or to be run for both, when one of the two was
+    /// forked from the other.
+    pub(crate) num_forked: usize,
     pub(crate) table: BlockTable,
     pub(crate) fork_point: Option<ForkPoint>,
     /// The weakest state of anything it attended to.
@@ -148,6 +153,8 @@ pub(crate) struct Branch {
     pub(crate) rests: bool,
     /// Swapped-out blocks of a branch that cannot be recomputed exactly.
     pub(crate) swapped: Option<SwappedBlocks>,
+    /// Its KV budget, if it has one.
+    pub(crate) limited: Option<Box<Limited>>,
     pub(crate) exit_layer: Option<u32>,
     /// Set for the pass that computes its last pending token.
     pub(crate) gate: Option<Arc<BranchGate>>,
@@ -159,6 +166,20 @@ pub(crate) struct Branch {
 pub(crate) struct SwappedBlocks {
     pub(crate) bytes: Vec<u8>,
     pub(crate) num_slots: usize,
+    /// Its last queries; empty where nobody asks for them.
+    pub(crate) queries: Vec<u8>,
+}
+
+impl SwappedBlocks {
+    /// For a fork that has the first `num_slots`, and queries of its own.
+    pub(crate) fn fork(&self, num_slots: usize) -> Self {
+        Self { bytes: self.bytes.clone(), num_slots, queries: Vec::new() }
+    }
+
+    /// What it takes of the swap space.
+    pub(crate) fn num_bytes(&self) -> u64 {
+        (self.bytes.len() + self.queries.len()) as u64
+    }
 }
 
 impl Branch {
@@ -167,6 +188,7 @@ impl Branch {
         Self {
             id,
             depth: 0,
+            ordinal: 0,
             num_children: 0,
             path,
             arrival,
@@ -176,6 +198,7 @@ impl Branch {
             num_computed: 0,
             num_lost: 0,
             num_found: 0,
+            num_forked: 0,
             table,
             fork_point: None,
             state: BlockState::Exact,
@@ -193,6 +216,7 @@ impl Branch {
             preemptions: 0,
             rests: false,
             swapped: None,
+            limited: None,
             exit_layer: None,
             gate: None,
             similarity: None,
@@ -207,6 +231,21 @@ impl Branch {
     /// It has tokens to run and nobody told it to rest.
     pub(crate) fn is_runnable(&self) -> bool {
         self.pending() > 0 && !self.rests && !matches!(self.mode, Mode::Ended(_))
+    }
+
+    /// Slots that hold the first `num_tokens` tokens; `None` where a cut went through them.
+    pub(crate) fn slots_for(&self, num_tokens: usize) -> Option<usize> {
+        self.limited.as_ref().map_or(Some(num_tokens), |l| l.slots_for(num_tokens))
+    }
+
+    /// The most of the first `num_tokens` tokens whose slots can be shared or kept.
+    pub(crate) fn whole_tokens(&self, num_tokens: usize) -> usize {
+        self.limited.as_ref().map_or(num_tokens, |l| l.whole_tokens(num_tokens))
+    }
+
+    /// Slots it holds, or held when it was swapped out.
+    pub(crate) fn num_slots(&self) -> usize {
+        self.swapped.as_ref().map_or(self.table.len(), |s| s.num_slots)
     }
 
     pub(crate) fn is_generating(&self) -> bool {

@@ -5,6 +5,7 @@ mod common;
 
 use common::{branch_prompt, engine, fork, generated, greedy_to_end, problems, tasks, uncached};
 use rksc::engine::{BranchId, Engine, GenerateParams};
+use rksc::kv::budget::{KeepRule, KvBudget};
 use rksc::sampler::SamplingParams;
 use rksc::solver::task::Task;
 use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
@@ -141,6 +142,51 @@ fn a_replayed_step_reads_back_once_and_counts_like_the_cpu() {
     assert_eq!(counters[1].read_backs, 1);
     counters[1].graph_replays = 0;
     assert_eq!(counters[0], counters[1]);
+}
+
+fn run_with_a_swap(engine: &mut Engine, branch: BranchId) {
+    for step in 0.. {
+        if !engine.has_work() {
+            return;
+        }
+        if step == 20 {
+            engine.force_preemption(branch);
+        }
+        engine.step().unwrap();
+    }
+}
+
+/// Cuts, rings that grow between recorded steps, and a swap: branches under budgets hold and say what they do on the CPU.
+#[test]
+fn branches_under_a_kv_budget_hold_what_they_hold_on_the_cpu() {
+    let tasks = tasks(&problems("sample", 1), "");
+    // Passes that add up attention for H2O read back, and are not recorded: its branches come last.
+    let rules = [KeepRule::RKV, KeepRule::SNAPKV, KeepRule::RKV, KeepRule::SNAPKV, KeepRule::RKV, KeepRule::H2o];
+    let mut held = Vec::new();
+    for device in ["cpu", "emulated"] {
+        let mut engine = on(device, |c| c.dtype = DType::F32);
+        let mut branches = Vec::new();
+        for (i, rule) in rules.into_iter().enumerate() {
+            if rule == KeepRule::H2o {
+                run_with_a_swap(&mut engine, branches[0]);
+            }
+            let prompt = branch_prompt(tasks[0].as_ref(), i);
+            let branch = engine.prefill(&prompt, uncached()).unwrap();
+            let budget = KvBudget { buffer: 6, rule, ..KvBudget::new(12, prompt.len(), 16) };
+            engine.limit_kv(branch, budget).unwrap();
+            engine.start(branch, common::greedy(32)).unwrap();
+            branches.push(branch);
+        }
+        run_with_a_swap(&mut engine, branches[5]);
+        assert!(branches.iter().all(|&b| engine.stats(b).unwrap().kv_cuts >= 3));
+        assert_eq!(engine.engine_stats().preemptions, 2);
+        if device == "emulated" {
+            assert!(engine.counters().graph_replays > 10, "{} replays", engine.counters().graph_replays);
+        }
+        let of = |&b: &BranchId| (engine.tokens(b).unwrap().to_vec(), engine.kv_positions(b, 3, 1).unwrap());
+        held.push(branches.iter().map(of).collect::<Vec<_>>());
+    }
+    assert_eq!(held[0], held[1]);
 }
 
 #[test]

@@ -407,6 +407,9 @@ mod tests {
             c.decode_exit = crate::gate::step::DecodeExit::Decided;
         });
         assert_eq!(config.calibration.unwrap().differs, ["decoding may end early"]);
+
+        let config = applied(ALL, |c| c.kv = Some(crate::kv::budget::KvLimit::new(64)));
+        assert_eq!(config.calibration.unwrap().differs, ["branches have a KV budget"]);
     }
 
     #[test]

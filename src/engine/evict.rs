@@ -8,7 +8,7 @@ use crate::kv::block_pool::{BlockId, BlockState};
 use crate::kv::eviction::{Eviction, Rank};
 use crate::model::PassOutput;
 use crate::scheduler::Holder;
-use crate::tree::{Branch, Mode, SwappedBlocks};
+use crate::tree::{Branch, BranchId, Mode, SwappedBlocks};
 
 impl Engine {
     /// Branches that could give way, in the order in which they do.
@@ -41,9 +41,24 @@ impl Engine {
     }
 
     /// An exact branch can always be recomputed; another needs room in the swap space.
-    fn can_give_way(&self, b: &Branch) -> bool {
+    pub(super) fn can_give_way(&self, b: &Branch) -> bool {
         let bytes = b.table.blocks().len() as u64 * self.layout.block_bytes(self.model.num_layers);
         b.state == BlockState::Exact || self.swap_used + bytes <= self.config.swap_space
+    }
+
+    /// For tests: the branch gives up its blocks in the next step, as if another had needed them.
+    #[doc(hidden)]
+    pub fn force_preemption(&mut self, branch: BranchId) {
+        self.forced_preemptions.push(branch);
+    }
+
+    pub(super) fn preempt_as_forced(&mut self) -> Result<()> {
+        for id in std::mem::take(&mut self.forced_preemptions) {
+            if self.tree.get(id).is_ok_and(|b| !b.table.is_empty() && self.can_give_way(b)) {
+                self.preempt(id.index as usize)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes a branch's blocks. An exact branch will be recomputed; any other is swapped out bit for bit.
@@ -58,13 +73,16 @@ impl Engine {
             b.num_computed = 0;
             b.num_cached_blocks = 0;
         } else {
-            let mut swapped = SwappedBlocks { bytes: Vec::new(), num_slots: b.table.len() };
+            let mut swapped = SwappedBlocks { num_slots: b.table.len(), ..SwappedBlocks::default() };
             for &block in b.table.indices() {
                 self.runner.read_block(block, &mut swapped.bytes)?;
             }
-            self.swap_used += swapped.bytes.len() as u64;
-            b.swapped = Some(swapped);
+            self.swap_ring_out(id, &mut swapped.queries)?;
+            self.swap_used += swapped.num_bytes();
+            self.tree.get_mut(id)?.swapped = Some(swapped);
         }
+        self.release_ring(id)?;
+        let b = self.tree.get_mut(id)?;
         b.table.clear(&mut self.pool)?;
         b.preemptions += 1;
         let was_runnable = b.is_runnable();

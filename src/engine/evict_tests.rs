@@ -57,7 +57,12 @@ fn pass(e: &mut Engine, lens: &[usize], measures_mass: bool) -> Vec<f32> {
         batch.positions.extend(0..len as u32);
         batch.slots.extend((0..len as u32).map(|i| first as u32 * 16 + i));
         batch.blocks.extend((0..len.div_ceil(16)).map(|i| (first + i) as u32));
-        batch.seqs.push(BatchSeq { rows: row..row + len, blocks: first..batch.blocks.len(), kv_len: len });
+        batch.seqs.push(BatchSeq {
+            rows: row..row + len,
+            blocks: first..batch.blocks.len(),
+            kv_len: len,
+            accumulates_from: None,
+        });
     }
     e.runner.run(&batch, &[], &[]).unwrap().mass
 }

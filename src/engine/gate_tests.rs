@@ -4,6 +4,7 @@ use super::*;
 use crate::bundled;
 use crate::config::ModelSource;
 use crate::gate::{Effect, Rule, Scope, Statistic};
+use crate::kv::block_pool::BlockState;
 use crate::model::weights::WeightStore;
 
 const NUM_BRANCHES: usize = 8;

@@ -217,8 +217,10 @@ impl Engine {
         let b = self.tree.get(branch)?;
         let sees_the_same = (&b.watch, b.top_k) == (&target.watch, target.top_k);
         let num_computed = target.num_computed.min(target.tokens.len() - usize::from(!sees_the_same));
-        let table = target.table.fork(&mut self.pool, num_computed)?;
+        let num_slots = target.slots_for(num_computed).unwrap_or(num_computed);
+        let table = target.table.fork(&mut self.pool, num_slots)?;
         let tokens = target.tokens.clone();
+        let target_limited = target.limited.clone();
         let (state, cached) = (target.state, target.num_cached_blocks.min(num_computed / self.layout.block_size));
         let last = target.last.clone().filter(|_| sees_the_same);
         let old = b.tokens.clone();
@@ -226,6 +228,13 @@ impl Engine {
         let b = self.tree.get_mut(branch)?;
         b.table.clear(&mut self.pool)?;
         b.table = table;
+        match (&mut b.limited, target_limited) {
+            (Some(own), target) => own.become_like(target.as_deref(), old.len(), tokens.len()),
+            (None, Some(target)) if target.is_cut() => {
+                b.limited = Some(Box::new(target.fork(b.ordinal, tokens.len())));
+            }
+            (None, _) => {}
+        }
         b.tokens = tokens;
         b.num_computed = num_computed;
         b.prompt_len = b.tokens.len();
@@ -256,6 +265,9 @@ impl Engine {
             let moved = |place: usize| (place + new.len()).saturating_sub(old.len());
             b.prompt_len = moved(b.prompt_len).max(1);
             b.score_from = b.score_from.map(moved);
+            if let Some(limited) = &mut b.limited {
+                limited.rebase(moved);
+            }
             if let Some(fork) = &mut b.fork_point {
                 // A fork that runs its parent's last token again still does.
                 fork.at = moved(fork.at);

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use super::limit::RingPool;
 use super::{CancelFlag, Engine, EngineStats, ModelInfo};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
@@ -87,10 +88,12 @@ impl Engine {
             cancel: CancelFlag::default(),
             next_arrival: 0,
             swap_used: 0,
+            rings: RingPool::default(),
             totals: EngineStats::default(),
             batch: Batch::default(),
             queries: Vec::new(),
             fault: None,
+            forced_preemptions: Vec::new(),
             config,
             model,
             layout,

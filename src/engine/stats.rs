@@ -18,6 +18,12 @@ pub struct BranchStats {
     pub num_computed_tokens: usize,
     /// Tokens it generated since it was started.
     pub num_generated_tokens: usize,
+    /// KV slots they take in each layer and head: fewer under a KV budget.
+    pub num_slots: usize,
+    /// Times its KV was cut back to its budget.
+    pub kv_cuts: u32,
+    /// Tokens it had computed when that first happened.
+    pub first_kv_cut: Option<usize>,
     /// Blocks it shares with another branch.
     pub blocks_shared: usize,
     /// Blocks only it uses (the prefix cache may keep them findable).
@@ -63,6 +69,10 @@ pub struct EngineStats {
     pub blocks_evicted: u64,
     /// Their bytes.
     pub bytes_evicted: u64,
+    /// Times a branch's KV was cut back to its budget.
+    pub kv_cuts: u64,
+    /// Slots, of every layer and head, that were dropped thereby.
+    pub slots_dropped: u64,
     /// Live branches.
     pub branches: usize,
     /// KV blocks in all.
@@ -168,6 +178,9 @@ impl Engine {
             num_tokens: b.tokens.len(),
             num_computed_tokens: b.num_computed,
             num_generated_tokens: b.num_generated,
+            num_slots: b.num_slots(),
+            kv_cuts: b.limited.as_ref().map_or(0, |l| l.num_cuts),
+            first_kv_cut: b.limited.as_ref().and_then(|l| l.first_cut),
             blocks_shared,
             blocks_private: b.table.blocks().len() - blocks_shared,
             state: b.state,
@@ -239,9 +252,10 @@ impl Engine {
         let mut num_held = 0;
         for b in self.tree.iter() {
             b.table.check_integrity(&self.pool)?;
-            let is_away = b.swapped.is_some() || b.fork_point.is_some();
-            if b.state != BlockState::Compacted && b.table.len() != if is_away { 0 } else { b.num_computed } {
-                let why = format!("branch {}: {} rows for {} computed tokens", b.id, b.table.len(), b.num_computed);
+            if b.num_slots()
+                != if b.fork_point.is_some() { 0 } else { b.slots_for(b.num_computed).unwrap_or(usize::MAX) }
+            {
+                let why = format!("branch {}: {} slots for {} computed tokens", b.id, b.num_slots(), b.num_computed);
                 return Err(Error::Internal(why));
             }
         }

@@ -37,6 +37,9 @@ impl Engine {
         if self.cancel.is_raised() {
             return Err(Error::Cancelled);
         }
+        self.cut_due()?;
+        self.preempt_as_forced()?;
+        self.materialise_behind_swapped()?;
         self.attach_cached_prefixes()?;
         self.dissolve_groups()?;
         let plan = loop {
@@ -85,9 +88,10 @@ impl Engine {
         let b = self.tree.get_mut(id)?;
         let has_nothing = b.num_computed == 0 && b.table.is_empty() && b.fork_point.is_none() && b.swapped.is_none();
         let Some(salt) = b.salt.filter(|_| has_nothing) else { return Ok(()) };
-        // The last token always runs: its row is what the caller waits for.
-        let blocks = self.cache.lookup(salt, &b.tokens, b.tokens.len() - 1, &mut self.pool)?;
-        let num_evicted = self.cache.num_evicted_blocks(salt, &b.tokens[..b.tokens.len() - 1], blocks.len());
+        // The last token always runs: its row is what the caller waits for. What may be dropped must be the branch's own.
+        let most = (b.tokens.len() - 1).min(b.limited.as_ref().map_or(usize::MAX, |l| l.num_permanent()));
+        let blocks = self.cache.lookup(salt, &b.tokens, most, &mut self.pool)?;
+        let num_evicted = self.cache.num_evicted_blocks(salt, &b.tokens[..most], blocks.len());
         b.num_lost = b.num_lost.max((blocks.len() + num_evicted) * self.layout.block_size);
         b.num_cached_blocks = blocks.len();
         b.num_computed = blocks.len() * self.layout.block_size;
@@ -120,9 +124,10 @@ impl Engine {
     fn candidate(&self, b: &Branch) -> Result<Candidate> {
         let block_size = self.layout.block_size;
         let start = self.fork_start(b);
+        let start_slots = self.start_slots(b, start);
         let (free_tail_slots, copy_blocks) = match (&b.fork_point, &b.swapped) {
             // A fork of what is not there yet will find a shared tail, and copy it.
-            (Some(_), _) => match start % block_size {
+            (Some(_), _) => match start_slots % block_size {
                 0 => (0, 0),
                 tail => (block_size - tail, 1),
             },
@@ -141,16 +146,20 @@ impl Engine {
             }
             _ => b.tokens.len(),
         };
+        let pending = b.tokens.len() - start;
+        let num_slots = self.slots_once_run(b);
+        let growth = self.slots_behind(b, num_slots, limit.saturating_sub(b.tokens.len())) - num_slots;
+        let has_begun = b.num_computed > b.num_found || b.limited.is_none();
         Ok(Candidate {
             branch: b.id.index as usize,
-            pending: b.tokens.len() - start,
+            pending,
             free_tail_slots,
             copy_blocks,
             after: b.fork_point.map(|f| (f.parent.index as usize, f.at)),
             computed: b.num_computed,
-            preempted: b.preemptions > 0 && b.table.is_empty(),
+            needs_room_to_stay: (b.preemptions > 0 && b.table.is_empty()) || !has_begun,
             group: Self::group_of(b),
-            growth_blocks: limit.saturating_sub(b.tokens.len()).div_ceil(block_size),
+            growth_blocks: growth.div_ceil(block_size),
         })
     }
 
@@ -159,14 +168,38 @@ impl Engine {
         match b.fork_point.map(|f| (f, self.tree.get(f.parent))) {
             None => b.num_computed,
             Some((fork, Ok(parent))) if parent.is_runnable() || parent.fork_point.is_some() => fork.at,
-            Some((fork, Ok(parent))) if parent.swapped.is_none() => fork.at.min(parent.num_computed),
+            Some((fork, Ok(parent))) if parent.swapped.is_none() => {
+                parent.whole_tokens(fork.at.min(parent.num_computed))
+            }
             Some(_) => 0,
         }
     }
 
+    /// Slots of its first `start` tokens, where its next step begins: its parent's, if it is yet to have them.
+    pub(super) fn start_slots(&self, b: &Branch, start: usize) -> usize {
+        let mut source = b;
+        while let Some(parent) = source.fork_point.and_then(|f| self.tree.get(f.parent).ok()) {
+            source = parent;
+        }
+        source.slots_for(start).unwrap_or(start)
+    }
+
+    /// Children that wait for a branch which was swapped out and has nothing to run take their copy of it now.
+    fn materialise_behind_swapped(&mut self) -> Result<()> {
+        let waits_in_vain = |b: &&Branch| {
+            b.fork_point.is_some_and(|f| {
+                let parent = self.tree.get(f.parent);
+                parent.is_ok_and(|p| p.swapped.is_some() && p.limited.is_some() && !p.is_runnable())
+            })
+        };
+        let waiting: Vec<BranchId> = self.tree.iter().filter(waits_in_vain).map(|b| b.id).collect();
+        waiting.into_iter().try_for_each(|id| self.materialise(id))
+    }
+
     fn stuck(&self, index: usize) -> Error {
         let block_size = self.layout.block_size;
-        let needed = self.tree.at(index).map_or(0, |b| b.tokens.len().div_ceil(block_size) + 1);
+        let needed = |b: &Branch| self.slots_once_run(b).div_ceil(block_size) + 1;
+        let needed = self.tree.at(index).map_or(0, needed);
         let capacity = self.pool.num_blocks();
         let missing = needed.saturating_sub(self.pool.num_free()).max(1) as u64;
         Error::OutOfBlocks { needed, capacity, missing_bytes: missing * self.layout.block_bytes(self.model.num_layers) }
@@ -217,6 +250,7 @@ impl Engine {
         batch.token_ids.clear();
         batch.positions.clear();
         batch.slots.clear();
+        batch.ring_rows.clear();
         batch.seqs.clear();
         batch.blocks.clear();
         batch.copies.clear();
@@ -247,12 +281,15 @@ impl Engine {
         self.batch.copies.extend(appended.copy);
         self.batch.token_ids.extend_from_slice(&b.tokens[from..to]);
         self.batch.positions.extend((from..to).map(|p| p as u32));
+        self.push_ring_rows(id, from, to)?;
+        let b = self.tree.get(id)?;
         let first_block = self.batch.blocks.len();
         self.batch.blocks.extend_from_slice(b.table.indices());
         self.batch.seqs.push(BatchSeq {
             rows: first_row..first_row + num_new_tokens,
             blocks: first_block..self.batch.blocks.len(),
             kv_len: b.table.len(),
+            accumulates_from: Self::accumulates_from(b, from, to),
         });
         let (score_queries, first_score) = push_score_queries(b, from, to, first_row, &mut self.queries);
         let query = (to == b.tokens.len()).then(|| {
@@ -267,7 +304,7 @@ impl Engine {
     fn swap_in(&mut self, id: BranchId, fresh: &mut Vec<BlockId>) -> Result<()> {
         let b = self.tree.get_mut(id)?;
         let Some(swapped) = b.swapped.take() else { return Ok(()) };
-        self.swap_used -= swapped.bytes.len() as u64;
+        self.swap_used -= swapped.num_bytes();
         b.table.append(&mut self.pool, fresh, swapped.num_slots)?;
         b.table.mark(&mut self.pool, 0, b.state)?;
         b.table.commit(&mut self.pool)?;
@@ -275,7 +312,7 @@ impl Engine {
         for &block in b.table.indices() {
             taken += self.runner.write_block(block, &swapped.bytes[taken..])?;
         }
-        Ok(())
+        self.swap_ring_in(id, &swapped.queries)
     }
 
     /// Undoes a reservation, last item first.
@@ -300,6 +337,7 @@ impl Engine {
             slots_read: output.slots_read,
         };
         self.add_mass(&reserved, &output)?;
+        self.add_slot_mass(&reserved, &output)?;
         self.totals.layer_rows += output.layer_rows;
         let leads = self.leads(&reserved, &output.fates);
         for (i, r) in reserved.into_iter().enumerate() {
@@ -421,6 +459,9 @@ impl Engine {
     fn offer_to_cache(&mut self, branch: BranchId) -> Result<()> {
         let b = self.tree.get_mut(branch)?;
         let full = b.table.cacheable_blocks();
+        // What may be dropped must stay the branch's own.
+        let most = b.limited.as_ref().map_or(usize::MAX, |l| l.num_permanent() / self.layout.block_size);
+        let full = &full[..full.len().min(most)];
         let Some(salt) = b.salt.filter(|_| full.len() > b.num_cached_blocks) else { return Ok(()) };
         let tokens = &b.tokens[..full.len() * self.layout.block_size];
         self.cache.insert(salt, tokens, full, &mut self.pool)?;

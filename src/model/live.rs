@@ -96,6 +96,7 @@ impl LiveRows {
             query_rows: Vec::with_capacity(num_queries),
             ..Default::default()
         };
+        let ring_rows = if batch.keeps_queries() { batch.ring_rows.as_slice() } else { &[] };
         let mut views = Vec::with_capacity(self.seqs.len());
         for seq in &self.seqs {
             let whole = &batch.seqs[seq.seq];
@@ -105,6 +106,7 @@ impl LiveRows {
                 inputs.token_ids.extend_from_slice(&batch.token_ids[run.clone()]);
                 inputs.positions.extend_from_slice(&batch.positions[run.clone()]);
                 inputs.slots.extend_from_slice(&batch.slots[run.clone()]);
+                inputs.ring_rows.extend(ring_rows.get(run.clone()).into_iter().flatten());
                 let kv_len = whole.kv_len - (whole.rows.end - run.end);
                 views.push(SequenceView { rows: first..first + run.len(), blocks, kv_len });
             });

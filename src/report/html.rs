@@ -4,6 +4,7 @@
 //! (`data-x`, `data-y`: domain, then range), so that a reader can take it back from the picture.
 
 mod bars;
+mod budgets;
 mod chosen;
 mod curves;
 mod entropy;
@@ -17,6 +18,7 @@ mod summary;
 mod tree;
 mod words;
 
+pub use budgets::{BudgetClaim, BudgetLine, BudgetPlot, BudgetPoint, render_budgets};
 pub use curves::{Curve, Panel, render_curves};
 use markup::El;
 use plot::Figure;

@@ -329,6 +329,10 @@ mod tests {
             merged_into: None,
             blocks_shared: 1,
             blocks_private: 1,
+            kv_slots: 0,
+            kv_full: 0,
+            kv_cuts: 0,
+            first_kv_cut: None,
         }
     }
 

@@ -23,6 +23,8 @@ pub(super) struct Candidate {
     pub(super) score: Option<f64>,
     pub(super) votes: f64,
     pub(super) blocks: (usize, usize),
+    /// Its KV when it ended.
+    pub(super) kv: KvHeld,
     /// The wording of the problem it was asked in.
     pub(super) wording: usize,
     /// What the probed layers of its verification said.
@@ -33,6 +35,18 @@ pub(super) struct Candidate {
     pub(super) merged_into: Option<usize>,
     /// Where a stop string may end it.
     pub(super) stops: Option<StopScanner>,
+}
+
+/// A branch's KV under a budget.
+#[derive(Clone, Copy, Default)]
+pub(super) struct KvHeld {
+    /// Slots it held.
+    slots: usize,
+    /// Slots it would have held without.
+    full: usize,
+    cuts: u32,
+    /// Tokens it had generated then.
+    first_cut: Option<usize>,
 }
 
 impl Candidate {
@@ -50,6 +64,7 @@ impl Candidate {
             score: None,
             votes: 1.0,
             blocks: (0, 0),
+            kv: KvHeld::default(),
             wording: 0,
             layers: Vec::new(),
             exit_layer: None,
@@ -122,6 +137,19 @@ impl Candidate {
         if self.ended.is_some() && self.generated.is_empty() { self.read(engine, task) } else { Ok(()) }
     }
 
+    /// Notes where its KV is.
+    pub(super) fn take_memory(&mut self, engine: &Engine) -> Result<()> {
+        let stats = engine.stats(self.id)?;
+        self.blocks = (stats.blocks_shared, stats.blocks_private);
+        self.kv = KvHeld {
+            slots: stats.num_slots,
+            full: stats.num_computed_tokens,
+            cuts: stats.kv_cuts,
+            first_cut: stats.first_kv_cut.map(|n| n.saturating_sub(self.prompt_len)),
+        };
+        Ok(())
+    }
+
     /// Reads its solution.
     pub(super) fn read(&mut self, engine: &Engine, task: &dyn Task) -> Result<()> {
         self.generated = engine.tokens(self.id)?[self.prompt_len..].to_vec();
@@ -150,6 +178,10 @@ impl Candidate {
             merged_into: self.merged_into,
             blocks_shared: self.blocks.0,
             blocks_private: self.blocks.1,
+            kv_slots: self.kv.slots,
+            kv_full: self.kv.full,
+            kv_cuts: self.kv.cuts,
+            first_kv_cut: self.kv.first_cut,
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::gate::asks::{Asks, AsksScope};
 use crate::gate::step::{Converged, DecodeExit, StopAllRule, TrialRule};
 use crate::gate::verify::{SkipRule, VerifyExit};
+use crate::kv::budget::{KvLimit, KvPrompt};
 use crate::sampler::SamplingParams;
 use crate::solver::beam::SearchConfig;
 use crate::solver::select::Select;
@@ -117,6 +118,8 @@ pub struct SolverConfig {
     pub select: Select,
     /// How tokens are chosen; draws are keyed by (seed, problem, branch, position).
     pub sampling: SamplingParams,
+    /// How much KV a branch may hold; `None`: all of it.
+    pub kv: Option<KvLimit>,
     /// Branches grow as a tree instead of each by itself.
     pub search: Option<SearchConfig>,
     /// Ends a step; the task's own where there is none.
@@ -172,6 +175,7 @@ impl SolverConfig {
             trial_rule: TrialRule::default(),
             select: Select::Vote,
             sampling: SamplingParams::default(),
+            kv: None,
             search: None,
             step_delimiter: None,
             concurrency: 1,
@@ -218,6 +222,19 @@ impl SolverConfig {
         )?;
         if let Some(search) = &self.search {
             search.validate(self)?;
+        }
+        if let Some(kv) = &self.kv {
+            check(
+                kv.prompt == KvPrompt::Pin || self.sharing == Sharing::None,
+                "kv-prompt",
+                "evict drops nothing of a prompt that branches share; use --policy no-sharing, or --kv-prompt pin",
+            )?;
+            check(
+                self.decode_exit != DecodeExit::Trial,
+                "kv-budget",
+                "holds nothing back under --decode-exit trial, which forks each branch after every step: what a fork has \
+                 shared is never dropped; use another exit",
+            )?;
         }
         check(self.wordings >= 1, "wordings", "must be at least 1")?;
         if let Some(asks) = &self.asks {

@@ -100,6 +100,9 @@ impl Run {
             };
             self.branches.push(Candidate { wording, ..Candidate::new(id, text.len() + suffix.len(), task) });
             engine.append(id, suffix)?;
+            if let Some(kv) = &config.kv {
+                engine.limit_kv(id, kv.for_prompt(text.len() + suffix.len(), engine.config().block_size))?;
+            }
             engine.start(id, params.clone())?;
         }
         Ok(())
@@ -251,8 +254,7 @@ impl Run {
         }
         self.blocks_shared = engine.num_shared_blocks();
         for c in self.branches.iter_mut().filter(|c| c.merged_into.is_none()) {
-            let stats = engine.stats(c.id)?;
-            c.blocks = (stats.blocks_shared, stats.blocks_private);
+            c.take_memory(engine)?;
         }
         let standing = || self.branches.iter().filter(|c| c.merged_into.is_none());
         let confidences: Vec<f64> = standing().map(|c| c.confidence).collect();

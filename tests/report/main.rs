@@ -16,6 +16,7 @@ use records::*;
 use rksc::gate::asks::Asks;
 use rksc::gate::step::Converged;
 use rksc::gate::verify::VerifyExit;
+use rksc::kv::budget::KvLimit;
 use rksc::report::html::{ReportData, render};
 use rksc::report::ladder::{Arm, LadderReport};
 use rksc::report::{MemorySample, NodeEnd, NodeResult, PassRecord, PhaseMs, ProblemResult, SolveReport, quantile};
@@ -495,6 +496,7 @@ fn a_configuration_is_told_in_words() {
         merge: Some(Converged::at(0.98)),
         verify_exit: Some(VerifyExit::PAPER),
         search: Some(SearchConfig { depth: 4, beam: 2, score: StepScore::Verifier, min_score: None }),
+        kv: Some(KvLimit { buffer: Some(32), ..KvLimit::new(64) }),
         ..SolverConfig::preset(Policy::RkscPaper)
     };
     let report = SolveReport::new(&config, &[]);
@@ -507,6 +509,8 @@ fn a_configuration_is_told_in_words() {
         "branches that are 0.98 alike are merged",
         "its entropy over the vocabulary is below 8 nats and changes by less than 3, all together or none.",
         "score x sqrt(confidence) wins",
+        "keeps 64 KV slots a layer and head behind the prompt, chosen by rkv (code, lambda 0.1), and 32 more until a cut: not",
+        "branches cut: 0 of 0, cuts: 0",
     ] {
         assert!(words.contains(sentence), "{sentence}: {words}");
     }

@@ -36,6 +36,10 @@ pub(crate) fn branch(idx: usize, answer: &str, draws: &mut Draws) -> BranchResul
         merged_into: None,
         blocks_shared: 12,
         blocks_private: 3,
+        kv_slots: 60,
+        kv_full: 60,
+        kv_cuts: 0,
+        first_kv_cut: None,
     }
 }
 

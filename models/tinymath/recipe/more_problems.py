@@ -1,9 +1,11 @@
 """Writes problems/fresh.jsonl and problems/negatives.jsonl, the same bytes every time. Plain Python 3.
 
     python3 models/tinymath/recipe/more_problems.py [--out models/tinymath/problems]
+    python3 models/tinymath/recipe/more_problems.py --fresh 2000 --seed 930031 --out target     # target/fresh-2000.jsonl alone
 
 fresh.jsonl: 600 problems from a seed that neither dev, test nor training used, two to seven operations in turn as in test.jsonl.
-None of their texts, paraphrases included, stands in dev or test.
+None of their texts, paraphrases included, stands in dev or test. With --fresh N, N more of the kind from another seed, in a file
+of their own; those whose texts stand in dev or test are left out.
 
 negatives.jsonl: texts close to dev questions that must not be taken for the same question. One object a line,
 {"id", "kind", "base", "question", "other", "answer", "other_answer"}: `question` is that of dev problem `base`, and `other`
@@ -202,6 +204,16 @@ def fresh(problems_dir):
     return out
 
 
+def more(problems_dir, seed, count):
+    """`count` problems of `seed` that share no text with dev or test."""
+    known = texts(os.path.join(problems_dir, "dev.jsonl")) | texts(os.path.join(problems_dir, "test.jsonl"))
+    # Two or three operations leave few stories: some of a long set may be known.
+    out = [p for p in G.problem_set(seed, count + count // 10 + 10, "fresh-%d" % seed) if not known & {p["question"], *p["paraphrases"]}]
+    for p in out:
+        p.pop("raw")
+    return out[:count]
+
+
 def lines(objects):
     return "".join(json.dumps(o) + "\n" for o in objects)
 
@@ -209,9 +221,18 @@ def lines(objects):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.path.join(HERE, "..", "problems"))
-    out = parser.parse_args().out
+    parser.add_argument("--fresh", type=int, metavar="N", help="only N more fresh problems")
+    parser.add_argument("--seed", type=int, default=930031, help="their seed; not one of the other sets'")
+    args = parser.parse_args()
+    out, problems_dir = args.out, os.path.join(HERE, "..", "problems")
+    if args.seed in (FRESH_SEED, DEV_SEED, NEGATIVES_SEED, 920002, 940004):
+        parser.error("--seed: another set has it")
     os.makedirs(out, exist_ok=True)
-    for name, objects in (("fresh", fresh(os.path.join(HERE, "..", "problems"))), ("negatives", negatives())):
+    if args.fresh:
+        files = [("fresh-%d" % args.fresh, more(problems_dir, args.seed, args.fresh))]
+    else:
+        files = [("fresh", fresh(problems_dir)), ("negatives", negatives())]
+    for name, objects in files:
         with open(os.path.join(out, name + ".jsonl"), "w", newline="\n") as f:
             f.write(lines(objects))
 

@@ -39,8 +39,8 @@ const NO_LINK: u32 = u32::MAX;
 /// score   = lambda I - (1 - lambda) R
 /// ```
 ///
-/// `Text` and `Alg1` have m[u] = 1/n (sum of S[u, v] over v != u, v != w(u)), where w(u) may be none; `Text` takes the
-/// largest a of [i - pool_size / 2, i + pool_size / 2 - 1] (i itself where that is nothing) and not of I afterwards.
+/// `Text` and `Alg1` have `m[u] = 1/n (sum of S[u, v] over v != u, v != w(u))`, where `w(u)` may be none; `Text` takes the
+/// largest `a` of `[i - pool_size / 2, i + pool_size / 2 - 1]` (`i` itself where that is nothing), and not of `I` afterwards.
 pub struct KvScoresArgs<'a, T> {
     /// `[.., Hq, D]`
     pub queries: &'a [T],

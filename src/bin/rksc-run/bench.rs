@@ -6,6 +6,7 @@ mod asks;
 mod evict;
 mod gemm;
 mod kernels;
+mod kv_budget;
 mod ladder;
 mod mechanisms;
 mod passes;
@@ -30,6 +31,9 @@ pub(crate) enum Command {
     /// The linear op at the layer shapes of a model, weights from memory.
     Gemm(gemm::Args),
     Kernels(Box<kernels::Args>),
+    /// What a KV budget costs in answers, and what it gives in memory and speed.
+    #[command(subcommand)]
+    KvBudget(kv_budget::Command),
     Agree(Box<agree::Args>),
     Evict(Box<evict::Args>),
     /// What this machine can do at most: memory, and the linear op at each SIMD level.
@@ -47,6 +51,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Prefill(args) => passes::prefill(args),
         Command::Gemm(args) => gemm::run(args),
         Command::Kernels(args) => kernels::run(args),
+        Command::KvBudget(command) => kv_budget::run(command),
         Command::Agree(args) => agree::run(args),
         Command::Evict(args) => evict::run(args),
         Command::Roof(args) => roof::run(args),

@@ -6,10 +6,13 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args as ClapArgs;
-use rksc::engine::{BranchId, EndReason, Engine, EventKind, GenerateParams, PrefillOptions};
+use rksc::engine::{BranchId, BranchStats, EndReason, Engine, EventKind, GenerateParams, PrefillOptions};
+use rksc::kv::budget::{KvLimit, KvPrompt};
+use rksc::report::kv::{KvTotals, limit_in_words};
 use rksc::tokenizer::{IncrementalDecoder, StopMatcher, Tokenizer};
 
-use crate::common::{EngineArgs, SamplingArgs, print_json, read_text};
+use crate::common::{self, EngineArgs, SamplingArgs, print_json, read_text};
+use crate::kv::KvArgs;
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -43,6 +46,8 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    kv: KvArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -74,7 +79,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (prompt, None) => prompt.clone().unwrap_or_default(),
     };
     anyhow::ensure!(!prompt.is_empty(), "--prompt: is empty");
-    let mut engine = args.engine.open()?;
+    let mut config = args.engine.config();
+    let limit = args.kv.limit(&mut config)?;
+    if args.n > 1 && limit.is_some_and(|l| l.prompt == KvPrompt::Evict) {
+        let why = format!("evict drops nothing of a prompt that {} continuations share; use -n 1, or pin", args.n);
+        return Err(rksc::Error::Config { field: "kv-prompt".into(), why }.into());
+    }
+    let mut engine = common::open(config)?;
     let tokenizer = args.engine.tokenizer()?;
     let prompt_tokens = tokenizer.encode(&prompt)?;
     let end_tokens = if args.ignore_eos { Vec::new() } else { args.engine.source().end_tokens(engine.model())? };
@@ -84,7 +95,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         min_new_tokens: args.min_new_tokens,
         end_tokens,
     };
-    let mut choices = start(&mut engine, &tokenizer, &prompt_tokens, &params, args)?;
+    let mut choices = start(&mut engine, &tokenizer, &prompt_tokens, (&params, limit.as_ref()), args)?;
     let started = Instant::now();
     let mut first_token_ms = None;
     while choices.iter().any(|c| c.finish.is_none()) {
@@ -101,22 +112,30 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             }
         }
     }
-    report(args, &engine, &prompt_tokens, &choices, started.elapsed().as_secs_f64(), first_token_ms)
+    let timing = (started.elapsed().as_secs_f64(), first_token_ms);
+    report(args, &engine, &prompt_tokens, (&choices, limit.as_ref()), timing)
 }
 
 fn start(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
     prompt: &[u32],
-    params: &GenerateParams,
+    (params, limit): (&GenerateParams, Option<&KvLimit>),
     args: &Args,
 ) -> anyhow::Result<Vec<Choice>> {
     let root = engine.prefill(prompt, PrefillOptions::default())?;
     let mut branches = vec![BranchId::default(); args.n];
-    engine.fork(root, &mut branches)?;
+    match limit {
+        // What a fork has from its parent is never dropped: where the prompt may go, its own branch goes on.
+        Some(limit) if limit.prompt == KvPrompt::Evict => branches.fill(root),
+        _ => engine.fork(root, &mut branches)?,
+    }
     branches
         .into_iter()
         .map(|branch| {
+            if let Some(limit) = limit {
+                engine.limit_kv(branch, limit.for_prompt(prompt.len(), engine.config().block_size))?;
+            }
             engine.start(branch, params.clone())?;
             Ok(Choice {
                 branch,
@@ -186,19 +205,23 @@ fn report(
     args: &Args,
     engine: &Engine,
     prompt: &[u32],
-    choices: &[Choice],
-    seconds: f64,
-    first_token_ms: Option<f64>,
+    (choices, limit): (&[Choice], Option<&KvLimit>),
+    (seconds, first_token_ms): (f64, Option<f64>),
 ) -> anyhow::Result<()> {
+    let stats: Vec<BranchStats> = choices.iter().map(|c| engine.stats(c.branch)).collect::<rksc::Result<_>>()?;
+    let mut totals = KvTotals::default();
+    stats.iter().for_each(|s| totals.add(s.num_slots, s.num_computed_tokens, s.kv_cuts));
     let generated: usize = choices.iter().map(|c| c.tokens.len()).sum();
     if args.json {
         let choices: Vec<_> = choices
             .iter()
+            .zip(&stats)
             .enumerate()
-            .map(|(index, c)| {
+            .map(|(index, (c, s))| {
                 serde_json::json!({
                     "index": index, "text": c.text, "tokens": c.tokens, "token_logprobs": c.logprobs,
                     "entropies": c.entropies, "finish_reason": c.finish,
+                    "kv_slots": s.num_slots, "kv_cuts": s.kv_cuts,
                 })
             })
             .collect();
@@ -209,6 +232,9 @@ fn report(
             "seconds": seconds,
             "ttft_ms": first_token_ms,
             "counters": engine.counters(),
+            "kv": limit.map(|limit| serde_json::json!({
+                "limit": limit, "window": engine.config().kv_window, "totals": totals,
+            })),
         }));
     }
     let mut out = std::io::stdout().lock();
@@ -231,5 +257,8 @@ fn report(
         generated as f64 / seconds,
         first_token_ms.unwrap_or(f64::NAN)
     );
+    if let Some(limit) = limit {
+        eprintln!("KV budget, not exact: {}; {totals}", limit_in_words(limit));
+    }
     Ok(())
 }

@@ -15,6 +15,7 @@ mod common;
 mod gates;
 mod generate;
 mod inspect;
+mod kv;
 mod plan;
 mod report_file;
 mod score;

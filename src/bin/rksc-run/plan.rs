@@ -3,10 +3,11 @@
 use std::io::Write;
 
 use clap::Args as ClapArgs;
-use rksc::ModelSource;
-use rksc::config::available_memory;
+use rksc::config::{EngineConfig, available_memory};
+use rksc::kv::budget::KvLimit;
 use rksc::model::family::ModelConfig;
 use rksc::report::MemoryPlan;
+use rksc::{Error, ModelSource, Result};
 
 use crate::common::{EngineArgs, JsonFlag, human_bytes, print_json};
 
@@ -23,8 +24,32 @@ pub(crate) struct Args {
     /// Tokens of a branch's own.
     #[arg(long, default_value_t = 512)]
     own: usize,
+    /// Tokens whose KV a branch may keep of those, per layer and head.
+    #[arg(long, value_name = "N")]
+    kv_budget: Option<usize>,
+    /// Tokens that may come on top until the next cut [default: as in solve].
+    #[arg(long, value_name = "M")]
+    kv_buffer: Option<usize>,
     #[command(flatten)]
     format: JsonFlag,
+}
+
+impl Args {
+    /// Slots of its own that a branch holds at most.
+    fn most_held(&self, config: &EngineConfig) -> Result<usize> {
+        match (self.kv_budget, self.kv_buffer) {
+            (Some(budget), buffer) => {
+                let limit = KvLimit { buffer, ..KvLimit::new(budget) }.for_prompt(0, config.block_size);
+                limit.validate(config.kv_window)?;
+                Ok(limit.budget + limit.buffer)
+            }
+            (None, Some(_)) => {
+                let why = "changes nothing without a budget; give --kv-budget N too";
+                Err(Error::Config { field: "kv-buffer".into(), why: why.into() })
+            }
+            (None, None) => Ok(usize::MAX),
+        }
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -36,10 +61,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         #[cfg(not(feature = "bundled-model"))]
         (None, _) => anyhow::bail!("model: give a folder with -m DIR, or a --shape"),
     };
-    let plan = MemoryPlan::new(&args.engine.config(), &model, args.prefix, args.own)?;
+    let config = args.engine.config();
+    let held = args.own.min(args.most_held(&config)?);
+    let plan = MemoryPlan::new(&config, &model, args.prefix, held)?;
     if args.format.json {
         return print_json(&plan);
     }
+    let own = match args.kv_budget {
+        Some(_) => format!("{} tokens of its own, of which it holds at most {held}", args.own),
+        None => format!("{} tokens of its own", args.own),
+    };
     let mut out = std::io::stdout().lock();
     let mut row = |name: &str, bytes: u64, what: &str| writeln!(out, "{name:<22}{:>12}  {what}", human_bytes(bytes));
     row("weights", plan.weight_bytes, "mapped from the file, or random")?;
@@ -50,7 +81,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         &format!("{} blocks of {} tokens; touched as used", plan.kv_blocks, plan.block_size),
     )?;
     row("  per token", plan.kv_bytes_per_token, "")?;
-    row("  per branch", plan.kv_bytes_per_branch, &format!("{} tokens of its own", args.own))?;
+    row("  per branch", plan.kv_bytes_per_branch, &own)?;
     row("total", plan.weight_bytes + plan.workspace_bytes + plan.kv_cache_bytes, "")?;
     writeln!(out, "{:<22}{:>12}  sharing {} tokens", "branches that fit", plan.max_branches, args.prefix)?;
     writeln!(out, "to fix the cache at this size: --kv-cache-memory {}", plan.kv_cache_bytes)?;

@@ -16,14 +16,16 @@ use rksc::model::family::ModelConfig;
 use rksc::problems::{Problem, read_problems};
 use rksc::prompts::PromptPack;
 use rksc::report::html::ReportData;
+use rksc::report::kv::limit_in_words;
 use rksc::report::{NodeEnd, ProblemResult, SolveReport};
 use rksc::solver::select::Select;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
 use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
 
 use crate::calibration::{self, CalibrationArgs};
-use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
+use crate::common::{self, EngineArgs, SamplingArgs, print_json, progress, read_text};
 use crate::gates::GateArgs;
+use crate::kv::KvArgs;
 use crate::report_file::{self, ReportFile};
 use crate::search::SearchArgs;
 
@@ -55,6 +57,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     search: SearchArgs,
     #[command(flatten)]
+    kv: KvArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
     /// One JSON line per problem, written as soon as it is solved.
     #[arg(long, value_name = "FILE")]
@@ -75,6 +79,8 @@ pub(crate) struct Args {
 struct JsonReport<'a> {
     #[serde(flatten)]
     report: &'a SolveReport,
+    /// Under a KV budget, the last tokens that always stay.
+    kv_window: Option<usize>,
     results: &'a [ProblemResult],
 }
 
@@ -205,6 +211,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut config = args.policy.config(&args.sampling);
     args.search.apply(&mut config);
     args.gates.apply(&mut config);
+    let mut engine_config = args.engine.config();
+    config.kv = args.kv.limit(&mut engine_config)?;
     config.record = args.report.is_some();
     config.validate()?;
     let source = args.engine.source();
@@ -225,8 +233,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ..Setup::of_texts(&pack, &prefix)?
     };
     let left_open = Usable { skip: args.policy.leaves_skip_open(), ..args.gates.left_open() };
-    args.calibration.apply(&args.engine.config(), &mut config, left_open, &setup)?;
-    let mut engine = args.engine.open()?;
+    args.calibration.apply(&engine_config, &mut config, left_open, &setup)?;
+    let mut engine = common::open(engine_config)?;
     args.gates.measure(&mut engine, &mut config)?;
     let mut tasks = text_tasks(&compile_pack(&args.engine, &engine, pack, &prefix)?, &problems)?;
     tasks.first().map_or(Ok(()), |task| config.validate_task(task.as_ref()))?;
@@ -255,6 +263,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let results: Vec<ProblemResult> = results.into_iter().map(|(_, r)| r).collect();
     let report = SolveReport::new(&config, &results);
     let mut setting = report_file::setting(&engine);
+    let kv_window = config.kv.map(|_| engine.config().kv_window);
+    setting.extend(kv_window.map(|n| ("KV window".to_string(), format!("{n} tokens"))));
     setting.extend(config.calibration.as_ref().map(|c| ("calibration".to_string(), calibration::in_words(c))));
     let page = ReportData {
         title: format!("{} of {} problems, policy {}", results.len(), tasks.len(), report.policy),
@@ -264,7 +274,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         ..ReportData::default()
     };
     report_file::finish(report_file.as_ref(), page, outcome.map_err(anyhow::Error::from))?;
-    if args.json { print_json(&JsonReport { report: &report, results: &results }) } else { print_summary(&report) }
+    if args.json {
+        print_json(&JsonReport { report: &report, kv_window, results: &results })
+    } else {
+        print_summary(&report)
+    }
 }
 
 /// The prompt pack, and the text in front of every problem.
@@ -378,6 +392,9 @@ fn print_summary(r: &SolveReport) -> anyhow::Result<()> {
         "verification: {} branches, skipped for {} of {} problems; KV blocks: peak {}, shared {}",
         r.verify.run, r.verify.skipped, r.problems, r.blocks.peak, r.blocks.shared
     )?;
+    if let (Some(limit), Some(kv)) = (&r.config.kv, &r.kv) {
+        writeln!(out, "KV budget, not exact: {}; {kv}", limit_in_words(limit))?;
+    }
     Ok(())
 }
 

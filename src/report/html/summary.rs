@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::ReportData;
 use super::markup::{El, amount, clipped, count, grouped, percent, short, table};
+use crate::report::kv::limit_in_words;
 use crate::report::{ProblemResult, SolveReport};
 
 /// Name and value, one row each.
@@ -42,6 +43,9 @@ pub(super) fn summary(report: &SolveReport, problems: &[ProblemResult]) -> El {
         grouped(report.blocks.shared as f64)
     );
     rows.push(["KV blocks".into(), blocks]);
+    if let (Some(limit), Some(kv)) = (&report.config.kv, &report.kv) {
+        rows.push(["KV budget".into(), format!("{}: {kv}", limit_in_words(limit))]);
+    }
     pairs("summary", rows)
 }
 

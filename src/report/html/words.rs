@@ -5,13 +5,14 @@ use crate::gate::Over;
 use crate::gate::asks::AsksScope;
 use crate::gate::step::DecodeExit;
 use crate::gate::verify::{SkipRule, VerifyExit};
+use crate::report::kv::limit_in_words;
 use crate::solver::select::Select;
 use crate::solver::{Sharing, SolverConfig, StepScore, VerifyMode};
 
 /// Sentences, each ending in a full stop.
 pub(super) fn configuration(c: &SolverConfig) -> Vec<String> {
     let mut out = vec![branches(c)];
-    out.extend([search(c), wordings(c), asks(c), merge(c)].into_iter().flatten());
+    out.extend([search(c), wordings(c), asks(c), kv(c), merge(c)].into_iter().flatten());
     out.push(verify(c));
     out.extend([skip(c), verify_exit(c), decode_exit(c)].into_iter().flatten());
     out.push(select(c));
@@ -62,6 +63,10 @@ fn asks(c: &SolverConfig) -> Option<String> {
         a.tau,
         count(a.probe_layers as usize, "layer", "layers")
     ))
+}
+
+fn kv(c: &SolverConfig) -> Option<String> {
+    Some(format!("A branch keeps {}: not exact.", limit_in_words(c.kv.as_ref()?)))
 }
 
 fn merge(c: &SolverConfig) -> Option<String> {
