@@ -17,6 +17,7 @@ mod gating;
 mod limit;
 #[cfg(test)]
 mod limit_tests;
+mod limited;
 mod open;
 mod stats;
 mod step;
@@ -47,7 +48,7 @@ pub use crate::model::LayerRow;
 pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
 pub(crate) use gating::BranchGate;
 pub use gating::GroupSimilarity;
-pub(crate) use limit::Limited;
+pub(crate) use limited::Limited;
 pub use stats::{BranchStats, EngineStats, MemoryUse, ModelInfo, StepItem, StepSummary};
 
 /// How a root takes part in the prefix cache, and how its draws are keyed.
@@ -659,14 +660,17 @@ impl Engine {
             None => parent.table.fork(&mut self.pool, num_slots)?,
         };
         let (state, cached, num_lost) = (parent.state, parent.num_cached_blocks, parent.num_lost.min(fork.at));
-        let (num_found, limited) = (parent.whole_tokens(at), parent.limited.clone());
+        let num_found = parent.whole_tokens(at);
         self.swap_used += swapped.as_ref().map_or(0, SwappedBlocks::num_bytes);
-        let c = self.tree.get_mut(child)?;
-        match (&mut c.limited, limited) {
-            (Some(own), parent) => own.take_from(parent.as_deref(), fork.at),
-            (None, Some(parent)) if parent.is_cut() => c.limited = Some(Box::new(parent.fork(c.ordinal, fork.at))),
+        let mut own = self.tree.get_mut(child)?.limited.take();
+        let (parent, ordinal) = (self.tree.get(fork.parent)?.limited.as_deref(), self.tree.get(child)?.ordinal);
+        match (&mut own, parent) {
+            (Some(own), parent) => own.take_from(parent, fork.at),
+            (None, Some(parent)) if parent.is_cut() => own = Some(Box::new(parent.fork(ordinal, fork.at))),
             (None, _) => {}
         }
+        let c = self.tree.get_mut(child)?;
+        c.limited = own;
         c.num_lost = c.num_lost.max(num_lost);
         c.swapped = swapped;
         c.table = table;

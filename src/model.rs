@@ -366,7 +366,7 @@ impl<B: Backend> Model<B> {
             pass.mass = mass::measure(backend, ws, k_cache, (config, layout), (batch, &pass.live))?;
         }
         if !pass.slot_mass.is_empty() {
-            cuts::accumulate(backend, ws, k_cache, (config, layout), (batch, &pass.live), &mut pass.slot_mass)?;
+            mass::accumulate(backend, ws, k_cache, (config, layout), (batch, &pass.live), &mut pass.slot_mass)?;
         }
 
         // Output projection and MLP half.
@@ -447,23 +447,23 @@ impl<B: Backend> Runner for Model<B> {
     }
 
     fn reserve_rings(&mut self, capacity: usize, window: usize) -> Result<()> {
-        self.grow_rings(capacity, window)
+        Self::reserve_rings(self, capacity, window)
     }
 
     fn read_ring(&mut self, ring: u32, out: &mut Vec<u8>) -> Result<()> {
-        self.ring_bytes_out(ring, out)
+        Self::read_ring(self, ring, out)
     }
 
     fn write_ring(&mut self, ring: u32, bytes: &[u8]) -> Result<()> {
-        self.ring_bytes_in(ring, bytes)
+        Self::write_ring(self, ring, bytes)
     }
 
     fn kv_scores(&mut self, scoring: &SlotScoring<'_>, scores: &mut Vec<f32>) -> Result<()> {
-        self.score_slots(scoring, scores)
+        Self::kv_scores(self, scoring, scores)
     }
 
     fn kv_compact(&mut self, blocks: &[u32], keep: &[u32], first_slot: usize) -> Result<()> {
-        self.compact_slots(blocks, keep, first_slot)
+        Self::kv_compact(self, blocks, keep, first_slot)
     }
 
     fn counters(&self) -> Counters {

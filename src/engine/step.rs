@@ -147,7 +147,7 @@ impl Engine {
             _ => b.tokens.len(),
         };
         let pending = b.tokens.len() - start;
-        let num_slots = self.slots_once_run(b);
+        let num_slots = start_slots + pending;
         let growth = self.slots_behind(b, num_slots, limit.saturating_sub(b.tokens.len())) - num_slots;
         let has_begun = b.num_computed > b.num_found || b.limited.is_none();
         Ok(Candidate {

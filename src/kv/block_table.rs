@@ -366,7 +366,6 @@ impl BlockTable {
         Ok(())
     }
 
-    /// The partial tail block, when it has another owner.
     /// The tail block, when it is partial and has another owner: the next append copies it.
     pub fn shared_tail(&self, pool: &BlockPool) -> Result<Option<BlockId>> {
         match self.blocks.last() {

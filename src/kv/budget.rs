@@ -55,10 +55,38 @@ impl KeepRule {
     /// SnapKV with R-KV's pooling.
     pub const SNAPKV: Self = Self::SnapKv { pool_size: 7 };
 
-    /// It scores slots by the branch's last queries.
-    pub const fn needs_queries(self) -> bool {
-        matches!(self, Self::RKv { .. } | Self::SnapKv { .. })
+    /// Its name on the command line and in records.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::RKv { .. } => "rkv",
+            Self::SnapKv { .. } => "snapkv",
+            Self::H2o => "h2o",
+            Self::Streaming => "streaming",
+            Self::Random { .. } => "random",
+        }
     }
+
+    /// How it scores slots by the branch's last queries, if it does.
+    pub(crate) const fn by_queries(self) -> Option<QueryScoring> {
+        match self {
+            Self::RKv { variant, lambda, threshold, pool_size } => {
+                Some(QueryScoring { variant, lambda, threshold, pool_size })
+            }
+            Self::SnapKv { pool_size } => {
+                Some(QueryScoring { variant: RkvVariant::Code, lambda: 1.0, threshold: 1.0, pool_size })
+            }
+            Self::H2o | Self::Streaming | Self::Random { .. } => None,
+        }
+    }
+}
+
+/// See [`KeepRule::RKv`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct QueryScoring {
+    pub(crate) variant: RkvVariant,
+    pub(crate) lambda: f32,
+    pub(crate) threshold: f32,
+    pub(crate) pool_size: usize,
 }
 
 /// Who chooses a set of slots together.
@@ -225,7 +253,7 @@ impl KvBudget {
         (prompt..).map(move |num_tokens| {
             let unpinned = num_slots.saturating_sub(budget.pinned);
             // What has not been attended from cannot be judged by its last queries.
-            let can_judge = num_tokens > budget.pinned || !budget.rule.needs_queries();
+            let can_judge = num_tokens > budget.pinned || budget.rule.by_queries().is_none();
             let is_cut = can_judge && budget.is_due(num_tokens, unpinned, phase, window);
             if is_cut {
                 num_slots = budget.pinned + budget.kept(window);

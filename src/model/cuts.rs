@@ -1,15 +1,11 @@
-//! The device side of a KV budget: rings of branches' last queries, the scores that decide a cut, the compaction, and the
-//! attention that each slot receives.
+//! The device side of a KV budget: rings of branches' last queries, the scores that decide a cut, the compaction.
 
+use super::Model;
 use super::family::ModelConfig;
-use super::live::LiveRows;
-use super::{Model, Workspace};
-use crate::backend::{AttentionMass, Backend, KvCompact, KvScores, MassSequence, RkvVariant};
-use crate::batch::Batch;
+use crate::backend::{Backend, KvCompact, KvScores};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kv::KvLayout;
-use crate::kv::budget::KeepRule;
+use crate::kv::budget::QueryScoring;
 
 /// A ring and how many of its rows hold a query.
 #[derive(Clone, Copy, Debug)]
@@ -21,27 +17,12 @@ pub(crate) struct QueryRing {
 /// Which slots of a branch to score, in every layer, and how.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SlotScoring<'a> {
-    blocks: &'a [u32],
-    num_slots: usize,
+    pub(crate) blocks: &'a [u32],
+    pub(crate) num_slots: usize,
     /// Last slots that are no candidates.
-    num_recent: usize,
-    ring: QueryRing,
-    variant: RkvVariant,
-    lambda: f32,
-    threshold: f32,
-    pool_size: usize,
-}
-
-impl<'a> SlotScoring<'a> {
-    /// For a rule that asks queries; another is taken for importance alone.
-    pub(crate) fn new(rule: KeepRule, blocks: &'a [u32], num_slots: usize, num_recent: usize, ring: QueryRing) -> Self {
-        let (variant, lambda, threshold, pool_size) = match rule {
-            KeepRule::RKv { variant, lambda, threshold, pool_size } => (variant, lambda, threshold, pool_size),
-            KeepRule::SnapKv { pool_size } => (RkvVariant::Code, 1.0, 1.0, pool_size),
-            KeepRule::H2o | KeepRule::Streaming | KeepRule::Random { .. } => (RkvVariant::Code, 1.0, 1.0, 1),
-        };
-        Self { blocks, num_slots, num_recent, ring, variant, lambda, threshold, pool_size }
-    }
+    pub(crate) num_recent: usize,
+    pub(crate) ring: QueryRing,
+    pub(crate) how: QueryScoring,
 }
 
 /// `capacity` rings of `window` queries, in every layer `[capacity * window, Hq, D]`.
@@ -52,7 +33,7 @@ pub(super) struct QueryRings<B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    pub(super) fn grow_rings(&mut self, capacity: usize, window: usize) -> Result<()> {
+    pub(super) fn reserve_rings(&mut self, capacity: usize, window: usize) -> Result<()> {
         let (held, elems) = (self.rings.as_ref().map_or(0, |r| r.capacity), ring_elems(&self.config, window));
         if capacity <= held {
             return Ok(());
@@ -73,7 +54,7 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    pub(super) fn ring_bytes_out(&mut self, ring: u32, out: &mut Vec<u8>) -> Result<()> {
+    pub(super) fn read_ring(&mut self, ring: u32, out: &mut Vec<u8>) -> Result<()> {
         let Some(rings) = &self.rings else { return Err(no_ring()) };
         let elems = ring_elems(&self.config, rings.window);
         for layer in &rings.layers {
@@ -82,7 +63,7 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    pub(super) fn ring_bytes_in(&mut self, ring: u32, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write_ring(&mut self, ring: u32, bytes: &[u8]) -> Result<()> {
         let Some(rings) = &mut self.rings else { return Err(no_ring()) };
         let elems = ring_elems(&self.config, rings.window);
         let mut taken = 0;
@@ -93,7 +74,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// `scores` becomes `[layers, kv heads, candidates]`. One read-back for all layers.
-    pub(super) fn score_slots(&mut self, p: &SlotScoring<'_>, scores: &mut Vec<f32>) -> Result<()> {
+    pub(super) fn kv_scores(&mut self, p: &SlotScoring<'_>, scores: &mut Vec<f32>) -> Result<()> {
         let Some(rings) = &self.rings else { return Err(no_ring()) };
         let (config, layout) = (&self.config, &self.layout);
         let per_layer = config.num_kv_heads * (p.num_slots - p.num_recent);
@@ -113,10 +94,10 @@ impl<B: Backend> Model<B> {
                 blocks: p.blocks,
                 num_slots: p.num_slots,
                 window: p.num_recent,
-                pool_size: p.pool_size,
-                variant: p.variant,
-                lambda: p.lambda,
-                threshold: p.threshold,
+                pool_size: p.how.pool_size,
+                variant: p.how.variant,
+                lambda: p.how.lambda,
+                threshold: p.how.threshold,
                 num_q_heads: config.num_q_heads,
                 sm_scale: config.sm_scale(),
                 layout,
@@ -128,7 +109,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// `keep` is `[layers, kv heads, kept]`: see [`KvCompact`].
-    pub(super) fn compact_slots(&mut self, blocks: &[u32], keep: &[u32], first_slot: usize) -> Result<()> {
+    pub(super) fn kv_compact(&mut self, blocks: &[u32], keep: &[u32], first_slot: usize) -> Result<()> {
         let per_layer = keep.len() / self.config.num_layers;
         for ((k_cache, v_cache), keep) in self.kv.iter_mut().zip(keep.chunks(per_layer.max(1))) {
             let layout = &self.layout;
@@ -145,47 +126,4 @@ fn ring_elems(config: &ModelConfig, window: usize) -> usize {
 
 fn no_ring() -> Error {
     Error::Internal("a query ring is named before there are any".into())
-}
-
-/// Right behind a layer's `paged_attention`: appends to `received` of every sequence that asks for it what its slots were
-/// given by its rows, `[kv heads, kv_len]`.
-pub(super) fn accumulate<B: Backend>(
-    backend: &mut B,
-    ws: &Workspace<B>,
-    k_cache: &B::Buf,
-    (config, layout): (&ModelConfig, &KvLayout),
-    (batch, live): (&Batch, &LiveRows),
-    received: &mut [Vec<f32>],
-) -> Result<()> {
-    let mut asking = Vec::new();
-    let mut sequences = Vec::new();
-    for i in 0..live.num_seqs() {
-        let seq = &batch.seqs[live.seq_of(i)];
-        let Some(from) = seq.accumulates_from else { continue };
-        asking.push(live.seq_of(i));
-        let rows = (live.first_row(i) + from).min(live.last_row(i))..live.last_row(i) + 1;
-        sequences.push(MassSequence { rows, block_start: seq.blocks.start, kv_len: seq.kv_len });
-    }
-    if sequences.is_empty() {
-        return Ok(());
-    }
-    let mut slots = Vec::new();
-    backend.attention_mass(AttentionMass {
-        q: &ws.q,
-        k_cache,
-        lse: &ws.lse,
-        blocks: &batch.blocks,
-        sequences: &sequences,
-        num_q_heads: config.num_q_heads,
-        sm_scale: config.sm_scale(),
-        layout,
-        mass: &mut slots,
-    })?;
-    let mut rest = slots.as_slice();
-    for (seq, view) in asking.into_iter().zip(&sequences) {
-        let (own, others) = rest.split_at((layout.num_kv_heads * view.kv_len).min(rest.len()));
-        received[seq].extend_from_slice(own);
-        rest = others;
-    }
-    Ok(())
 }

@@ -1,4 +1,4 @@
-//! The attention mass that blocks receive in a pass, for the eviction that asks for it.
+//! The attention that slots receive in a pass: by block for the eviction that asks for it, by slot for a KV budget.
 
 use super::Workspace;
 use super::family::ModelConfig;
@@ -29,18 +29,7 @@ pub(super) fn measure<B: Backend>(
             MassSequence { rows: row..row + 1, block_start: seq.blocks.start, kv_len: seq.kv_len }
         })
         .collect();
-    let mut slots = Vec::new();
-    backend.attention_mass(AttentionMass {
-        q: &ws.q,
-        k_cache,
-        lse: &ws.lse,
-        blocks: &batch.blocks,
-        sequences: &sequences,
-        num_q_heads: config.num_q_heads,
-        sm_scale: config.sm_scale(),
-        layout,
-        mass: &mut slots,
-    })?;
+    let slots = received(backend, ws, k_cache, (config, layout), (batch, &sequences))?;
     let mut mass = vec![0.0; batch.blocks.len()];
     let mut heads = slots.as_slice();
     for seq in &sequences {
@@ -53,4 +42,59 @@ pub(super) fn measure<B: Backend>(
         }
     }
     Ok(mass)
+}
+
+/// Adds to `given` of every sequence that asks for it what its slots were given by its rows in this layer,
+/// `[kv heads, kv_len]`.
+pub(super) fn accumulate<B: Backend>(
+    backend: &mut B,
+    ws: &Workspace<B>,
+    k_cache: &B::Buf,
+    (config, layout): (&ModelConfig, &KvLayout),
+    (batch, live): (&Batch, &LiveRows),
+    given: &mut [Vec<f32>],
+) -> Result<()> {
+    let (mut asking, mut sequences) = (Vec::new(), Vec::new());
+    for i in 0..live.num_seqs() {
+        let seq = &batch.seqs[live.seq_of(i)];
+        let Some(from) = seq.accumulates_from else { continue };
+        let last = live.last_row(i);
+        asking.push(live.seq_of(i));
+        let rows = (live.first_row(i) + from).min(last)..last + 1;
+        sequences.push(MassSequence { rows, block_start: seq.blocks.start, kv_len: seq.kv_len });
+    }
+    if sequences.is_empty() {
+        return Ok(());
+    }
+    let slots = received(backend, ws, k_cache, (config, layout), (batch, &sequences))?;
+    let mut rest = slots.as_slice();
+    for (seq, view) in asking.into_iter().zip(&sequences) {
+        let (own, others) = rest.split_at((layout.num_kv_heads * view.kv_len).min(rest.len()));
+        given[seq].extend_from_slice(own);
+        rest = others;
+    }
+    Ok(())
+}
+
+/// `[kv heads, kv_len]` of each sequence, one behind the other.
+fn received<B: Backend>(
+    backend: &mut B,
+    ws: &Workspace<B>,
+    k_cache: &B::Buf,
+    (config, layout): (&ModelConfig, &KvLayout),
+    (batch, sequences): (&Batch, &[MassSequence]),
+) -> Result<Vec<f32>> {
+    let mut slots = Vec::new();
+    backend.attention_mass(AttentionMass {
+        q: &ws.q,
+        k_cache,
+        lse: &ws.lse,
+        blocks: &batch.blocks,
+        sequences,
+        num_q_heads: config.num_q_heads,
+        sm_scale: config.sm_scale(),
+        layout,
+        mass: &mut slots,
+    })?;
+    Ok(slots)
 }

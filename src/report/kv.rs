@@ -78,12 +78,10 @@ pub fn limit_in_words(limit: &KvLimit) -> String {
                 RkvVariant::Text => "text",
                 RkvVariant::Alg1 => "alg1",
             };
-            format!("rkv ({variant}, lambda {lambda})")
+            format!("{} ({variant}, lambda {lambda})", limit.rule.name())
         }
-        KeepRule::SnapKv { .. } => "snapkv".into(),
-        KeepRule::H2o => "h2o".into(),
-        KeepRule::Streaming => "streaming".into(),
-        KeepRule::Random { seed } => format!("random (seed {seed})"),
+        KeepRule::Random { seed } => format!("{} (seed {seed})", limit.rule.name()),
+        rule @ (KeepRule::SnapKv { .. } | KeepRule::H2o | KeepRule::Streaming) => rule.name().into(),
     };
     let window = match limit.rule {
         KeepRule::RKv { variant: RkvVariant::Alg1, .. } => ", besides the window,",

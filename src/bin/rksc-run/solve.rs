@@ -286,9 +286,14 @@ fn texts(args: &Args) -> anyhow::Result<(PromptPack, String)> {
     let source = args.engine.source();
     let mut pack = source.prompt_pack(args.prompts.as_deref())?;
     if let Some(path) = &args.approaches {
-        pack.approaches = read_text(path)?.lines().filter(|l| !l.trim().is_empty()).map(str::to_string).collect();
+        pack.approaches = approaches(&read_text(path)?);
     }
     Ok((pack, prefix_text(&source, args.prefix.as_deref())?))
+}
+
+/// One approach a line; empty lines are none.
+pub(crate) fn approaches(text: &str) -> Vec<String> {
+    text.lines().filter(|l| !l.trim().is_empty()).map(str::to_string).collect()
 }
 
 /// The text that `--prefix` names.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
+use clap::Args;
 use rksc::config::ModelSource;
 use rksc::engine::PrefillOptions;
 use rksc::problems::{Problem, read_problems};
@@ -20,6 +21,23 @@ use crate::solve::compile_pack;
 pub(super) struct Work {
     pub(super) tasks: Vec<Box<dyn Task>>,
     pub(super) warm: Vec<u32>,
+}
+
+/// Which problems a comparison is made on.
+#[derive(Args, Clone)]
+pub(super) struct ProblemArgs {
+    /// Problem files [default: the bundled problems].
+    #[arg(long = "problems", value_delimiter = ',', value_name = "FILE,..")]
+    pub(super) files: Vec<PathBuf>,
+    /// Only the first N problems.
+    #[arg(long, value_name = "N")]
+    pub(super) limit: Option<usize>,
+}
+
+impl ProblemArgs {
+    pub(super) fn read(&self, engine: &EngineArgs) -> rksc::Result<Vec<Problem>> {
+        read(engine, &self.files, self.limit)
+    }
 }
 
 /// The first `limit` problems of `files`, one after the other; without any, the bundled ones.

@@ -13,7 +13,7 @@ use rksc::report::mechanisms::{MechanismReport, MechanismRow, Rate, Selection, w
 use rksc::solver::select::Select;
 use rksc::solver::{Policy, SolverConfig, verify_again};
 
-use super::arms::{self, Work};
+use super::arms::{self, ProblemArgs, Work};
 use super::{Table, cpu_model};
 use crate::common::{EngineArgs, print_json};
 use crate::solve::text_tasks;
@@ -33,12 +33,8 @@ use crate::solve::text_tasks;
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
-    /// Problem files [default: the bundled problems].
-    #[arg(long, value_delimiter = ',', value_name = "FILE,..")]
-    problems: Vec<PathBuf>,
-    /// Only the first N problems.
-    #[arg(long, value_name = "N")]
-    limit: Option<usize>,
+    #[command(flatten)]
+    problems: ProblemArgs,
     /// Text in front of every problem: bundled, none or a file [default: bundled for the bundled model, else none].
     #[arg(long, value_name = "bundled|none|FILE")]
     prefix: Option<String>,
@@ -75,7 +71,7 @@ const MERGE_TAU: f32 = 0.99;
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(args.rounds >= 1, "--rounds: must be at least 1");
     let configs = configs(args)?;
-    let problems = arms::read(&args.engine, &args.problems, args.limit)?;
+    let problems = args.problems.read(&args.engine)?;
     anyhow::ensure!(!problems.is_empty(), "--limit: leaves no problems");
     let mut engine = args.engine.open()?;
     let pack = arms::pack(&args.engine, &engine, args.prefix.as_deref(), args.prompts.as_deref())?;
@@ -172,7 +168,7 @@ fn json(args: &Args, engine: &Engine, report: &MechanismReport) -> serde_json::V
     serde_json::json!({
         "bench": "mechanisms", "model": info.name, "dtype": info.dtype, "device": info.device, "cpu": cpu_model(),
         "config": {
-            "files": args.problems, "limit": args.limit, "prefix": args.prefix, "branches": args.branches,
+            "files": args.problems.files, "limit": args.problems.limit, "prefix": args.prefix, "branches": args.branches,
             "rounds": args.rounds, "untimed": args.untimed, "merge_tau": MERGE_TAU,
         },
         "problems": report.problems, "arms": report.arms,

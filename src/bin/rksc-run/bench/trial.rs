@@ -9,7 +9,7 @@ use rksc::solver::{Policy, Solver, SolverConfig, VerifyMode};
 
 use super::{Table, arms, cpu_model};
 use crate::common::{EngineArgs, SamplingArgs, print_json, progress, read_text};
-use crate::solve::{compile_pack, text_tasks};
+use crate::solve::{approaches, compile_pack, text_tasks};
 
 /// The decode exits `off`, `decided`, and `trial` at several confidences, on the same problems.
 #[derive(ClapArgs)]
@@ -88,7 +88,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut engine = args.engine.open()?;
     let mut pack = source.prompt_pack(None)?;
     if let Some(path) = &args.approaches {
-        pack.approaches = read_text(path)?.lines().filter(|l| !l.trim().is_empty()).map(str::to_string).collect();
+        pack.approaches = approaches(&read_text(path)?);
     }
     let tasks = text_tasks(&compile_pack(&args.engine, &engine, pack, "")?, &problems)?;
     let bar = progress(tasks.len() * configs.len());

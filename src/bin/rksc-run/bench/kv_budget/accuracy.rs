@@ -11,12 +11,13 @@ use rksc::report::ProblemResult;
 use rksc::solver::task::Task;
 use rksc::solver::{Policy, Sharing, SolverConfig, VerifyMode};
 
-use super::super::{Table, arms, cpu_model};
+use super::super::arms::{self, ProblemArgs};
+use super::super::{Table, cpu_model};
 use super::draw;
 use super::methods::{Method, share};
 use super::score::{Arm, Group, Row, Setting};
 use crate::common::{EngineArgs, print_json, read_text};
-use crate::solve::{compile_pack, text_tasks};
+use crate::solve::{approaches, compile_pack, text_tasks};
 
 /// Right answers of long chains under KV budgets, against the full cache on the same problems.
 ///
@@ -40,12 +41,8 @@ use crate::solve::{compile_pack, text_tasks};
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
-    /// Problem files [default: the bundled problems].
-    #[arg(long, value_delimiter = ',', value_name = "FILE,..")]
-    problems: Vec<PathBuf>,
-    /// Only the first N problems.
-    #[arg(long, value_name = "N")]
-    limit: Option<usize>,
+    #[command(flatten)]
+    problems: ProblemArgs,
     /// One approach a line, of which the first is taken [default: the long style of the bundled model, else the pack's].
     #[arg(long, value_name = "FILE")]
     approaches: Option<PathBuf>,
@@ -106,7 +103,7 @@ const ENOUGH: usize = 2000;
 const CLAIMS: [(f64, f64); 2] = [(10.0, 1.00), (16.0, 1.05)];
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let mut problems = arms::read(&args.engine, &args.problems, args.limit)?;
+    let mut problems = args.problems.read(&args.engine)?;
     problems.retain(|p| p.answer.is_some());
     anyhow::ensure!(!problems.is_empty(), "--problems: none has an answer to compare with");
     anyhow::ensure!(args.seeds >= 1, "--seeds: must be at least 1");
@@ -118,7 +115,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         None => (source == ModelSource::Bundled).then(|| LONG_STYLE.to_string()),
     };
     if let Some(lines) = lines {
-        pack.approaches = lines.lines().filter(|l| !l.trim().is_empty()).map(str::to_string).collect();
+        pack.approaches = approaches(&lines);
     }
     let tasks = text_tasks(&compile_pack(&args.engine, &engine, pack, "")?, &problems)?;
     let config = SolverConfig {
@@ -268,7 +265,7 @@ fn json(args: &Args, engine: &Engine, (mean, rows): (f64, &[Row]), verdicts: &[S
         "bench": "kv-budget accuracy", "model": info.name, "dtype": info.dtype, "device": info.device,
         "cpu": cpu_model(),
         "config": {
-            "files": args.problems, "limit": args.limit, "max_new_tokens": args.max_new_tokens,
+            "files": args.problems.files, "limit": args.problems.limit, "max_new_tokens": args.max_new_tokens,
             "kv_prompt": if args.kv_prompt == Prompt::Evict { "evict" } else { "pin" }, "kv_sinks": args.kv_sinks,
             "kv_lambda": args.kv_lambda, "kv_window": engine.config().kv_window, "margin": args.margin,
         },
