@@ -221,10 +221,8 @@ impl Engine {
             ..Branch::new(parent_id, parent.tokens.clone(), table, path, arrival)
         };
         self.swap_used += child.swapped.as_ref().map_or(0, SwappedBlocks::num_bytes);
-        let parent = self.tree.get_mut(parent_id)?;
-        parent.num_forked = parent.num_forked.max(fork_at);
-        if !waits && let Some(limited) = &mut parent.limited {
-            limited.share(fork_at);
+        if !waits {
+            self.note_shared(parent_id, fork_at)?;
         }
         Ok(self.tree.insert(|id| Branch { id, ..child }))
     }
@@ -640,18 +638,26 @@ impl Engine {
         Ok(())
     }
 
+    /// Another branch has the first `num_tokens` of this one from now on. Whatever becomes of it, they are never dropped: what
+    /// a branch keeps must not depend on who else is there.
+    fn note_shared(&mut self, branch: BranchId, num_tokens: usize) -> Result<()> {
+        let b = self.tree.get_mut(branch)?;
+        b.num_forked = b.num_forked.max(num_tokens);
+        if let Some(limited) = &mut b.limited {
+            limited.share(num_tokens);
+        }
+        Ok(())
+    }
+
     /// Gives a waiting child the rows up to its fork that its parent has, or will have after running `num_planned` more
     /// in this very step. A swapped-out parent has none to share; of one that has been cut, the child has a copy.
     fn share_from_parent(&mut self, child: BranchId, num_planned: usize) -> Result<()> {
         let Some(fork) = self.tree.get(child)?.fork_point else { return Ok(()) };
-        let parent = self.tree.get_mut(fork.parent)?;
+        self.note_shared(fork.parent, fork.at)?;
+        let parent = self.tree.get(fork.parent)?;
         if parent.swapped.is_some() && parent.limited.is_none() {
             return Ok(());
         }
-        if let Some(limited) = &mut parent.limited {
-            limited.share(fork.at);
-        }
-        let parent = self.tree.get(fork.parent)?;
         let at = parent.whole_tokens(fork.at.min(parent.num_computed + num_planned));
         let num_slots = parent.slots_for(at).unwrap_or(at);
         let swapped = parent.swapped.as_ref().map(|s| s.fork(num_slots));

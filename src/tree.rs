@@ -125,8 +125,7 @@ pub(crate) struct Branch {
     pub(crate) num_lost: usize,
     /// `tokens[..num_found]` it did not compute itself: another branch did, or the prefix cache had them.
     pub(crate) num_found: usize,
-    /// `tokens[..num_forked]` it had in common with another branch, run or to be run for both, when one of the two was
-    /// forked from the other.
+    /// `tokens[..num_forked]` another branch has or had too, by a fork or because the two had become one prompt.
     pub(crate) num_forked: usize,
     pub(crate) table: BlockTable,
     pub(crate) fork_point: Option<ForkPoint>,

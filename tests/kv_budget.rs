@@ -7,6 +7,7 @@ use common::{Rng, engine, fork, greedy, run_all, traces, uncached};
 use rksc::EngineConfig;
 use rksc::backend::RkvVariant;
 use rksc::engine::{BranchId, Engine, EventKind, PrefillOptions};
+use rksc::gate::asks::Asks;
 use rksc::kv::budget::{Aggregation, KeepRule, KvBudget};
 
 const RULES: [KeepRule; 7] = [
@@ -226,6 +227,38 @@ fn a_fork_of_a_cut_branch_goes_on_as_it_does() {
         run_all(&mut e);
         e.check_integrity().unwrap();
     }
+}
+
+/// What a branch keeps does not depend on whether one that had become the same prompt is still there.
+#[test]
+fn a_prompt_that_two_branches_share_stays_with_both() {
+    let held = |prunes: bool| {
+        let mut e = engine(|_| {});
+        let ids = [0, 1].map(|path| {
+            let id = e.prefill(&prompt(11, 45), PrefillOptions { path, ..uncached() }).unwrap();
+            e.limit_kv(id, budget(24, 0)).unwrap();
+            id
+        });
+        e.gate(&Asks::default().gate(), &ids).unwrap();
+        let mut aliased = None;
+        while e.has_work() {
+            e.step().unwrap();
+            while let Some(event) = e.next_event() {
+                if let EventKind::Aliased { to } = event.kind {
+                    aliased = Some((event.branch, to));
+                }
+            }
+        }
+        let (other, id) = aliased.expect("two like prompts are one");
+        if prunes {
+            e.prune(other).unwrap();
+        }
+        e.start(id, greedy(80)).unwrap();
+        run_all(&mut e);
+        assert!(e.stats(id).unwrap().kv_cuts > 1);
+        positions(&e, id)
+    };
+    assert!(held(false) == held(true));
 }
 
 /// Nothing that a cut has touched, and nothing that it may touch later, is found by another branch.

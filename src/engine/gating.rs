@@ -213,6 +213,7 @@ impl Engine {
     /// `branch` becomes one with `to`: its tokens, its blocks, its last row. Children that wait for it follow. Where it
     /// watches something else, its last token runs again.
     pub(super) fn alias(&mut self, branch: BranchId, to: BranchId, layer: u32) -> Result<()> {
+        self.note_shared(to, self.tree.get(to)?.num_computed)?;
         let target = self.tree.get(to)?;
         let b = self.tree.get(branch)?;
         let sees_the_same = (&b.watch, b.top_k) == (&target.watch, target.top_k);
@@ -236,6 +237,7 @@ impl Engine {
             (None, _) => {}
         }
         b.tokens = tokens;
+        b.num_forked = num_computed;
         b.num_computed = num_computed;
         b.prompt_len = b.tokens.len();
         b.num_cached_blocks = cached;
