@@ -78,7 +78,7 @@ fn kv14_never_more_than_budget_and_buffer_and_blocks_return_at_once() {
         let limit = KvBudget { rule, ..budget(40, 21) };
         let kept = limit.kept(8);
         let id = limited_root(&mut e, &prompt(2, 21), 5, Some(limit), 300);
-        let mut num_cuts = 0;
+        let (mut num_cuts, mut num_dropped) = (0, 0);
         while e.has_work() {
             let before = e.stats(id).unwrap();
             e.step().unwrap();
@@ -90,9 +90,11 @@ fn kv14_never_more_than_budget_and_buffer_and_blocks_return_at_once() {
             assert!(after.num_slots <= 21 + kept + 16, "{rule:?}: {} slots", after.num_slots);
             assert_eq!(e.engine_stats().blocks_used, after.num_slots.div_ceil(16), "{rule:?}");
             num_cuts += u32::from(was_cut);
+            num_dropped += (before.num_slots + grown - after.num_slots) as u64;
         }
         assert!(num_cuts >= 15, "{rule:?}: {num_cuts} cuts");
         assert_eq!(e.engine_stats().kv_cuts, u64::from(num_cuts));
+        assert_eq!(e.engine_stats().slots_dropped, num_dropped, "{rule:?}");
         e.prune(id).unwrap();
         e.check_integrity().unwrap();
         assert_eq!(e.engine_stats().blocks_used, 0);

@@ -71,7 +71,7 @@ pub struct EngineStats {
     pub bytes_evicted: u64,
     /// Times a branch's KV was cut back to its budget.
     pub kv_cuts: u64,
-    /// Slots, of every layer and head, that were dropped thereby.
+    /// Slots, in each layer and head, that were dropped thereby.
     pub slots_dropped: u64,
     /// Live branches.
     pub branches: usize,
