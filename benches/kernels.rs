@@ -223,6 +223,7 @@ fn add_rms_norm(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
             delta: Some(&delta),
             weight: Some(&weight),
             y,
+            keep: None,
             step_similarity: None,
             hidden: HIDDEN,
             eps: 1e-6,
@@ -250,13 +251,13 @@ fn linear(h: &mut Harness, all_rows: &[usize]) -> anyhow::Result<()> {
         for &rows in all_rows {
             let x = random_buf(rows * k, COMPUTE, 9);
             let mut y = h.cpu.alloc(DType::F32, rows * n)?;
-            h.cpu.linear(Linear { rows: 0..rows, x: &x, w: &copies[0], bias: None, y: &mut y })?;
+            h.cpu.linear(Linear { rows: 0..rows, x: &x, w: &copies[0], river: None, bias: None, y: &mut y })?;
             check_linear(&copies[0], &wide(&x, (rows - 1) * k..rows * k), &wide(&y, (rows - 1) * n..rows * n))?;
             let bytes = weight_bytes + 2 * rows * k + 4 * rows * n;
             let shape = format!("{rows} x {k} -> {n} ({name})");
             h.time("linear", shape, (bytes, 2 * rows * k * n), |cpu, call| {
                 let w = &copies[call % copies.len()];
-                cpu.linear(Linear { rows: 0..rows, x: &x, w, bias: None, y: &mut y })
+                cpu.linear(Linear { rows: 0..rows, x: &x, w, river: None, bias: None, y: &mut y })
             })?;
         }
     }

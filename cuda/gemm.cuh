@@ -1,7 +1,7 @@
-// gemm.cuh -- what linear and linear_w4 share: loads of weights and of x, the plan, and the way from the accumulators of a CTA's
-// warps to y. It knows nothing of how weights are stored.
+// gemm.cuh -- what linear, linear_w4 and linear_w8 share: loads of x, the plan, which rows a launch is for, and the way from the
+// accumulators of a CTA's warps to y. It knows nothing of how weights are stored.
 //
-// Both ops stream [out, in] weights past at most 16 rows of x. Weights are the A operand of mma.m16n8k16 (16 outputs by 16 k), x^T
+// The ops stream [out, in] weights past at most 16 rows of x. Weights are the A operand of mma.m16n8k16 (16 outputs by 16 k), x^T
 // is B (16 k by 8 rows): a weight is loaded from memory once, straight into the register it is multiplied from. A CTA owns a tile of
 // outputs and a slice of k; its warps take the slice's units of kUnit in turn, so that together they read long runs of each row.
 //
@@ -68,6 +68,23 @@ RKSC_DEVICE Slice slice_of(uint32_t in_features) {
   return Slice{units * blockIdx.y / gridDim.y, units * (blockIdx.y + 1) / gridDim.y};
 }
 
+// ---- rows -----------------------------------------------------------------------------------------------------------------------
+
+// The rows that a launch is for, a bit each: all, or those on its side of the route. Every thread of the grid finds the same, so that a
+// launch without rows ends before anyone counts arrivals.
+template <typename Params>
+RKSC_DEVICE uint32_t rows_on_side(const Params& p) {
+  const uint32_t all = (1u << p.num_rows) - 1;
+  if (p.route == nullptr) return all;
+  gptr<const float> route = global<const float>(p.route);
+  uint32_t left = 0;
+  for (uint32_t t = 0; t < p.num_rows; ++t) {
+    const float layers = route[t];
+    left |= (layers < static_cast<float>(p.layer) ? 1u : 0u) << t;
+  }
+  return p.side == 0 ? all & ~left : left;
+}
+
 // ---- from accumulators to y -----------------------------------------------------------------------------------------------------
 
 // Floats of a row of outputs in shared memory: 4 more than there are, which puts the four rows that a warp writes at a time (2t)
@@ -83,19 +100,20 @@ inline uint32_t sums_bytes(uint32_t num_warps) {
 struct SkinnyOutput {
   gptr<const float> bias;  // [out], or null
   bool has_bias;
-  gptr<float> y;             // [num_rows, out]
+  gptr<float> y;             // [num_rows, y_stride], the first out of each row
   gptr<uint32_t> arrivals;   // [tiles], read only where there are slices
   gptr<float> partials;      // [tiles, slices, num_rows, outputs of a tile]
-  uint32_t num_rows, out_features;
+  uint32_t num_rows, out_features, y_stride;
+  uint32_t rows;  // a bit for each row that is written
 };
 
 // Output of the tile's element e = row * outputs + m.
 template <uint32_t kOutputs>
 RKSC_DEVICE void write_output(const SkinnyOutput& o, uint32_t e, float sum) {
   const uint32_t row = e / kOutputs, output = blockIdx.x * kOutputs + e % kOutputs;
-  if (output >= o.out_features) return;
+  if (output >= o.out_features || (o.rows >> row & 1) == 0) return;
   if (o.has_bias) sum += o.bias[output];
-  o.y[static_cast<uint64_t>(row) * o.out_features + output] = sum;
+  o.y[static_cast<uint64_t>(row) * o.y_stride + output] = sum;
 }
 
 // Sums the CTA's warps in warp order, then, where k was sliced over CTAs, lets the last to arrive sum the slices in slice order.
@@ -146,7 +164,7 @@ RKSC_DEVICE void finish_tile(const FragC (&acc)[kMTiles][kTiles], const SkinnyOu
   if (threadIdx.x == 0) o.arrivals[blockIdx.x] = 0u;
 }
 
-// What finish_tile needs of the params of either op.
+// What finish_tile needs of the params of any of the ops.
 template <typename Params>
 RKSC_DEVICE SkinnyOutput skinny_output(const Params& p) {
   return SkinnyOutput{global<const float>(p.bias),
@@ -155,7 +173,15 @@ RKSC_DEVICE SkinnyOutput skinny_output(const Params& p) {
                       global<uint32_t>(p.workspace),
                       global<float>(p.workspace) + kMaxCounters,
                       p.num_rows,
-                      p.out_features};
+                      p.out_features,
+                      p.y_stride,
+                      rows_on_side(p)};
+}
+
+// The limits that the ops share.
+template <typename Params>
+inline bool skinny_rows_fit(const Params& p) {
+  return p.num_rows <= RKSC_SKINNY_MAX_ROWS && p.y_stride >= p.out_features && p.side <= 1;
 }
 
 template <int kTiles>

@@ -9,6 +9,7 @@ namespace {
 //   x     [num_rows, in]   T    read   (through L1; from L2 once an SM)
 //   w     [out, in]        T    read   once
 //   bias  [out]            f32  read, may be null
+//   route [num_rows]       f32  read, may be null
 //   y     [num_rows, out]  f32  write
 //
 // Work      CTA = 16 or 32 outputs x a slice of k; warp = units of 128 k, CTA's warps in turn. Weights reach a warp by cp.async through
@@ -74,6 +75,7 @@ struct LinearWarp {
 
 template <typename T, int kMTiles, int kTiles>
 __global__ void __launch_bounds__(kMaxWarps * 32) linear_kernel(const __grid_constant__ rksc_linear_params p) {
+  if (rows_on_side(p) == 0) return;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const uint32_t row_words = p.in_features / 2, num_warps = blockDim.x / 32;
   const Slice slice = slice_of(p.in_features);
@@ -123,6 +125,8 @@ constexpr uint32_t kOutputsF32 = 4, kWarpsF32 = 4;
 template <int kTiles>
 __global__ void __launch_bounds__(kWarpsF32 * 32) linear_f32_kernel(const __grid_constant__ rksc_linear_params p) {
   constexpr uint32_t kRows = 8 * kTiles;
+  const uint32_t rows = rows_on_side(p);
+  if (rows == 0) return;
   const uint32_t lane = threadIdx.x % 32, first = (blockIdx.x * kWarpsF32 + threadIdx.x / 32) * kOutputsF32;
   if (first >= p.out_features) return;  // whole warps; no barrier follows
   gptr<const float> x = global<const float>(p.x);
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(kWarpsF32 * 32) linear_f32_kernel(const __grid
     for (uint32_t m = 0; m < kOutputsF32; ++m) a[m] = load_vec<4>(w[m] + k);
 #pragma unroll
     for (uint32_t n = 0; n < kRows; ++n) {
-      if (n >= p.num_rows) continue;
+      if ((rows >> n & 1) == 0) continue;
       const vec<float, 4> b = load_vec<4>(x + n * p.in_features + k);
 #pragma unroll
       for (uint32_t m = 0; m < kOutputsF32; ++m) {
@@ -152,13 +156,13 @@ __global__ void __launch_bounds__(kWarpsF32 * 32) linear_f32_kernel(const __grid
   }
 #pragma unroll
   for (uint32_t n = 0; n < kRows; ++n) {
-    if (n >= p.num_rows) continue;
+    if ((rows >> n & 1) == 0) continue;
 #pragma unroll
     for (uint32_t m = 0; m < kOutputsF32; ++m) {
       float sum = warp_sum(acc[m][n]);
       if (lane != 0 || first + m >= p.out_features) continue;
       if (p.bias != nullptr) sum += bias[first + m];
-      y[static_cast<uint64_t>(n) * p.out_features + first + m] = sum;
+      y[static_cast<uint64_t>(n) * p.y_stride + first + m] = sum;
     }
   }
 }
@@ -183,7 +187,7 @@ int32_t launch_linear(const rksc_linear_params& p, rksc_stream stream) {
 // ---- launchers ------------------------------------------------------------------------------------------------------------------
 
 extern "C" size_t RKSC_FN(linear_workspace_bytes)(uint32_t num_rows, uint32_t in_features, uint32_t out_features) {
-  // One size for linear and linear_w4, whose CTAs are always wide.
+  // One size for linear, and for linear_w4 and linear_w8, whose CTAs are always wide.
   const size_t plain = skinny_workspace_bytes(num_rows, skinny_plan(in_features, out_features, false));
   const size_t wide = skinny_workspace_bytes(num_rows, skinny_plan(in_features, out_features, true));
   return plain > wide ? plain : wide;
@@ -191,7 +195,7 @@ extern "C" size_t RKSC_FN(linear_workspace_bytes)(uint32_t num_rows, uint32_t in
 
 extern "C" int32_t RKSC_FN(linear)(const rksc_linear_params* p, rksc_stream stream) {
   RKSC_REQUIRE(p->dtype <= RKSC_F16);
-  RKSC_REQUIRE(p->num_rows <= RKSC_SKINNY_MAX_ROWS);
+  RKSC_REQUIRE(skinny_rows_fit(*p));
   RKSC_REQUIRE(p->in_features > 0 && p->in_features % (p->dtype == RKSC_F32 ? 4 : 8) == 0);
   if (p->num_rows == 0 || p->out_features == 0) return 0;
   if (p->dtype == RKSC_F32) {

@@ -1,6 +1,5 @@
 // linear_w4.cu -- y = x W^T + bias for up to 16 rows with weights of 4 bits in groups along k. Streams codes, scales and zeros once.
-#include <type_traits>
-
+#include "codes.cuh"
 #include "gemm.cuh"
 
 namespace {
@@ -13,6 +12,7 @@ namespace {
 //   scales  [out, in / group]   f16  read   once
 //   zeros   [out, in / group]   none: 8; u8; or f16
 //   bias    [out]               f32  read, may be null
+//   route   [num_rows]          f32  read, may be null
 //   y       [num_rows, out]     f32  write
 //
 // Work      CTA = 32 outputs x a slice of k; warp = units of 128 k, CTA's warps in turn, each through a ring of its own in shared memory.
@@ -26,7 +26,7 @@ namespace {
 //           an SM can issue in the time a word takes at full bandwidth. Counted in sm_90a code for 8 rows; not measured.
 // Limits    T bf16 or f16; num_rows <= 16; group 32, 64 or 128; in % group == 0, in > 0; x, codes aligned to 16 bytes; workspace where
 //           the plan has slices. out any.
-// Oracle    testing::linear_w4::W4::linear_oracle.   Bench  rksc-run bench kernels --op linear_w4
+// Oracle    testing::linear_quantised::quantised_oracle.   Bench  rksc-run bench kernels --op linear_w4
 
 constexpr int kMTiles = 2, kHalves = 2 * kMTiles;  // a lane reads outputs g, g + 8, g + 16, g + 24
 constexpr int kChunks = kUnit / 32;                // of a unit: a word of every lane's outputs
@@ -43,17 +43,6 @@ constexpr float kMagic = 128.0f;
 template <>
 constexpr float kMagic<f16> = 1024.0f;
 
-// (word & mask) | magic in one instruction.
-RKSC_DEVICE uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t magic) {
-#ifdef RKSC_EMULATED
-  return (word & mask) | magic;
-#else
-  uint32_t v;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word), "r"(mask), "r"(magic));
-  return v;
-#endif
-}
-
 // The low (high) halves of a and b, a's in the low half.
 RKSC_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) {
 #ifdef RKSC_EMULATED
@@ -67,24 +56,6 @@ RKSC_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) {
   return a >> 16 | (b & 0xffff0000u);
 #else
   return __byte_perm(a, b, 0x7632);
-#endif
-}
-
-// Sums of two pairs, each rounded once.
-template <typename T>
-RKSC_DEVICE uint32_t add2(uint32_t a, uint32_t b) {
-#ifdef RKSC_EMULATED
-  const auto half = [](uint32_t v, int shift) { return to_float(T{static_cast<uint16_t>(v >> shift)}); };
-  return pack2<T>(half(a, 0) + half(b, 0), half(a, 16) + half(b, 16));
-#else
-  uint32_t sum;
-  if constexpr (std::is_same_v<T, f16>) {
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
-  } else {
-    // a * 1 + b: sm_80 has no addition of bf16 pairs.
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
-  }
-  return sum;
 #endif
 }
 
@@ -202,6 +173,7 @@ struct W4Warp {
 
 template <typename T, int kTiles, bool kFractional>
 __global__ void __launch_bounds__(kMaxWarps * 32) linear_w4_kernel(const __grid_constant__ rksc_linear_w4_params p) {
+  if (rows_on_side(p) == 0) return;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const Slice slice = slice_of(p.in_features);
   W4Warp<T, kTiles, kFractional> ww;
@@ -277,7 +249,7 @@ int32_t launch_linear_w4(const rksc_linear_w4_params& p, rksc_stream stream) {
 
 extern "C" int32_t RKSC_FN(linear_w4)(const rksc_linear_w4_params* p, rksc_stream stream) {
   RKSC_REQUIRE(p->dtype == RKSC_BF16 || p->dtype == RKSC_F16);
-  RKSC_REQUIRE(p->num_rows <= RKSC_SKINNY_MAX_ROWS);
+  RKSC_REQUIRE(skinny_rows_fit(*p));
   RKSC_REQUIRE(p->group_size == 32 || p->group_size == 64 || p->group_size == 128);
   RKSC_REQUIRE(p->in_features > 0 && p->in_features % p->group_size == 0);
   RKSC_REQUIRE(p->zero_kind <= RKSC_ZERO_FRACTIONAL && (p->zero_kind == RKSC_ZERO_NONE || p->zeros != nullptr));

@@ -59,6 +59,7 @@ RKSC_DEVICE void store_similarity(const rksc_add_rms_norm_params& p, uint32_t ro
 // add_rms_norm
 //   x[t] += delta[t]
 //   y[t, i] = x[t, i] * rsqrt(mean_j(x[t, j]^2) + eps) * weight[i]
+//   keep[t] = x[t]
 //   similarity[t] = cos(reference[t], x[t]), reference being x before the addition where null; 0 where a norm is 0
 //
 //   x         [num_rows, hidden] f32   read, written where there is a delta
@@ -66,12 +67,13 @@ RKSC_DEVICE void store_similarity(const rksc_add_rms_norm_params& p, uint32_t ro
 //   weight    [hidden] f32             read, or null: no y
 //   reference [num_rows, hidden] f32   read, or null
 //   y         [num_rows, hidden] T     write
+//   keep      [num_rows, hidden] f32   write, or null
 //   similarity [num_rows] f32          write, or null
 //
 // Work      CTA = row; a thread holds kHeld vectors of 16 bytes in registers from the load to the store of y. All loads, the
 //           weight's too, are issued before the one barrier, so that a decode step pays memory latency once.
 // Numerics  f32; the three sums are fused into one reduction in a fixed order that depends on hidden alone.
-// Traffic   num_rows * hidden * (8 + 4 + sizeof(T)) bytes with delta, + 4 * num_rows * hidden with reference; weight from L2.
+// Traffic   num_rows * hidden * (8 + 4 + sizeof(T)) bytes with delta, + 4 * num_rows * hidden with reference or keep; weight from L2.
 // Bound     memory; at decode sizes latency: one load, one barrier, one store.
 // Limits    hidden % 4 == 0 and hidden <= 8192; others take add_rms_norm_long_kernel. hidden > 0.
 // Oracle    testing::oracle::rms_norm, cosine.   Bench  rksc-run bench kernels --op add_rms_norm
@@ -103,6 +105,7 @@ __global__ void __launch_bounds__(kMaxThreads) add_rms_norm_kernel(const __grid_
       for (int e = 0; e < 4; ++e) held[h][e] += delta[h][e];
       store_vec(x + i, held[h]);
     }
+    if (p.keep != nullptr) store_vec(global<float>(p.keep) + start + i, held[h]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       sums.after += held[h][e] * held[h][e];
@@ -144,6 +147,7 @@ __global__ void __launch_bounds__(kLongThreads) add_rms_norm_long_kernel(const _
       for (int e = 0; e < kWidth; ++e) after[e] += delta[e];
       store_vec(x + i, after);
     }
+    if (p.keep != nullptr) store_vec(global<float>(p.keep) + start + i, after);
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       sums.after += after[e] * after[e];
@@ -177,7 +181,7 @@ uint32_t row_threads(uint32_t hidden) { return div_up(div_up(hidden, 4 * kHeld),
 extern "C" int32_t RKSC_FN(add_rms_norm)(const rksc_add_rms_norm_params* p, rksc_stream stream) {
   RKSC_REQUIRE(p->hidden > 0);
   if (p->num_rows == 0) return 0;
-  if (p->delta == nullptr && p->weight == nullptr && p->similarity == nullptr) return 0;
+  if (p->delta == nullptr && p->weight == nullptr && p->similarity == nullptr && p->keep == nullptr) return 0;
   const dim3 grid(p->num_rows);
   return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] {
     if (p->hidden % 4 != 0) return launch(add_rms_norm_long_kernel<T, 1>, grid, dim3(kLongThreads), 0, stream, *p);

@@ -38,7 +38,7 @@ enum rksc_dtype { RKSC_F32 = 0, RKSC_BF16 = 1, RKSC_F16 = 2 };
 #define RKSC_ATTENTION_MAX_ROWS 64
 /* KV slots of an attention tile; tiles are anchored at a sequence's slot 0. */
 #define RKSC_TILE_SLOTS 64
-/* Rows of x that linear and linear_w4 take in one launch. */
+/* Rows of x that linear, linear_w4 and linear_w8 take in one launch. */
 #define RKSC_SKINNY_MAX_ROWS 16
 /* Slot of a padding row: nothing is written for it. */
 #define RKSC_NO_SLOT 0xffffffffu
@@ -61,24 +61,48 @@ typedef struct rksc_add_rms_norm_params {
   const float* delta;     /* [T, hidden], or null: x stays */
   const float* weight;    /* [hidden], or null: stop after the addition, y untouched */
   void* y;                /* [T, hidden] dtype */
-  const float* reference; /* [T, hidden] what the cosine is taken against; null: x before the addition */
+  float* keep;            /* [T, hidden] receives x after the addition; null: not wanted */
+  const float* reference; /* [T, hidden] what the cosine is taken against, not keep; null: x before the addition */
   float* similarity;      /* [T] cos(reference, x after), 0 where a norm is 0; null: not wanted */
   uint32_t num_rows, hidden, dtype;
   float eps;
 } rksc_add_rms_norm_params;
-RKSC_LAYOUT(rksc_add_rms_norm_params, 64);
+RKSC_LAYOUT(rksc_add_rms_norm_params, 72);
 int32_t RKSC_FN(add_rms_norm)(const rksc_add_rms_norm_params* p, rksc_stream stream);
 
-/* ---- linear: y = x W^T + bias for at most RKSC_SKINNY_MAX_ROWS rows -------------------------------------------- */
+/* ---- exit_rows: which rows use the second weight set from the next layer on -------------------------------------- */
+enum rksc_exit_rule {
+  RKSC_EXIT_ENTER = 0,     /* all rows: route = infinity, they are in the backbone */
+  RKSC_EXIT_EVERY_NTH = 1, /* the last of the rows that decide is number offset, offset + every, ... */
+  RKSC_EXIT_ABOVE = 2      /* of the n rows that decide, at most floor(share n) have a cosine that is not above tau */
+};
+typedef struct rksc_exit_rows_params {
+  const uint32_t* exits;   /* [T, 2] the rows [start, end) that decide for the row; empty where the gate has no say */
+  const float* similarity; /* [T], of add_rms_norm; RKSC_EXIT_ABOVE only */
+  float* route;            /* [T] layers run in the backbone before the row left it; infinite while it is there */
+  uint32_t num_rows, rule, every, offset;
+  float tau, share;
+  uint32_t whole_batch; /* 1: all rows that the gate has a say in leave, or none */
+  uint32_t layer;       /* the layer just run, counted from 1 */
+} rksc_exit_rows_params;
+RKSC_LAYOUT(rksc_exit_rows_params, 56);
+int32_t RKSC_FN(exit_rows)(const rksc_exit_rows_params* p, rksc_stream stream);
+
+/* ---- linear: y = x W^T + bias for at most RKSC_SKINNY_MAX_ROWS rows --------------------------------------------
+ * With a route a launch is for the rows of one side: side 1 those with route[t] < layer, side 0 the others. Rows of the
+ * other side are not written; a launch without rows reads no weights. */
 typedef struct rksc_linear_params {
   const void* x;      /* [T, in] dtype */
   const void* w;      /* [out, in] dtype */
   const float* bias;  /* [out], or null */
   float* y;           /* [T, out] */
   void* workspace;    /* rksc_linear_workspace_bytes (0: null will do); zeroed once, left with its counters zero, fit for any shape */
+  const float* route; /* [T], or null: all rows */
   uint32_t num_rows, in_features, out_features, dtype;
+  uint32_t y_stride;  /* floats from one row of y to the next; at least out */
+  uint32_t layer, side, reserved;
 } rksc_linear_params;
-RKSC_LAYOUT(rksc_linear_params, 56);
+RKSC_LAYOUT(rksc_linear_params, 80);
 int32_t RKSC_FN(linear)(const rksc_linear_params* p, rksc_stream stream);
 size_t RKSC_FN(linear_workspace_bytes)(uint32_t num_rows, uint32_t in_features, uint32_t out_features);
 
@@ -92,10 +116,29 @@ typedef struct rksc_linear_w4_params {
   const float* bias;      /* [out], or null */
   float* y;               /* [T, out] */
   void* workspace;        /* rksc_linear_workspace_bytes (0: null will do); zeroed once, left with its counters zero, fit for any shape */
+  const float* route;     /* [T], or null: all rows; see linear */
   uint32_t num_rows, in_features, out_features, group_size, zero_kind, dtype;
+  uint32_t y_stride;      /* floats from one row of y to the next; at least out */
+  uint32_t layer, side, reserved;
 } rksc_linear_w4_params;
-RKSC_LAYOUT(rksc_linear_w4_params, 80);
+RKSC_LAYOUT(rksc_linear_w4_params, 104);
 int32_t RKSC_FN(linear_w4)(const rksc_linear_w4_params* p, rksc_stream stream);
+
+/* ---- linear_w8: the same with weights of 8 bits: w[n, k] = (code - 128) * scale per group of k ---------------------- */
+typedef struct rksc_linear_w8_params {
+  const void* x;          /* [T, in] bf16 or f16 */
+  const uint32_t* codes;  /* [out, in / 4]: k ascending from the low byte */
+  const uint16_t* scales; /* [out, in / group] f16 */
+  const float* bias;      /* [out], or null */
+  float* y;               /* [T, out] */
+  void* workspace;        /* rksc_linear_workspace_bytes (0: null will do); zeroed once, left with its counters zero, fit for any shape */
+  const float* route;     /* [T], or null: all rows; see linear */
+  uint32_t num_rows, in_features, out_features, group_size, dtype;
+  uint32_t y_stride;      /* floats from one row of y to the next; at least out */
+  uint32_t layer, side;
+} rksc_linear_w8_params;
+RKSC_LAYOUT(rksc_linear_w8_params, 88);
+int32_t RKSC_FN(linear_w8)(const rksc_linear_w8_params* p, rksc_stream stream);
 
 /* ---- rope_append: split qkv, per-head q/k norm if given, RoPE (half-split), q out, k and v to their slots ------------ */
 typedef struct rksc_rope_append_params {

@@ -5,7 +5,8 @@
 //! |---|---|---|
 //! | `embed` | gather rows | ids \[T\] -> x \[T, hidden\] |
 //! | `add_rms_norm` | residual add + RMSNorm, optional step similarity | \[T, hidden\] |
-//! | `linear` | y = x W^T (+ b) | \[T, in\] -> \[T, out\] |
+//! | `exit_rows` | which rows use the second weight set from the next layer on | cosines \[T\] -> route \[T\] |
+//! | `linear` | y = x W^T (+ b), with one of two weight sets a row | \[T, in\] -> \[T, out\] |
 //! | `rope_append` | q/k norm, RoPE, write k and v to their slots, keep some rows' q | qkv \[T, (Hq + 2 Hkv) D\] -> q, KV cache |
 //! | `kv_copy_blocks` | copy-on-write of block heads | pairs of block ids |
 //! | `kv_transfer` | K and V of slots for other positions, K turned by the difference | pairs of slots |
@@ -35,8 +36,10 @@ use std::ops::Range;
 use crate::batch::AttentionPlan;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::gate::Scope;
 use crate::kv::{BlockCopy, KvLayout, SlotTransfer};
 use crate::model::weights::Tensor;
+use crate::quant::MatrixPart;
 use crate::sampler::{DrawKey, SamplingParams};
 
 mod checks;
@@ -95,6 +98,9 @@ pub struct PassInputs {
     pub plan: AttentionPlan,
     /// Rows whose logits are wanted.
     pub query_rows: Vec<u32>,
+    /// Of each gate that sends rows to the second weight set `[T]`: the rows that decide for the row, `[start, end)`; empty
+    /// where the gate has no say.
+    pub exits: Vec<Vec<[u32; 2]>>,
 }
 
 /// Work done since the counters were last reset; what tests and reports assert instead of seconds.
@@ -132,7 +138,7 @@ pub trait Backend: Send + 'static {
     /// Zeroed memory for `len` elements. Large allocations are touched lazily where the device allows it.
     fn alloc(&self, dtype: DType, len: usize) -> Result<Self::Buf>;
     /// Makes row-stacked parts `[out_i, in]` resident. Parts stay where they are mapped whenever the compute type allows it.
-    fn matrix(&mut self, parts: &[Tensor], compute: DType) -> Result<Self::Matrix>;
+    fn matrix(&mut self, parts: &[MatrixPart], compute: DType) -> Result<Self::Matrix>;
     /// Vectors laid end to end and widened to f32 (norm weights, biases).
     fn vector(&mut self, parts: &[Tensor]) -> Result<Self::Buf>;
     /// Host values as f32.
@@ -146,12 +152,16 @@ pub trait Backend: Send + 'static {
     /// Lays out a pass's inputs.
     fn stage(&mut self, inputs: PassInputs) -> Result<Self::Inputs>;
     /// The ops until [`end_pass`](Self::end_pass) are one pass over `inputs`. `repeatable` says that another pass with as
-    /// many rows and queries launches the same ops in the same order on the same buffers, so that a recording of it serves.
-    fn begin_pass(&mut self, inputs: &Self::Inputs, repeatable: bool) -> Result<()>;
+    /// many rows and queries, and the same number here, launches the same ops in the same order on the same buffers, so
+    /// that a recording of it serves.
+    fn begin_pass(&mut self, inputs: &Self::Inputs, repeatable: Option<u64>) -> Result<()>;
     /// Every op since [`begin_pass`](Self::begin_pass) has been given to the device.
     fn end_pass(&mut self) -> Result<()>;
     /// Statistics of the first rows of the last [`row_stats`](Self::row_stats). Counts one read-back.
     fn read_stats(&mut self, stats: &mut [RowStats]) -> Result<()>;
+    /// Reads the first `dst.len()` rows' route. Counts one read-back, and the bytes that routed [`linear`](Self::linear)s
+    /// have read since the last, where the device alone knew which rows went where.
+    fn read_route(&mut self, route: &Self::Buf, dst: &mut [f32]) -> Result<()>;
     /// Bytes kept on the device for weights beyond what is mapped in place (converted or repacked copies).
     fn matrix_extra_bytes(&self, m: &Self::Matrix) -> u64;
     /// Work counted since the last [`reset_counters`](Self::reset_counters).
@@ -163,6 +173,10 @@ pub trait Backend: Send + 'static {
     fn embed(&mut self, p: Embed<'_, Self>) -> Result<()>;
     /// See [`AddRmsNorm`].
     fn add_rms_norm(&mut self, p: AddRmsNorm<'_, Self>) -> Result<()>;
+    /// Sets the first `num_rows` of a route to infinity: they are in the backbone.
+    fn enter_backbone(&mut self, route: &mut Self::Buf, num_rows: usize) -> Result<()>;
+    /// See [`ExitRows`].
+    fn exit_rows(&mut self, p: ExitRows<'_, Self>) -> Result<()>;
     /// See [`Linear`].
     fn linear(&mut self, p: Linear<'_, Self>) -> Result<()>;
     /// See [`RopeAppend`].
@@ -220,12 +234,22 @@ pub struct AddRmsNorm<'a, B: Backend + ?Sized> {
     pub weight: Option<&'a B::Buf>,
     /// Normed rows `[T, hidden]` in the compute type; untouched when `weight` is `None`.
     pub y: &'a mut B::Buf,
-    /// Cosine of each row before and after the addition, `[T]` on the host, in row order of `rows`; written when given.
-    pub step_similarity: Option<&'a mut [f32]>,
+    /// `[T, hidden]` f32, receives `x` as it is after the addition.
+    pub keep: Option<&'a mut B::Buf>,
+    /// How much the rows after the addition are like what they were.
+    pub step_similarity: Option<StepSimilarity<'a, B>>,
     /// Row width.
     pub hidden: usize,
     /// Added to the mean square.
     pub eps: f32,
+}
+
+/// Cosines of rows to what they were; 0 where a norm is 0.
+pub struct StepSimilarity<'a, B: Backend + ?Sized> {
+    /// `[T, hidden]` f32: the rows as they were.
+    pub before: &'a B::Buf,
+    /// `[T]` f32, written.
+    pub similarity: &'a mut B::Buf,
 }
 
 /// `y[t, n] = sum_k x[t, k] w[n, k] + bias[n]`, f32 accumulation in one fixed order of k for any number of rows.
@@ -236,10 +260,58 @@ pub struct Linear<'a, B: Backend + ?Sized> {
     pub x: &'a B::Buf,
     /// Weights `[out, in]`.
     pub w: &'a B::Matrix,
+    /// Other weights of the same shape for the rows that have left the backbone.
+    pub river: Option<River<'a, B>>,
     /// Bias `[out]` f32.
     pub bias: Option<&'a B::Buf>,
     /// Output `[T, out]` f32.
     pub y: &'a mut B::Buf,
+}
+
+/// Lets rows leave the backbone after a layer: `route[t]`, infinite until then, becomes `layer` where the gate fires.
+pub struct ExitRows<'a, B: Backend + ?Sized> {
+    /// The inputs' `exits` say which rows the gate may send, and by which rows each is decided.
+    pub inputs: &'a B::Inputs,
+    /// Which of them is the gate's.
+    pub gate: usize,
+    /// When it fires.
+    pub rule: ExitRule<'a, B>,
+    /// How far one row's decision reaches: its sequence, or all of the gate's rows.
+    pub scope: Scope,
+    /// The layer just run, counted from 1; 0 before the first.
+    pub layer: u32,
+    /// `[T]` f32, updated.
+    pub route: &'a mut B::Buf,
+}
+
+/// When [`ExitRows`] fires.
+pub enum ExitRule<'a, B: Backend + ?Sized> {
+    /// For rows number `offset`, `offset + every`, ...
+    EveryNth {
+        /// Distance between rows, at least 1.
+        every: u32,
+        /// First row.
+        offset: u32,
+    },
+    /// When, of the n rows that decide, at most `floor(share n)` have a cosine that is not above `tau`.
+    Above {
+        /// `[T]` f32 of [`StepSimilarity`].
+        similarity: &'a B::Buf,
+        /// The bound, strict; a NaN is not above it.
+        tau: f32,
+        /// 0: all must be above.
+        share: f32,
+    },
+}
+
+/// Which rows of a [`Linear`] take which weights: row t takes `w` when `route[t] < layer`, else the op's own.
+pub struct River<'a, B: Backend + ?Sized> {
+    /// Weights `[out, in]` of the rows that have left.
+    pub w: &'a B::Matrix,
+    /// `[T]` f32: how many layers a row has run in the backbone before it left; infinite while it is there.
+    pub route: &'a B::Buf,
+    /// The layer that the op belongs to, counted from 1.
+    pub layer: u32,
 }
 
 /// Splits fused qkv rows, applies the optional per-head q/k RMSNorm and RoPE, and rounds once to the compute type:

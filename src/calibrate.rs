@@ -23,6 +23,7 @@ mod asks;
 mod file;
 mod negatives;
 mod record;
+pub mod river;
 mod verdicts;
 mod walk;
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::eviction::Eviction;
+use crate::quant::{QuantFile, QuantOptions};
 
 /// Where the weights come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +80,12 @@ pub struct EngineConfig {
     pub mass_decay: f64,
     /// Under a KV budget, the last tokens that always stay and whose queries judge the others, 1 to 64.
     pub kv_window: usize,
+    /// The layers' projections in codes instead of as they are stored: the whole model in 4 bits. Not exact.
+    pub quantise: Option<QuantOptions>,
+    /// The layers' projections once more, in codes: the second weight set of [`Engine::set_river`](crate::Engine::set_river).
+    pub river: Option<QuantOptions>,
+    /// File of the codes; `None` keeps them beside the model, or in the user's cache.
+    pub codes: Option<PathBuf>,
     /// Look for NaN and infinities in the weights while opening.
     pub check_tensors: bool,
 }
@@ -99,6 +106,9 @@ impl Default for EngineConfig {
             mass_every: 16,
             mass_decay: 0.95,
             kv_window: 8,
+            quantise: None,
+            river: None,
+            codes: None,
             check_tensors: false,
         }
     }
@@ -122,8 +132,24 @@ impl EngineConfig {
         if !(1..=64).contains(&self.kv_window) {
             return Err(Error::config("kv-window", "must be between 1 and 64"));
         }
+        let sets: Vec<&QuantOptions> = self.quantise.iter().chain(&self.river).collect();
+        sets.iter().try_for_each(|options| options.validate())?;
+        if self.codes.is_some() && sets.len() != 1 {
+            let why = "names the file of one set of codes; give --quantise or --river, and not both";
+            return Err(Error::config("codes", why));
+        }
         check_threads(self.threads)?;
         self.device.parse::<DeviceChoice>().map(drop)
+    }
+
+    /// Where the model's codes lie.
+    pub fn codes_file(&self) -> QuantFile {
+        match (&self.codes, &self.model) {
+            (Some(path), _) => QuantFile::At(path.clone()),
+            (None, ModelSource::Dir(dir)) => QuantFile::auto(Some(dir)),
+            (None, ModelSource::Bundled) => QuantFile::auto(None),
+            (None, ModelSource::Random { .. }) => QuantFile::None,
+        }
     }
 }
 

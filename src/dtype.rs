@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use half::{bf16, f16};
+
 use crate::error::{Error, Result};
 
 /// How a number is stored. As a compute type it is what activations and the KV cache are rounded to;
@@ -25,6 +27,15 @@ impl DType {
         match self {
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// Elements of this type, as f32.
+    pub(crate) fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        match self {
+            Self::F32 => bytes.as_chunks().0.iter().map(|&e| f32::from_le_bytes(e)).collect(),
+            Self::Bf16 => bytes.as_chunks().0.iter().map(|&e| bf16::from_le_bytes(e).to_f32()).collect(),
+            Self::F16 => bytes.as_chunks().0.iter().map(|&e| f16::from_le_bytes(e).to_f32()).collect(),
         }
     }
 }

@@ -8,6 +8,8 @@
 //! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
 //! object, and outputs go to buffers of the caller.
 
+mod codes;
+mod draft;
 mod evict;
 #[cfg(test)]
 mod evict_tests;
@@ -19,6 +21,10 @@ mod limit;
 mod limit_tests;
 mod limited;
 mod open;
+mod read_kv;
+mod river;
+#[cfg(test)]
+mod river_tests;
 mod stats;
 mod step;
 
@@ -31,6 +37,7 @@ use crate::batch::Batch;
 use crate::config::EngineConfig;
 use crate::error::{Error, Result};
 use crate::gate::GateSpec;
+use crate::gate::river::River;
 use crate::kv::KvLayout;
 use crate::kv::block_pool::BlockPool;
 use crate::kv::block_table::BlockTable;
@@ -44,11 +51,14 @@ use crate::tree::{Branch, BranchTree, ForkPoint, Mode, SwappedBlocks};
 pub(crate) use open::kv_layout;
 
 pub use crate::backend::{RowStats, Similarity};
-pub use crate::model::LayerRow;
+pub use crate::model::{LayerRow, LayerStep};
 pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
+pub use codes::MadeCodes;
 pub(crate) use gating::BranchGate;
 pub use gating::GroupSimilarity;
 pub(crate) use limited::Limited;
+pub use open::SecondSet;
+pub use read_kv::LayerKv;
 pub use stats::{BranchStats, EngineStats, MemoryUse, ModelInfo, StepItem, StepSummary};
 
 /// How a root takes part in the prefix cache, and how its draws are keyed.
@@ -80,8 +90,8 @@ pub struct Event {
 /// See [`Event`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum EventKind {
-    /// It generated a token; the row it came from is in [`Engine::row`].
-    Token(u32),
+    /// It generated a token. A step may yield several; the row of the last is in [`Engine::row`].
+    Token(GeneratedToken),
     /// All its tokens are computed, and it waits for more.
     Ready,
     /// A gate found its prompt as good as another's: it has that one's tokens and blocks now.
@@ -95,6 +105,17 @@ pub enum EventKind {
     /// It gave its blocks to an older branch. It is recomputed, or swapped back in, when it can stay; a branch that was
     /// at rest only when somebody asks it for something.
     Preempted,
+}
+
+/// A token and the row it was chosen from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GeneratedToken {
+    /// Its id.
+    pub token: u32,
+    /// Its natural-log probability, before sampling parameters.
+    pub logprob: f32,
+    /// What the row said.
+    pub stats: RowStats,
 }
 
 /// Raised from any thread; the running [`Engine::step`] finishes its pass, later ones return [`Error::Cancelled`].
@@ -132,6 +153,10 @@ pub struct Engine {
     /// Passes with a decoding branch since the engine opened: when to measure attention mass.
     decode_passes: u64,
     gates: Vec<GateSpec>,
+    /// How generated tokens use the second weight set.
+    river: Option<River>,
+    /// Its gate on them; of a draft, on its proposals.
+    river_gate: Option<GateSpec>,
     events: VecDeque<Event>,
     cancel: CancelFlag,
     next_arrival: u64,
@@ -191,8 +216,8 @@ impl Engine {
         let waits = parent.fork_point.is_some() || parent.is_runnable();
         let shares_now = !waits && parent.swapped.is_none();
         let fork_point = waits.then_some(ForkPoint { parent: parent_id, at: parent.tokens.len() });
-        // What a cut went through cannot be computed again as it was.
-        let swapped = parent.swapped.as_ref().filter(|_| !waits && parent.limited.is_some());
+        // What was swapped out cannot be computed again as it was.
+        let swapped = parent.swapped.as_ref().filter(|_| !waits);
         let swapped = swapped.map(|s| s.fork(s.num_slots));
         let (table, num_computed) = if shares_now {
             (parent.table.fork(&mut self.pool, parent.table.len())?, parent.num_computed)
@@ -255,6 +280,7 @@ impl Engine {
         b.num_computed = b.num_computed.min(num_tokens);
         b.num_lost = b.num_lost.min(num_tokens);
         b.num_found = b.num_found.min(num_tokens);
+        b.num_refreshed = b.num_refreshed.min(num_tokens);
         b.num_forked = b.num_forked.min(num_tokens);
         b.prompt_len = b.prompt_len.min(num_tokens);
         b.num_generated = 0;
@@ -463,7 +489,8 @@ impl Engine {
     }
 
     /// Gates between layers, on every branch of every pass from now on. Empty (the default) leaves every pass whole.
-    /// Aliases are for [`gate`](Self::gate), which knows whom they concern.
+    /// Aliases are for [`gate`](Self::gate), which knows whom they concern. A draft ([`set_river`](Self::set_river)) proposes
+    /// nothing while there are any.
     pub fn set_gates(&mut self, gates: &[GateSpec]) -> Result<()> {
         for gate in gates {
             gate.validate(self.model.num_layers)?;
@@ -650,14 +677,11 @@ impl Engine {
     }
 
     /// Gives a waiting child the rows up to its fork that its parent has, or will have after running `num_planned` more
-    /// in this very step. A swapped-out parent has none to share; of one that has been cut, the child has a copy.
+    /// in this very step. A swapped-out parent has none to share: the child has a copy.
     fn share_from_parent(&mut self, child: BranchId, num_planned: usize) -> Result<()> {
         let Some(fork) = self.tree.get(child)?.fork_point else { return Ok(()) };
         self.note_shared(fork.parent, fork.at)?;
         let parent = self.tree.get(fork.parent)?;
-        if parent.swapped.is_some() && parent.limited.is_none() {
-            return Ok(());
-        }
         let at = parent.whole_tokens(fork.at.min(parent.num_computed + num_planned));
         let num_slots = parent.slots_for(at).unwrap_or(at);
         let swapped = parent.swapped.as_ref().map(|s| s.fork(num_slots));

@@ -5,6 +5,7 @@
 //! itself is tested against it.
 
 pub mod asks;
+pub mod river;
 pub mod step;
 pub mod verify;
 
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 /// A decision between layers about rows in flight.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GateSpec {
-    /// Probe after these layers, ascending (1 = after the first decoder layer).
+    /// Probe after these layers, ascending (1 = after the first decoder layer; 0, before it, is for the river alone).
     pub layers: Vec<u32>,
     /// What the rule reads.
     pub statistic: Statistic,
@@ -25,13 +26,16 @@ pub struct GateSpec {
     pub effect: Effect,
 }
 
-/// A number per sequence, taken from the residual stream of its last row after the probed layer.
+/// A number per sequence, taken from the residual stream after the probed layer: of its last row, unless it says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Statistic {
     /// Nothing is read; the rule looks at row numbers alone.
     RowIndex,
-    /// Cosine of the residual stream before and after the layer's last addition.
-    StepSimilarity,
+    /// Cosine of the residual stream before and after the layer.
+    StepSimilarity {
+        /// The rows it is taken from.
+        of: Rows,
+    },
     /// Entropy in nats of what the row would say if it were unembedded now.
     Entropy {
         /// What the softmax runs over.
@@ -46,6 +50,21 @@ pub enum Statistic {
     BranchSimilarity {
         /// 0 weighs all layers alike.
         alpha: f32,
+    },
+}
+
+/// The rows of a sequence that make its step similarity.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rows {
+    /// Its last.
+    Last,
+    /// A low percentile over all of them but the first positions, which attention sinks make alike whatever comes: value
+    /// number `floor(share n)` of n in ascending order. For the river alone.
+    Percentile {
+        /// Between 0 and 1: 0.05 is the 5th percentile.
+        share: f32,
+        /// Positions at the sequence's start that do not count.
+        skip: u32,
     },
 }
 
@@ -163,17 +182,34 @@ impl GateSpec {
         }
     }
 
+    /// A device can decide it for itself, row by row, without asking the host.
+    fn decides_on_device(&self) -> bool {
+        match self.statistic {
+            Statistic::RowIndex => matches!(self.rule, Rule::Never | Rule::EveryNth { .. }),
+            Statistic::StepSimilarity { .. } => matches!(self.rule, Rule::Never | Rule::Above(_)),
+            _ => false,
+        }
+    }
+
     /// Refuses what cannot work on a model of `num_layers`, by field.
     pub fn validate(&self, num_layers: usize) -> Result<()> {
         let check = |ok: bool, why: &str| if ok { Ok(()) } else { Err(Error::config("gate", why)) };
+        let is_river = self.effect == Effect::River;
+        // Before the first layer there is nothing to compare.
+        let first = usize::from(!is_river || self.statistic != Statistic::RowIndex);
         let last = match self.effect {
             Effect::Observe => num_layers,
             _ => num_layers.saturating_sub(1),
         };
         check(!self.layers.is_empty(), "layers: at least one is probed")?;
         check(self.layers.is_sorted_by(|a, b| a < b), "layers: must ascend")?;
-        let inside = self.layers.iter().all(|&l| (1..=last).contains(&(l as usize)));
-        check(inside, &format!("layers: must lie between 1 and {last}"))?;
+        let inside = self.layers.iter().all(|&l| (first..=last).contains(&(l as usize)));
+        check(inside, &format!("layers: must lie between {first} and {last}"))?;
+        check(!is_river || self.decides_on_device(), "effect: the river takes the step similarity, or rows by number")?;
+        if let Statistic::StepSimilarity { of: Rows::Percentile { share, .. } } = self.statistic {
+            check(is_river, "of: a percentile is for the river")?;
+            check((0.0..1.0).contains(&share), "of: a percentile's share must lie between 0 and 1")?;
+        }
         let compares = matches!(self.statistic, Statistic::BranchSimilarity { .. });
         let clusters = matches!(self.rule, Rule::Cluster { .. });
         check(compares == clusters || self.rule == Rule::Never, "rule: clusters go with branch similarity alone")?;
@@ -231,7 +267,8 @@ mod tests {
     use super::*;
 
     fn spec(rule: Rule, scope: Scope) -> GateSpec {
-        GateSpec { layers: vec![2], statistic: Statistic::StepSimilarity, rule, scope, effect: Effect::Stop }
+        let statistic = Statistic::StepSimilarity { of: Rows::Last };
+        GateSpec { layers: vec![2], statistic, rule, scope, effect: Effect::Stop }
     }
 
     fn decide(rule: Rule, scope: Scope, values: &[f32]) -> Vec<bool> {

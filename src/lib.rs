@@ -27,6 +27,7 @@ pub mod kv;
 pub mod model;
 pub mod problems;
 pub mod prompts;
+pub mod quant;
 pub mod report;
 pub mod sampler;
 pub mod scheduler;

@@ -1,10 +1,12 @@
 //! The decoder, layer by layer, written once for prefill, decode, verification and scoring.
 //!
 //! A pass runs *segments* of layers between probed layers. At a cut the gates decide; rows that go on are packed by a
-//! stable permutation, backbone rows first and rows of the second weight set behind them, and attention still runs
-//! over all of them. With no gate at work there is one segment and nothing is permuted.
+//! stable permutation. Rows that leave for the second weight set stay where they are: the device decides that and notes
+//! it by row, and attention still runs over all of them. With no gate at work there is one segment and nothing is
+//! permuted.
 
 mod answer;
+mod capture;
 mod cuts;
 pub mod family;
 pub(crate) mod fields;
@@ -12,20 +14,24 @@ mod gating;
 mod live;
 mod load;
 mod mass;
+mod river;
 pub mod weights;
 
 use std::ops::Range;
 
 use crate::backend::{
-    AddRmsNorm, Backend, Counters, Embed, KvCopyBlocks, KvTransfer, Linear, PagedAttention, RopeAppend, RowStats,
-    Sampled, SiluMul, Similarity,
+    AddRmsNorm, Backend, Counters, Embed, KvCopyBlocks, KvTransfer, Linear, PagedAttention, River, RopeAppend,
+    RowStats, Sampled, SiluMul, Similarity,
 };
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::gate::Effect;
 use crate::kv::KvLayout;
+use crate::quant::{Hessians, LayerInput, QuantWeights};
 use crate::sampler::{DrawKey, SamplingParams};
 use crate::tree::RowAnswer;
+use capture::Capture;
 use cuts::QueryRings;
 pub(crate) use cuts::{QueryRing, SlotScoring};
 use family::ModelConfig;
@@ -34,6 +40,8 @@ use gating::{Exit, Watch};
 use live::LiveRows;
 use load::Loader;
 pub(crate) use load::workspace_bytes;
+use river::Routes;
+pub(crate) use river::route_bytes;
 use weights::WeightStore;
 
 /// What to read from one row once its logits exist.
@@ -69,8 +77,8 @@ pub(crate) enum Fate {
     Dropped(u32),
     /// Its logits were read after this layer; its KV is incomplete and may not be committed.
     Stopped(u32),
-    /// Its layers after this one used the second weight set.
-    River(u32),
+    /// Its layers after this one used the second weight set, for its rows from `first` on.
+    River { layer: u32, first: usize },
     /// It left after this layer in favour of another sequence of the batch; nothing of it may be committed.
     Aliased { layer: u32, to: usize },
     /// It ran to the end with another sequence's KV in place of some of its own after this layer.
@@ -86,6 +94,23 @@ pub struct LayerRow {
     pub stats: RowStats,
 }
 
+/// How little a layer changed a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerStep {
+    /// The layer, counted from 1.
+    pub layer: u32,
+    /// Cosine of the residual stream before and after it.
+    pub similarity: f32,
+}
+
+/// What a pass is to do.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    batch: &'a Batch,
+    queries: &'a [RowQuery],
+    gates: &'a [PassGate<'a>],
+}
+
 /// The result of a pass.
 #[derive(Debug, Default)]
 pub(crate) struct PassOutput {
@@ -95,6 +120,8 @@ pub(crate) struct PassOutput {
     pub(crate) fates: Vec<Fate>,
     /// What the probed layers said, one list a sequence; empty when no gate was set.
     pub(crate) layers: Vec<Vec<LayerRow>>,
+    /// The step similarities that the host looked at, one list a sequence; empty when no gate was set.
+    pub(crate) steps: Vec<Vec<LayerStep>>,
     /// What each gate found that compares sequences.
     pub(crate) similarities: Vec<Option<Similarity>>,
     /// KV slots attention reads in each layer before any gate, shared runs once.
@@ -126,8 +153,14 @@ pub(crate) trait Runner: Send {
     /// Moves the slots `keep`, `[layers, kv heads, kept]`, down to `first_slot`. After an error in the middle the branch's
     /// slots are lost.
     fn kv_compact(&mut self, blocks: &[u32], keep: &[u32], first_slot: usize) -> Result<()>;
+    /// Until the end of it, passes sum up what the matrices of these layers are multiplied with.
+    fn begin_capture(&mut self, layers: Range<usize>);
+    /// The sums.
+    fn end_capture(&mut self) -> Hessians;
     fn counters(&self) -> Counters;
     fn reset_counters(&mut self);
+    /// There is a second weight set.
+    fn has_river(&self) -> bool;
     /// The device in words.
     fn describe(&self) -> String;
     /// Bytes of weights copied beyond what is mapped in place.
@@ -136,22 +169,20 @@ pub(crate) trait Runner: Send {
 
 struct Layer<B: Backend> {
     attn_norm: B::Buf,
-    qkv: B::Matrix,
+    w: Projections<B>,
     qkv_bias: Option<B::Buf>,
     q_norm: Option<B::Buf>,
     k_norm: Option<B::Buf>,
-    o: B::Matrix,
     o_bias: Option<B::Buf>,
     mlp_norm: B::Buf,
-    gate_up: B::Matrix,
-    down: B::Matrix,
 }
 
-/// Which copy of the layers a row uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum WeightSet {
-    Backbone,
-    River,
+/// The matrices of a layer: what there may be a second set of.
+struct Projections<B: Backend> {
+    qkv: B::Matrix,
+    o: B::Matrix,
+    gate_up: B::Matrix,
+    down: B::Matrix,
 }
 
 /// See the module text.
@@ -163,7 +194,9 @@ pub(crate) struct Model<B: Backend> {
     embed: B::Matrix,
     layers: Vec<Layer<B>>,
     /// The second weight set; empty when there is none.
-    river: Vec<Layer<B>>,
+    river: Vec<Projections<B>>,
+    /// What rows on their way to it need; made for the first pass that has such rows.
+    routes: Option<Routes<B>>,
     final_norm: B::Buf,
     /// Stands in for a norm where rows are unembedded as they are; made when it is first needed.
     no_norm: Option<B::Buf>,
@@ -175,6 +208,8 @@ pub(crate) struct Model<B: Backend> {
     kv: Vec<(B::Buf, B::Buf)>,
     /// Last queries of branches under a KV budget; `None` until there is one.
     rings: Option<QueryRings<B>>,
+    /// While texts are looked at.
+    capture: Option<Capture>,
     /// f32, and how many: the scores of a branch's slots on their way to the host.
     slot_scores: Option<(B::Buf, usize)>,
     ws: Workspace<B>,
@@ -214,8 +249,14 @@ pub(crate) struct ModelOptions {
 }
 
 impl<B: Backend> Model<B> {
-    pub(crate) fn new(mut backend: B, config: ModelConfig, store: &WeightStore, options: ModelOptions) -> Result<Self> {
-        let mut load = Loader { backend: &mut backend, store, compute: options.compute, config: &config };
+    /// `codes` stand in for the store's projections.
+    pub(crate) fn new(
+        mut backend: B,
+        config: ModelConfig,
+        (store, codes): (&WeightStore, Option<&QuantWeights>),
+        options: ModelOptions,
+    ) -> Result<Self> {
+        let mut load = Loader { backend: &mut backend, store, codes, compute: options.compute, config: &config };
         let embed = load.matrix(&[("model.embed_tokens.weight", config.vocab_size)], config.hidden)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
@@ -235,6 +276,7 @@ impl<B: Backend> Model<B> {
             max_rows: options.max_rows,
             max_group_rows: backend.max_group_rows(config.num_q_heads / config.num_kv_heads),
             river: Vec::new(),
+            routes: None,
             backend,
             config,
             embed,
@@ -244,21 +286,27 @@ impl<B: Backend> Model<B> {
             lm_head,
             kv,
             rings: None,
+            capture: None,
             slot_scores: None,
             ws,
         })
     }
 
-    /// Makes the layers of `store` the second weight set (norms and biases come from it too).
-    pub(crate) fn set_river(&mut self, store: &WeightStore) -> Result<()> {
-        let mut load = Loader { backend: &mut self.backend, store, compute: self.compute, config: &self.config };
-        self.river = (0..self.config.num_layers).map(|i| load.layer(i)).collect::<Result<Vec<_>>>()?;
+    /// Makes the projections of `store`, or `codes` in their place, the second weight set. Norms and biases are the
+    /// backbone's.
+    pub(crate) fn set_river(&mut self, (store, codes): (&WeightStore, Option<&QuantWeights>)) -> Result<()> {
+        let Self { backend, config, compute, .. } = self;
+        let mut load = Loader { backend, store, codes, compute: *compute, config };
+        self.river = (0..load.config.num_layers).map(|i| load.projections(i)).collect::<Result<Vec<_>>>()?;
+        self.make_routes()?;
         Ok(())
     }
 
-    fn forward(&mut self, batch: &Batch, queries: &[RowQuery], gates: &[PassGate<'_>]) -> Result<PassOutput> {
+    fn forward(&mut self, asked: Asked<'_>) -> Result<PassOutput> {
+        let Asked { batch, queries, gates } = asked;
         let live = LiveRows::new(batch);
-        let (inputs, query_ids) = live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
+        self.prepare_gates(gates)?;
+        let (inputs, query_ids) = live.inputs(asked, self.layout.block_size, self.max_group_rows);
         let slots_read = inputs.plan.slots_read();
         let mut pass = Pass {
             live,
@@ -268,81 +316,89 @@ impl<B: Backend> Model<B> {
             answers: vec![None; queries.len()],
             fates: vec![Fate::Done; batch.seqs.len()],
             layers: vec![Vec::new(); if gates.is_empty() { 0 } else { batch.seqs.len() }],
+            steps: vec![Vec::new(); if gates.is_empty() { 0 } else { batch.seqs.len() }],
             exits: Vec::new(),
-            step_similarity: Vec::new(),
+            compared: None,
+            routed: false,
+            num_rows: batch.num_rows(),
             watches: gates.iter().map(Watch::new).collect(),
             mass: Vec::new(),
             slot_mass: if batch.accumulates() { vec![Vec::new(); batch.seqs.len()] } else { Vec::new() },
         };
         let mut layer_rows = 0;
-        let reads_mass = batch.measures_mass || batch.accumulates();
-        let repeatable = gates.is_empty() && batch.copies.is_empty() && !reads_mass && queries.len() <= self.ws.chunk;
-        self.backend.begin_pass(&pass.inputs, repeatable)?;
+        let reads = batch.measures_mass || batch.accumulates() || self.capture.is_some();
+        let on_device = gates.iter().all(|g| g.spec.effect == Effect::River);
+        let repeatable = on_device && batch.copies.is_empty() && !reads && queries.len() <= self.ws.chunk;
+        self.backend.begin_pass(&pass.inputs, repeatable.then(|| river::variant(gates)))?;
+        self.enter_backbone(gates, &pass)?;
         let hidden = self.config.hidden;
         self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden })?;
         for layer_idx in 0..self.config.num_layers {
             layer_rows += pass.live.num_rows() as u64;
-            self.decoder_layer(layer_idx, batch, &mut pass)?;
-            self.probe_all(gates, layer_idx as u32 + 1, batch, queries, &mut pass)?;
+            self.decoder_layer(layer_idx, batch, gates, &mut pass)?;
+            self.probe_all(asked, layer_idx as u32 + 1, &mut pass)?;
             if pass.live.is_empty() {
                 break;
             }
         }
         self.flush_delta(&mut pass, None)?;
         self.answer(queries, &mut pass)?;
+        self.read_routes(gates, &mut pass)?;
         let similarities = pass.watches.into_iter().map(|w| w.similarity).collect();
-        let Pass { answers, fates, layers, mass, slot_mass, .. } = pass;
-        Ok(PassOutput { answers, fates, layers, similarities, slots_read, layer_rows, mass, slot_mass })
+        let Pass { answers, fates, layers, steps, mass, slot_mass, .. } = pass;
+        Ok(PassOutput { answers, fates, layers, steps, similarities, slots_read, layer_rows, mass, slot_mass })
     }
 
     /// One layer for every row in flight, each with its weight set.
-    fn decoder_layer(&mut self, layer_idx: usize, batch: &Batch, pass: &mut Pass<B>) -> Result<()> {
-        let Self { backend, config, ws, layout, rings, .. } = self;
-        let (hidden, eps) = (config.hidden, config.rms_norm_eps);
-        let groups = pass.live.groups();
-        let weights = |set: WeightSet| match set {
-            WeightSet::Backbone => &self.layers[layer_idx],
-            WeightSet::River => &self.river[layer_idx],
+    fn decoder_layer(
+        &mut self,
+        layer_idx: usize,
+        batch: &Batch,
+        gates: &[PassGate<'_>],
+        pass: &mut Pass<B>,
+    ) -> Result<()> {
+        self.begin_layer(layer_idx, gates, pass)?;
+        let Self { backend, config, ws, layout, rings, capture, compute, .. } = self;
+        let mut capture = |backend: &mut B, input: LayerInput, x: &B::Buf| match capture {
+            Some(capture) => {
+                let size = (pass.live.num_rows(), input.width(config));
+                capture.add(backend, (layer_idx, input), (x, *compute), size)
+            }
+            None => Ok(()),
         };
-        let delta = std::mem::replace(&mut pass.delta_pending, true);
+        let (hidden, eps, rows) = (config.hidden, config.rms_norm_eps, 0..pass.live.num_rows());
+        let layer = &self.layers[layer_idx];
+        let river = self.river.get(layer_idx).zip(self.routes.as_ref()).filter(|_| pass.routed);
+        let second = |of: fn(&Projections<B>) -> &B::Matrix| {
+            river.map(|(w, routes)| River { w: of(w), route: &routes.route, layer: layer_idx as u32 + 1 })
+        };
         let (k_cache, v_cache) = &mut self.kv[layer_idx];
 
-        // Attention half: norm, qkv, RoPE and KV write.
-        for (rows, set) in groups.clone() {
-            let w = weights(set);
-            backend.add_rms_norm(AddRmsNorm {
-                rows: rows.clone(),
-                x: &mut ws.x,
-                delta: delta.then_some(&ws.delta),
-                weight: Some(&w.attn_norm),
-                y: &mut ws.h,
-                step_similarity: None,
-                hidden,
-                eps,
-            })?;
-            backend.linear(Linear {
-                rows: rows.clone(),
-                x: &ws.h,
-                w: &w.qkv,
-                bias: w.qkv_bias.as_ref(),
-                y: &mut ws.qkv,
-            })?;
-            backend.rope_append(RopeAppend {
-                rows,
-                inputs: &pass.inputs,
-                qkv: &ws.qkv,
-                q: &mut ws.q,
-                query_ring: rings.as_mut().map(|r| &mut r.layers[layer_idx]),
-                k_cache,
-                v_cache,
-                inv_freq: &self.inv_freq,
-                rope_scale: 1.0,
-                q_norm: w.q_norm.as_ref().map(|w| (w, eps)),
-                k_norm: w.k_norm.as_ref().map(|w| (w, eps)),
-                num_q_heads: config.num_q_heads,
-                layout,
-            })?;
-        }
+        // Attention half: qkv, RoPE and KV write.
+        capture(backend, LayerInput::Qkv, &ws.h)?;
+        backend.linear(Linear {
+            rows: rows.clone(),
+            x: &ws.h,
+            w: &layer.w.qkv,
+            river: second(|w| &w.qkv),
+            bias: layer.qkv_bias.as_ref(),
+            y: &mut ws.qkv,
+        })?;
+        backend.rope_append(RopeAppend {
+            rows: rows.clone(),
+            inputs: &pass.inputs,
+            qkv: &ws.qkv,
+            q: &mut ws.q,
+            query_ring: rings.as_mut().map(|r| &mut r.layers[layer_idx]),
+            k_cache,
+            v_cache,
+            inv_freq: &self.inv_freq,
+            rope_scale: 1.0,
+            q_norm: layer.q_norm.as_ref().map(|w| (w, eps)),
+            k_norm: layer.k_norm.as_ref().map(|w| (w, eps)),
+            num_q_heads: config.num_q_heads,
+            layout,
+        })?;
         // Before the copies: what is transferred may stand in a block that a fork copies.
         if pass.live.has_transfers() {
             let (inputs, inv_freq) = (&pass.inputs, &self.inv_freq);
@@ -370,51 +426,81 @@ impl<B: Backend> Model<B> {
         }
 
         // Output projection and MLP half.
-        for (rows, set) in groups {
-            let w = weights(set);
-            backend.linear(Linear {
-                rows: rows.clone(),
-                x: &ws.o,
-                w: &w.o,
-                bias: w.o_bias.as_ref(),
-                y: &mut ws.delta,
-            })?;
-            backend.add_rms_norm(AddRmsNorm {
-                rows: rows.clone(),
-                x: &mut ws.x,
-                delta: Some(&ws.delta),
-                weight: Some(&w.mlp_norm),
-                y: &mut ws.h,
-                step_similarity: None,
-                hidden,
-                eps,
-            })?;
-            backend.linear(Linear { rows: rows.clone(), x: &ws.h, w: &w.gate_up, bias: None, y: &mut ws.gate_up })?;
-            backend.silu_mul(SiluMul {
-                rows: rows.clone(),
-                gate_up: &ws.gate_up,
-                y: &mut ws.act,
-                intermediate: config.intermediate,
-            })?;
-            backend.linear(Linear { rows, x: &ws.act, w: &w.down, bias: None, y: &mut ws.delta })?;
-        }
-        Ok(())
+        capture(backend, LayerInput::O, &ws.o)?;
+        let (o, bias) = (&layer.w.o, layer.o_bias.as_ref());
+        let x = &ws.o;
+        backend.linear(Linear { rows: rows.clone(), x, w: o, river: second(|w| &w.o), bias, y: &mut ws.delta })?;
+        backend.add_rms_norm(AddRmsNorm {
+            rows: rows.clone(),
+            x: &mut ws.x,
+            delta: Some(&ws.delta),
+            weight: Some(&layer.mlp_norm),
+            y: &mut ws.h,
+            keep: None,
+            step_similarity: None,
+            hidden,
+            eps,
+        })?;
+        capture(backend, LayerInput::GateUp, &ws.h)?;
+        let (x, gate_up, river) = (&ws.h, &layer.w.gate_up, second(|w| &w.gate_up));
+        backend.linear(Linear { rows: rows.clone(), x, w: gate_up, river, bias: None, y: &mut ws.gate_up })?;
+        backend.silu_mul(SiluMul {
+            rows: rows.clone(),
+            gate_up: &ws.gate_up,
+            y: &mut ws.act,
+            intermediate: config.intermediate,
+        })?;
+        capture(backend, LayerInput::Down, &ws.act)?;
+        let (x, down, river) = (&ws.act, &layer.w.down, second(|w| &w.down));
+        backend.linear(Linear { rows, x, w: down, river, bias: None, y: &mut ws.delta })
     }
 
-    /// Adds the last block's output to the residual stream, if that is still to be done.
-    fn flush_delta(&mut self, pass: &mut Pass<B>, step_similarity: Option<&mut [f32]>) -> Result<()> {
+    /// The addition that the layer before left open, the norm in front of attention, and between the two what gates want
+    /// of the residual stream that stands there.
+    fn begin_layer(&mut self, layer_idx: usize, gates: &[PassGate<'_>], pass: &mut Pass<B>) -> Result<()> {
+        let after = layer_idx as u32;
+        let delta = std::mem::replace(&mut pass.delta_pending, true);
+        let (keep, compare) = (river::compares(gates, after + 1), river::compares(gates, after));
+        let compare = compare && pass.compared != Some(after);
+        let Self { backend, config, ws, routes, .. } = self;
+        let (keep, step_similarity) = match routes {
+            Some(routes) => routes.around(after, keep, compare),
+            None => (None, None),
+        };
+        backend.add_rms_norm(AddRmsNorm {
+            rows: 0..pass.live.num_rows(),
+            x: &mut ws.x,
+            delta: delta.then_some(&ws.delta),
+            weight: Some(&self.layers[layer_idx].attn_norm),
+            y: &mut ws.h,
+            keep,
+            step_similarity,
+            hidden: config.hidden,
+            eps: config.rms_norm_eps,
+        })?;
+        self.exit_rows(gates, after, pass)
+    }
+
+    /// Adds the last block's output to the residual stream, if that is still to be done, and compares where `compared`
+    /// names the layer that is to be compared with its beginning.
+    fn flush_delta(&mut self, pass: &mut Pass<B>, compared: Option<u32>) -> Result<()> {
         if pass.live.is_empty() || !std::mem::take(&mut pass.delta_pending) {
             return Ok(());
         }
-        self.backend.add_rms_norm(AddRmsNorm {
+        let Self { backend, config, ws, routes, .. } = self;
+        let step_similarity =
+            compared.zip(routes.as_mut()).and_then(|(after, routes)| routes.around(after, false, true).1);
+        pass.compared = compared;
+        backend.add_rms_norm(AddRmsNorm {
             rows: 0..pass.live.num_rows(),
-            x: &mut self.ws.x,
-            delta: Some(&self.ws.delta),
+            x: &mut ws.x,
+            delta: Some(&ws.delta),
             weight: None,
-            y: &mut self.ws.h,
+            y: &mut ws.h,
+            keep: None,
             step_similarity,
-            hidden: self.config.hidden,
-            eps: self.config.rms_norm_eps,
+            hidden: config.hidden,
+            eps: config.rms_norm_eps,
         })
     }
 }
@@ -424,7 +510,7 @@ impl<B: Backend> Runner for Model<B> {
         if batch.num_rows() > self.max_rows {
             return Err(Error::Internal(format!("a pass of {} rows; at most {}", batch.num_rows(), self.max_rows)));
         }
-        self.forward(batch, queries, gates)
+        self.forward(Asked { batch, queries, gates })
     }
 
     fn read_block(&mut self, block: u32, out: &mut Vec<u8>) -> Result<()> {
@@ -466,6 +552,14 @@ impl<B: Backend> Runner for Model<B> {
         Self::kv_compact(self, blocks, keep, first_slot)
     }
 
+    fn begin_capture(&mut self, layers: Range<usize>) {
+        Self::begin_capture(self, layers);
+    }
+
+    fn end_capture(&mut self) -> Hessians {
+        Self::end_capture(self)
+    }
+
     fn counters(&self) -> Counters {
         self.backend.counters()
     }
@@ -474,14 +568,18 @@ impl<B: Backend> Runner for Model<B> {
         self.backend.reset_counters();
     }
 
+    fn has_river(&self) -> bool {
+        !self.river.is_empty()
+    }
+
     fn describe(&self) -> String {
         self.backend.describe()
     }
 
     fn weight_copy_bytes(&self) -> u64 {
         let extra = |m: &B::Matrix| self.backend.matrix_extra_bytes(m);
-        let layers = self.layers.iter().chain(&self.river);
-        layers.map(|l| extra(&l.qkv) + extra(&l.o) + extra(&l.gate_up) + extra(&l.down)).sum::<u64>()
+        let layers = self.layers.iter().map(|l| &l.w).chain(&self.river);
+        layers.map(|w| extra(&w.qkv) + extra(&w.o) + extra(&w.gate_up) + extra(&w.down)).sum::<u64>()
             + extra(&self.embed)
             + self.lm_head.as_ref().map_or(0, extra)
     }
@@ -500,9 +598,15 @@ struct Pass<B: Backend> {
     fates: Vec<Fate>,
     /// What the probed layers said, one list a sequence.
     layers: Vec<Vec<LayerRow>>,
+    /// See [`PassOutput::steps`].
+    steps: Vec<Vec<LayerStep>>,
     exits: Vec<Exit<B>>,
-    /// Of each live row, after the layer that is being probed, where a gate asks for it.
-    step_similarity: Vec<f32>,
+    /// The layer whose step similarities have been taken already.
+    compared: Option<u32>,
+    /// Rows may have left the backbone.
+    routed: bool,
+    /// Rows that the device holds.
+    num_rows: usize,
     /// One a gate.
     watches: Vec<Watch<B>>,
     /// See [`PassOutput::mass`].
@@ -510,5 +614,3 @@ struct Pass<B: Backend> {
     /// See [`PassOutput::slot_mass`].
     slot_mass: Vec<Vec<f32>>,
 }
-
-type Groups = Vec<(Range<usize>, WeightSet)>;

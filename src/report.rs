@@ -5,13 +5,14 @@ pub mod kv;
 pub mod ladder;
 pub mod mechanisms;
 mod plan;
+pub mod river;
 pub mod separation;
 
 use serde::Serialize;
 
 pub use plan::MemoryPlan;
 
-use crate::engine::EndReason;
+use crate::engine::{EndReason, Engine};
 use crate::solver::SolverConfig;
 
 /// Tokens computed, by phase.
@@ -332,6 +333,8 @@ pub struct SolveReport {
     pub blocks: BlockTotals,
     /// What the KV budget held back, where there was one.
     pub kv: Option<kv::KvTotals>,
+    /// What the river did, where there was one and the engine was [asked](Self::with_river).
+    pub river: Option<river::RiverTotals>,
     /// The whole configuration.
     pub config: SolverConfig,
 }
@@ -365,8 +368,14 @@ impl SolveReport {
                 shared: results.iter().map(|r| r.blocks_shared).max().unwrap_or(0),
             },
             kv: config.kv.map(|_| kv::KvTotals::of(results)),
+            river: None,
             config: config.clone(),
         }
+    }
+
+    /// With what the engine counted, where the run had a river.
+    pub fn with_river(self, engine: &Engine) -> Self {
+        Self { river: self.config.river.map(|_| river::RiverTotals::of(engine)), ..self }
     }
 }
 

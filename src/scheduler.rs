@@ -11,6 +11,8 @@ pub struct Candidate {
     pub branch: usize,
     /// Tokens known and not computed.
     pub pending: usize,
+    /// Tokens that may be proposed behind them and checked in the same pass, where there is room.
+    pub drafts: usize,
     /// Slots left in its private tail block.
     pub free_tail_slots: usize,
     /// 1 when its tail block is shared and must be copied before it can grow.
@@ -131,7 +133,8 @@ impl<'a> Division<'a> {
     /// Gives one branch as much as there is.
     fn admit(&mut self, c: &Candidate) -> Verdict {
         let tokens_left = if c.pending == 1 { self.decode_tokens } else { self.prefill_tokens };
-        let wanted = c.pending.min(tokens_left);
+        // A proposal takes what prompts leave: its branch goes on without.
+        let wanted = c.pending.min(tokens_left) + if c.pending == 1 { c.drafts.min(self.prefill_tokens) } else { 0 };
         if wanted == 0 || self.waits_for_parent(c) {
             return Verdict::Next;
         }
@@ -180,7 +183,8 @@ impl<'a> Division<'a> {
         self.free_blocks -= num_blocks;
         self.reserved_growth += c.growth_blocks;
         let tokens_left = if c.pending == 1 { &mut self.decode_tokens } else { &mut self.prefill_tokens };
-        *tokens_left -= tokens;
+        *tokens_left -= tokens.min(c.pending);
+        self.prefill_tokens -= tokens.saturating_sub(c.pending);
         self.items.push(PlanItem { branch: c.branch, num_new_tokens: tokens, num_blocks });
     }
 
@@ -220,6 +224,7 @@ mod tests {
         Candidate {
             branch,
             pending,
+            drafts: 0,
             free_tail_slots: 0,
             copy_blocks: 0,
             after: None,
@@ -291,6 +296,19 @@ mod tests {
         // A member that waits for its parent keeps the others waiting.
         let waiting = Candidate { after: Some((0, 60)), ..b };
         assert_eq!(shares(&decide(&[candidate(0, 60), a, waiting], &[], budget(40, 99))), [(0, 40)]);
+    }
+
+    #[test]
+    fn proposals_take_what_prompts_leave_and_their_branches_go_on_without() {
+        let drafting = |branch| Candidate { drafts: 4, free_tail_slots: 8, ..candidate(branch, 1) };
+        let plan = |all: &[Candidate], tokens| shares(&decide(all, &[], budget(tokens, 9)));
+        assert_eq!(plan(&[drafting(0), drafting(1)], 99), [(0, 5), (1, 5)]);
+        assert_eq!(plan(&[drafting(0), drafting(1)], 7), [(0, 5), (1, 2)]);
+        assert_eq!(plan(&[candidate(0, 100), drafting(1), drafting(2)], 50), [(0, 48), (1, 1), (2, 1)]);
+        assert_eq!(plan(&[drafting(0), candidate(1, 100)], 50), [(0, 5), (1, 45)]);
+        // Room for one token more in its block, and no block.
+        let tight = Candidate { free_tail_slots: 2, ..drafting(0) };
+        assert_eq!(shares(&decide(&[tight], &[], budget(50, 0))), [(0, 2)]);
     }
 
     #[test]

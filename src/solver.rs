@@ -52,6 +52,7 @@ impl<'e> Solver<'e> {
         if let Some(kv) = &config.kv {
             kv.for_prompt(1, engine.config().block_size).validate(engine.config().kv_window)?;
         }
+        engine.set_river(config.river)?;
         Ok(Self { engine, config, passes: Vec::new() })
     }
 
@@ -133,7 +134,7 @@ impl<'e> Solver<'e> {
         while let Some(event) = self.engine.next_event() {
             let Some(run) = flight.run_of(event.branch) else { continue };
             match event.kind {
-                EventKind::Token(_) => run.on_token(self.engine, event.branch)?,
+                EventKind::Token(token) => run.on_token(event.branch, &token),
                 EventKind::Ended(reason) => run.on_ended(self.engine, event.branch, reason)?,
                 EventKind::Ready => run.on_ready(self.engine, event.branch)?,
                 EventKind::Aliased { .. } => run.on_aliased(self.engine, event.branch)?,

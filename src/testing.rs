@@ -8,7 +8,7 @@ pub mod fill;
 pub mod kv_compact;
 pub mod kv_scores;
 mod linear;
-pub mod linear_w4;
+pub mod linear_quantised;
 pub mod oracle;
 pub mod sample;
 

@@ -12,7 +12,7 @@ use crate::engine::{BranchGate, GroupSimilarity, Limited};
 use crate::error::{Error, Result};
 use crate::kv::block_pool::BlockState;
 use crate::kv::block_table::BlockTable;
-use crate::model::LayerRow;
+use crate::model::{LayerRow, LayerStep};
 use crate::sampler::SamplingParams;
 
 /// Handle of a branch. A handle of a pruned branch stays invalid for ever, and one of another engine was never valid:
@@ -85,6 +85,8 @@ pub struct RowAnswer {
     pub top: Vec<(u32, f32)>,
     /// What the probed layers below it said, shallow first.
     pub layers: Vec<LayerRow>,
+    /// Cosines of its residual stream before and after the layers that a gate compared, shallow first.
+    pub steps: Vec<LayerStep>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -125,6 +127,8 @@ pub(crate) struct Branch {
     pub(crate) num_lost: usize,
     /// `tokens[..num_found]` it did not compute itself: another branch did, or the prefix cache had them.
     pub(crate) num_found: usize,
+    /// `tokens[..num_refreshed]` are not due to run again in the backbone.
+    pub(crate) num_refreshed: usize,
     /// `tokens[..num_forked]` another branch has or had too, by a fork or because the two had become one prompt.
     pub(crate) num_forked: usize,
     pub(crate) table: BlockTable,
@@ -165,6 +169,8 @@ pub(crate) struct Branch {
 pub(crate) struct SwappedBlocks {
     pub(crate) bytes: Vec<u8>,
     pub(crate) num_slots: usize,
+    /// The leading slots that hold exact rows of its own tokens.
+    pub(crate) num_exact: usize,
     /// Its last queries; empty where nobody asks for them.
     pub(crate) queries: Vec<u8>,
 }
@@ -172,7 +178,7 @@ pub(crate) struct SwappedBlocks {
 impl SwappedBlocks {
     /// For a fork that has the first `num_slots`, and queries of its own.
     pub(crate) fn fork(&self, num_slots: usize) -> Self {
-        Self { bytes: self.bytes.clone(), num_slots, queries: Vec::new() }
+        Self { bytes: self.bytes.clone(), num_slots, num_exact: self.num_exact, queries: Vec::new() }
     }
 
     /// What it takes of the swap space.
@@ -197,6 +203,7 @@ impl Branch {
             num_computed: 0,
             num_lost: 0,
             num_found: 0,
+            num_refreshed: 0,
             num_forked: 0,
             table,
             fork_point: None,
@@ -245,6 +252,11 @@ impl Branch {
     /// Slots it holds, or held when it was swapped out.
     pub(crate) fn num_slots(&self) -> usize {
         self.swapped.as_ref().map_or(self.table.len(), |s| s.num_slots)
+    }
+
+    /// Leading slots that hold exact rows of its own tokens, or held them when it was swapped out.
+    pub(crate) fn exact_len(&self) -> usize {
+        self.swapped.as_ref().map_or(self.table.exact_len(), |s| s.num_exact.min(s.num_slots))
     }
 
     pub(crate) fn is_generating(&self) -> bool {

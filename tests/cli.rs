@@ -701,6 +701,7 @@ fn every_command_has_its_help() {
         "score",
         "inspect",
         "plan",
+        "quantise",
         "bench ladder",
         "bench roof",
         "bench gemm",

@@ -161,4 +161,4 @@ fn a_steady_decode_step_allocates_little_and_always_the_same() {
 }
 
 /// Small vectors (10.6 KB in all) of the plan, the queries, the answers and the debug build's integrity check.
-const STEADY_ALLOCATIONS: u64 = 59;
+const STEADY_ALLOCATIONS: u64 = 45;

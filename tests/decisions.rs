@@ -72,7 +72,8 @@ impl Recorder {
                 let part =
                     |suffix: &str, shape: &[usize]| tensor(&format!("model.layers.{idx}.{suffix}.weight"), shape);
                 let mut matrix = |parts: &[(&str, usize)], width: usize| {
-                    let parts: Vec<_> = parts.iter().map(|(suffix, rows)| part(suffix, &[*rows, width])).collect();
+                    let parts: Vec<_> =
+                        parts.iter().map(|(suffix, rows)| part(suffix, &[*rows, width]).into()).collect();
                     cpu.matrix(&parts, DType::Bf16).unwrap()
                 };
                 let heads =
@@ -89,7 +90,7 @@ impl Recorder {
             })
             .collect();
         let embed = tensor("model.embed_tokens.weight", &[c.vocab_size, c.hidden]);
-        let embed = cpu.matrix(&[embed], DType::Bf16).unwrap();
+        let embed = cpu.matrix(&[embed.into()], DType::Bf16).unwrap();
         let norm = cpu.vector(&[tensor("model.norm.weight", &[c.hidden])]).unwrap();
         let mut final_norm = vec![0.0; c.hidden];
         cpu.read_f32(&norm, 0, &mut final_norm).unwrap();
@@ -164,13 +165,23 @@ impl Recorder {
             ($delta:expr, $weight:expr) => {{
                 let (delta, weight) = ($delta, $weight);
                 let rows = rows.clone();
-                cpu.add_rms_norm(AddRmsNorm { rows, x, delta, weight, y: h, step_similarity: None, hidden, eps })
-                    .unwrap();
+                cpu.add_rms_norm(AddRmsNorm {
+                    rows,
+                    x,
+                    delta,
+                    weight,
+                    y: h,
+                    keep: None,
+                    step_similarity: None,
+                    hidden,
+                    eps,
+                })
+                .unwrap();
             }};
         }
         macro_rules! linear {
             ($x:expr, $w:expr, $y:expr) => {
-                cpu.linear(Linear { rows: rows.clone(), x: $x, w: &$w, bias: None, y: $y }).unwrap()
+                cpu.linear(Linear { rows: rows.clone(), x: $x, w: &$w, river: None, bias: None, y: $y }).unwrap()
             };
         }
         norm!(None, Some(&w.attn_norm));
@@ -220,7 +231,7 @@ impl<B: Backend> Asked<B> {
         let c = &recorder.config;
         let store = WeightStore::open(&path(common::MODEL)).unwrap();
         let embed = store.get("model.embed_tokens.weight", &[c.vocab_size, c.hidden]).unwrap();
-        let unembedding = backend.matrix(&[embed], DType::Bf16).unwrap();
+        let unembedding = backend.matrix(&[embed.into()], DType::Bf16).unwrap();
         let final_norm = backend.upload(&recorder.final_norm).unwrap();
         Self { backend, unembedding, final_norm, hidden: c.hidden, eps: c.rms_norm_eps }
     }

@@ -3,15 +3,19 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::*;
 use rksc::DType;
 use rksc::config::EngineConfig;
 use rksc::engine::{BranchId, Engine, Event, EventKind};
 use rksc::gate::asks::Asks;
+use rksc::gate::river::{River, RiverExit};
 use rksc::gate::step::Converged;
 use rksc::gate::verify::VerifyExit;
 use rksc::gate::{GateSpec, Over, ProbeNorm};
 use rksc::kv::eviction::Eviction;
+use rksc::quant::QuantOptions;
 use rksc::solver::task::Task;
 
 const LAYERS: usize = 8;
@@ -46,7 +50,7 @@ fn run(e: &mut Engine, branches: &[BranchId]) -> (Said, Vec<(usize, Option<usize
         while let Some(Event { branch, kind }) = e.next_event() {
             let Some(i) = place(branch) else { continue };
             match kind {
-                EventKind::Token(t) => said[i].push((t, e.row(branch).unwrap().unwrap().stats.margin)),
+                EventKind::Token(t) => said[i].push((t.token, t.stats.margin)),
                 EventKind::Aliased { to } => events.push((i, place(to))),
                 EventKind::Preempted => events.push((i, None)),
                 _ => {}
@@ -339,4 +343,82 @@ fn the_same_branches_give_way_by_mass() {
         (b.preemptions, b.blocks_evicted, b.tokens_recomputed)
     );
     assert_eq!(close_calls(&want, &got), 0);
+}
+
+/// The bundled model with its own projections in codes as the second set.
+fn in_river(device: &str, river: River, codes: &Path) -> Engine {
+    let mut e = on(device, |c| {
+        c.river = Some(QuantOptions::default());
+        c.codes = Some(codes.to_owned());
+    });
+    e.set_river(Some(river)).unwrap();
+    e
+}
+
+/// Three branches of a prompt, which leave the backbone as `river` says. Returns what they say, and the sum of their
+/// depths.
+fn leave_early(e: &mut Engine, task: &dyn Task) -> (Said, u64) {
+    let root = e.prefill(task.root(), uncached()).unwrap();
+    let branches: Vec<BranchId> = (0..3).map(|_| fork(e, root)).collect();
+    for (i, &b) in branches.iter().enumerate() {
+        e.append(b, task.branch(i).unwrap()).unwrap();
+        e.start(b, rksc::engine::GenerateParams { max_new_tokens: 24, ..greedy_to_end() }).unwrap();
+    }
+    let said = run(e, &branches).0;
+    (said, e.engine_stats().decode_layers)
+}
+
+fn tokens(said: &Said) -> Vec<Vec<u32>> {
+    said.iter().map(|s| s.iter().map(|t| t.0).collect()).collect()
+}
+
+/// A row's path is decided on the device: no read-back a layer, and a step is one recording, whatever its rows do.
+#[test]
+fn tokens_leave_early_as_on_the_cpu_without_asking_the_host() {
+    let task = tasks(&problems("dev", 1), "").remove(0);
+    let rivers = [
+        River::new(RiverExit::Fixed(2)),
+        River::new(RiverExit::Tau(0.8)),
+        River { batch_min: true, ..River::new(RiverExit::Tau(0.8)) },
+        River::new(RiverExit::Draft(3)),
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let codes = dir.path().join("tinymath.codes");
+    let (mut calls, mut same) = (0, 0);
+    for river in rivers {
+        let (mut cpu, mut device) = (in_river("cpu", river, &codes), in_river("emulated", river, &codes));
+        let (want, depth) = leave_early(&mut cpu, task.as_ref());
+        let (got, device_depth) = leave_early(&mut device, task.as_ref());
+        calls += close_calls(&want, &got);
+        let as_said = tokens(&want) == tokens(&got);
+        if as_said {
+            assert!(depth.abs_diff(device_depth) <= depth / 20, "{river:?}: depths {depth} and {device_depth}");
+        }
+        let (counters, stats) = (device.counters(), device.engine_stats());
+        // A read of the tokens, one of their statistics, one of the routes.
+        let passes = stats.steps + stats.tokens_drafted;
+        assert!(counters.read_backs <= 3 * passes, "{river:?}: {} read-backs, {passes} passes", counters.read_backs);
+        if !matches!(river.exit, RiverExit::Draft(_)) {
+            assert!(counters.graph_replays > 15, "{river:?}: {} steps replayed", counters.graph_replays);
+            // Per pass and layer the same sets are read; the device learns that from its routes, once a pass.
+            if as_said && depth == device_depth {
+                assert_eq!(counters.weight_bytes, cpu.counters().weight_bytes, "{river:?}");
+                same += 1;
+            }
+        }
+    }
+    assert!(calls <= 1 && same >= 1, "{calls} close calls, {same} policies with the very depths");
+}
+
+/// What drafts yield on a device is what that device yields without them.
+#[test]
+fn drafts_change_nothing_on_the_device() {
+    let task = tasks(&problems("dev", 1), "").remove(0);
+    let dir = tempfile::tempdir().unwrap();
+    let codes = dir.path().join("tinymath.codes");
+    let want = leave_early(&mut on("emulated", |_| {}), task.as_ref()).0;
+    let mut drafting = in_river("emulated", River::new(RiverExit::Draft(3)), &codes);
+    let got = leave_early(&mut drafting, task.as_ref()).0;
+    assert_eq!(tokens(&got), tokens(&want));
+    assert!(drafting.engine_stats().drafts_kept > 0 && drafting.counters().graph_replays > 0);
 }

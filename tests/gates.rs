@@ -7,7 +7,7 @@ use common::*;
 use rksc::engine::{BranchId, EndReason, Engine, Event, EventKind, PrefillOptions};
 use rksc::gate::asks::Asks;
 use rksc::gate::verify::VerifyExit;
-use rksc::gate::{Effect, GateSpec, Over, ProbeNorm, Rule, Statistic};
+use rksc::gate::{Effect, GateSpec, Over, ProbeNorm, Rows, Rule, Statistic};
 use rksc::report::ProblemResult;
 use rksc::solver::sharing_table::{SharingCell, SharingTable};
 use rksc::solver::task::Task;
@@ -552,7 +552,11 @@ fn a_mixed_prompt_that_stops_answers_from_its_own_row() {
 fn two_gates_after_one_layer_both_see_its_step() {
     let mut e = engine(|_| ());
     let id = e.prefill(&[300, 301, 302], uncached()).unwrap();
-    let step = GateSpec { statistic: Statistic::StepSimilarity, rule: Rule::Above(-2.0), ..always(3, Effect::Stop) };
+    let step = GateSpec {
+        statistic: Statistic::StepSimilarity { of: Rows::Last },
+        rule: Rule::Above(-2.0),
+        ..always(3, Effect::Stop)
+    };
     let look = VerifyExit { over: Over::Vocabulary, ..VerifyExit::PAPER }.observer(LAYERS as usize);
     e.set_gates(&[look, step]).unwrap();
     e.step().unwrap();

@@ -3,22 +3,12 @@
 
 mod common;
 
+use common::walk::{RULES, Walk, positions};
 use common::{Rng, engine, fork, greedy, run_all, traces, uncached};
 use rksc::EngineConfig;
-use rksc::backend::RkvVariant;
 use rksc::engine::{BranchId, Engine, EventKind, PrefillOptions};
 use rksc::gate::asks::Asks;
 use rksc::kv::budget::{Aggregation, KeepRule, KvBudget};
-
-const RULES: [KeepRule; 7] = [
-    KeepRule::RKV,
-    KeepRule::RKv { variant: RkvVariant::Text, lambda: 0.1, threshold: 0.5, pool_size: 7 },
-    KeepRule::RKv { variant: RkvVariant::Alg1, lambda: 0.1, threshold: 0.5, pool_size: 7 },
-    KeepRule::SNAPKV,
-    KeepRule::H2o,
-    KeepRule::Streaming,
-    KeepRule::Random { seed: 7 },
-];
 
 fn prompt(seed: u64, n: usize) -> Vec<u32> {
     Rng(seed).tokens(n)
@@ -35,12 +25,6 @@ fn limited_root(e: &mut Engine, tokens: &[u32], path: u64, budget: Option<KvBudg
     }
     e.start(id, greedy(new)).unwrap();
     id
-}
-
-/// Every set of positions a branch holds.
-fn positions(e: &Engine, id: BranchId) -> Vec<Vec<u32>> {
-    let heads = (0..e.model().num_layers).flat_map(|l| (0..e.model().num_kv_heads).map(move |h| (l, h)));
-    heads.map(|(l, h)| e.kv_positions(id, l, h).unwrap()).collect()
 }
 
 /// KV7, in the engine: a prompt of 100, pinned by nothing, budget 256, buffer 128.
@@ -347,177 +331,6 @@ fn freed_blocks_become_branches() {
     assert_eq!(ended, 20);
 }
 
-/// What happens to the branches of a walk, and when: the same for every run of one seed.
-struct Walk {
-    rng: Rng,
-    /// Who gives up its blocks, if anybody does.
-    preempt: Option<Rng>,
-    alive: Vec<(BranchId, usize)>,
-    /// By branch, in order of birth: every row.
-    rows: Vec<Vec<Vec<u32>>>,
-    /// Positions at death or at the end.
-    held: Vec<Vec<Vec<u32>>>,
-    /// Neither it nor any ancestor has a budget.
-    is_exact: Vec<bool>,
-    /// Its last row is of tokens that are gone.
-    is_stale: Vec<bool>,
-    tokens: Vec<Vec<u32>>,
-    /// Parent, tokens at birth, own budget.
-    born: Vec<(Option<usize>, usize, Option<KvBudget>)>,
-}
-
-impl Walk {
-    fn new(seed: u64, preempt: bool) -> Self {
-        Self {
-            rng: Rng(seed),
-            preempt: preempt.then_some(Rng(!seed)),
-            alive: Vec::new(),
-            rows: Vec::new(),
-            held: Vec::new(),
-            is_exact: Vec::new(),
-            is_stale: Vec::new(),
-            tokens: Vec::new(),
-            born: Vec::new(),
-        }
-    }
-
-    fn enter(&mut self, id: BranchId, is_exact: bool) {
-        self.alive.push((id, self.rows.len()));
-        self.rows.push(Vec::new());
-        self.held.push(Vec::new());
-        self.tokens.push(Vec::new());
-        self.is_exact.push(is_exact);
-        self.is_stale.push(false);
-    }
-
-    /// Goes back some tokens, where no cut went through them, and on from there.
-    fn go_back(&mut self, e: &mut Engine) {
-        let (id, number) = self.alive[self.rng.below(self.alive.len())];
-        let len = e.tokens(id).unwrap().len();
-        let back = 1 + self.rng.below(12);
-        if e.truncate(id, len.saturating_sub(back).max(1)).is_ok() {
-            // Where the cut ended just there, its last row cannot run again, and it stays idle.
-            let new = 10 + self.rng.below(80);
-            let _ = e.start(id, greedy(new));
-            self.is_stale[number] = true;
-        }
-    }
-
-    /// A branch gets another budget, or its first, in the middle of its life.
-    fn limit_late(&mut self, e: &mut Engine) {
-        let (id, number) = self.alive[self.rng.below(self.alive.len())];
-        if e.stats(id).unwrap().kv_cuts == 0 && self.try_limit(e, id).is_ok() {
-            self.is_exact[number] = false;
-        }
-    }
-
-    fn limit(&mut self, e: &mut Engine, id: BranchId) -> KvBudget {
-        self.try_limit(e, id).unwrap()
-    }
-
-    fn try_limit(&mut self, e: &mut Engine, id: BranchId) -> rksc::Result<KvBudget> {
-        let len = e.tokens(id).unwrap().len();
-        let rule = RULES[self.rng.below(RULES.len())];
-        let pinned = [0, 4, len, len][self.rng.below(4)];
-        let aggregation = [Aggregation::Head, Aggregation::Head, Aggregation::Layer, Aggregation::Token];
-        let aggregation = aggregation[self.rng.below(4)];
-        let budget = 9 + self.rng.below(30);
-        let buffer = 1 + self.rng.below(24);
-        let budget = KvBudget { budget, buffer, pinned, rule, aggregation };
-        e.limit_kv(id, budget).map(|()| budget)
-    }
-
-    fn root(&mut self, e: &mut Engine) {
-        let len = 1 + self.rng.below(60);
-        let (tokens, path) = (self.rng.tokens(len), self.rows.len() as u64);
-        let id = e.prefill(&tokens, PrefillOptions { path, ..PrefillOptions::default() }).unwrap();
-        let budget = (self.rng.below(2) > 0).then(|| self.limit(e, id));
-        self.start(e, id);
-        self.enter(id, budget.is_none());
-        self.born.push((None, len, budget));
-    }
-
-    fn start(&mut self, e: &mut Engine, id: BranchId) {
-        let new = 10 + self.rng.below(80);
-        e.start(id, greedy(new)).unwrap();
-    }
-
-    fn fork(&mut self, e: &mut Engine) {
-        let (parent, number) = self.alive[self.rng.below(self.alive.len())];
-        let child = fork(e, parent);
-        let (mut is_exact, len) = (self.is_exact[number], e.tokens(parent).unwrap().len());
-        let mut budget = None;
-        if self.rng.below(2) == 0 {
-            let tokens = 1 + self.rng.below(5);
-            let tokens = self.rng.tokens(tokens);
-            e.append(child, &tokens).unwrap();
-        }
-        if is_exact && self.rng.below(2) == 0 {
-            is_exact = false;
-            budget = Some(self.limit(e, child));
-        }
-        self.start(e, child);
-        self.enter(child, is_exact);
-        self.born.push((Some(number), len, budget));
-    }
-
-    fn leave(&mut self, e: &mut Engine, place: usize) {
-        let (id, number) = self.alive.swap_remove(place);
-        self.held[number] = positions(e, id);
-        self.tokens[number] = e.tokens(id).unwrap().to_vec();
-        e.prune(id).unwrap();
-    }
-
-    fn step(&mut self, e: &mut Engine) {
-        match self.rng.below(12) {
-            0 if self.alive.len() < 14 => self.root(e),
-            1..4 if !self.alive.is_empty() && self.alive.len() < 14 => self.fork(e),
-            4 if self.alive.len() > 6 => {
-                let place = self.rng.below(self.alive.len());
-                self.leave(e, place);
-            }
-            5 if !self.alive.is_empty() => {
-                let (id, _) = self.alive[self.rng.below(self.alive.len())];
-                e.stop(id).unwrap();
-            }
-            6 if !self.alive.is_empty() => self.go_back(e),
-            7 if !self.alive.is_empty() && self.rng.below(2) == 0 => self.limit_late(e),
-            _ => {}
-        }
-        if let Some(rng) = &mut self.preempt {
-            for &(id, _) in &self.alive {
-                if rng.below(7) == 0 {
-                    e.force_preemption(id);
-                }
-            }
-        }
-        e.step().unwrap();
-        e.check_integrity().unwrap();
-        while let Some(event) = e.next_event() {
-            if let (EventKind::Token(_) | EventKind::Ready, Some((id, number))) =
-                (&event.kind, self.alive.iter().find(|a| a.0 == event.branch))
-            {
-                self.is_stale[*number] = false;
-                self.rows[*number].push(common::row_bits(e, *id));
-            }
-        }
-    }
-
-    fn run(mut self, e: &mut Engine) -> Self {
-        self.root(e);
-        for _ in 0..220 {
-            self.step(e);
-        }
-        while !self.alive.is_empty() {
-            self.leave(e, 0);
-        }
-        e.clear_prefix_cache().unwrap();
-        e.check_integrity().unwrap();
-        assert_eq!(e.engine_stats().blocks_used, 0);
-        self
-    }
-}
-
 /// KV13 and swapping: on a random walk with many forks, branches that give up their blocks at random steps say and hold the
 /// same as if they had not, and those without a budget the same as if nobody had one.
 #[test]
@@ -528,16 +341,7 @@ fn a_random_walk_with_forks_and_swaps_changes_nobody() {
         let expected = Walk::new(seed, false).run(&mut calm);
         let mut rough = engine(|c| c.threads = 2);
         let got = Walk::new(seed, true).run(&mut rough);
-        for i in 0..expected.rows.len() {
-            let differs = got.rows[i].iter().zip(&expected.rows[i]).position(|(a, b)| a != b);
-            assert_eq!(differs, None, "seed {seed}, branch {i} of {:?}: first row that differs", expected.born[i]);
-            assert_eq!(got.rows[i].len(), expected.rows[i].len(), "seed {seed}, branch {i}: rows");
-            assert_eq!(got.tokens[i], expected.tokens[i], "seed {seed}, branch {i}: tokens");
-            // An exact branch that has given up its blocks holds nothing, until it is asked for something.
-            if got.held[i].iter().any(|set| !set.is_empty()) {
-                assert!(got.held[i] == expected.held[i], "seed {seed}, branch {i}: positions");
-            }
-        }
+        got.assert_same(&expected, seed);
         for i in (0..expected.rows.len()).filter(|&i| expected.is_exact[i] && !expected.is_stale[i]) {
             let Some(last) = expected.rows[i].last() else { continue };
             exact += 1;

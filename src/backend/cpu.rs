@@ -8,6 +8,7 @@ pub mod branch_similarity;
 pub mod elem;
 pub mod elementwise;
 pub mod entropy_probe;
+pub mod exit_rows;
 pub mod kv_compact;
 pub mod kv_scores;
 pub mod kv_transfer;
@@ -31,7 +32,7 @@ use elem::Elem;
 use elementwise::{SiluMulArgs, Table};
 use entropy_probe::{EntropyProbeArgs, EntropyProbeScratch};
 use kv_scores::{KvScoresArgs, KvScoresScratch};
-use linear::{Activations, LinearArgs, LinearScratch};
+use linear::{Activations, LinearArgs, LinearScratch, RoutedArgs, RoutedScratch};
 use matrix::{CpuMatrix, Weights};
 use norm::AddRmsNormArgs;
 use pool::ThreadPool;
@@ -40,14 +41,15 @@ use row_stats::RowStatsScratch;
 use simd::SimdLevel;
 
 use super::{
-    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCompact,
-    KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp,
-    Sample, Sampled, SiluMul, checks,
+    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, ExitRows, ExitRule,
+    GatherRows, KvCompact, KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds,
+    RowStats, RowStatsOp, Sample, Sampled, SiluMul, checks,
 };
 use crate::config::available_memory;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::weights::Tensor;
+use crate::quant::MatrixPart;
 use crate::sampler;
 
 /// Host memory of one element type.
@@ -140,6 +142,7 @@ pub struct Cpu {
     pool: ThreadPool,
     level: SimdLevel,
     linear: LinearScratch,
+    routed: RoutedScratch,
     attention: AttentionScratch,
     rope: RopeScratch,
     row_stats: RowStatsScratch,
@@ -163,6 +166,7 @@ impl Cpu {
             pool: ThreadPool::new(num_threads),
             level: level.check_available()?,
             linear: LinearScratch::default(),
+            routed: RoutedScratch::default(),
             attention: AttentionScratch::default(),
             rope: RopeScratch::default(),
             row_stats: RowStatsScratch::default(),
@@ -212,7 +216,7 @@ impl Backend for Cpu {
         })
     }
 
-    fn matrix(&mut self, parts: &[Tensor], compute: DType) -> Result<CpuMatrix> {
+    fn matrix(&mut self, parts: &[MatrixPart], compute: DType) -> Result<CpuMatrix> {
         CpuMatrix::new(parts, compute)
     }
 
@@ -266,7 +270,7 @@ impl Backend for Cpu {
         Ok(inputs)
     }
 
-    fn begin_pass(&mut self, _inputs: &PassInputs, _repeatable: bool) -> Result<()> {
+    fn begin_pass(&mut self, _inputs: &PassInputs, _repeatable: Option<u64>) -> Result<()> {
         Ok(())
     }
 
@@ -281,6 +285,11 @@ impl Backend for Cpu {
             None => return Err(out_of_range("read_stats", 0, stats.len())),
         }
         Ok(())
+    }
+
+    fn read_route(&mut self, route: &CpuBuf, dst: &mut [f32]) -> Result<()> {
+        self.counters.read_backs += 1;
+        self.read_f32(route, 0, dst)
     }
 
     fn matrix_extra_bytes(&self, m: &CpuMatrix) -> u64 {
@@ -306,6 +315,7 @@ impl Backend for Cpu {
             Weights::F32(t) => Table::F32(t),
             Weights::Bf16(t) => Table::Bf16(t),
             Weights::F16(t) => Table::F16(t),
+            Weights::Codes(_) => return Err(Error::Unsupported { op: "embed", what: "a table in codes".into() }),
         };
         elementwise::embed(self.level, &mut self.pool, table, &p.inputs.token_ids, p.x.f32_mut("embed")?, p.hidden)
     }
@@ -316,15 +326,41 @@ impl Backend for Cpu {
         let x = p.x.f32_mut(op)?;
         let delta = p.delta.map(|d| d.f32(op)).transpose()?;
         let weight = p.weight.map(|w| w.f32(op)).transpose()?;
-        let (rows, step_similarity, hidden, eps) = (p.rows, p.step_similarity, p.hidden, p.eps);
+        let keep = p.keep.map(|k| k.f32_mut(op)).transpose()?;
+        let step_similarity = match p.step_similarity {
+            Some(s) => Some((s.before.f32(op)?, s.similarity.f32_mut(op)?)),
+            None => None,
+        };
+        let (rows, hidden, eps) = (p.rows, p.hidden, p.eps);
         with_type!("add_rms_norm", [y = p.y], {
-            let args = AddRmsNormArgs { rows, x, delta, weight, y, step_similarity, hidden, eps };
+            let args = AddRmsNormArgs { rows, x, delta, weight, y, keep, step_similarity, hidden, eps };
             norm::add_rms_norm(self.level, &mut self.pool, args)
         })
     }
 
+    fn enter_backbone(&mut self, route: &mut CpuBuf, num_rows: usize) -> Result<()> {
+        self.launched();
+        let route = route.f32_mut("enter_backbone")?;
+        let rows = route.get_mut(..num_rows).ok_or_else(|| out_of_range("enter_backbone", 0, num_rows))?;
+        rows.fill(f32::INFINITY);
+        Ok(())
+    }
+
+    fn exit_rows(&mut self, p: ExitRows<'_, Self>) -> Result<()> {
+        self.launched();
+        let op = "exit_rows";
+        let rule = match p.rule {
+            ExitRule::EveryNth { every, offset } => exit_rows::Rule::EveryNth { every, offset },
+            ExitRule::Above { similarity, tau, share } => {
+                exit_rows::Rule::Above { similarity: similarity.f32(op)?, tau, share }
+            }
+        };
+        let exits = p.inputs.exits.get(p.gate).ok_or_else(|| out_of_range(op, p.gate, 1))?;
+        exit_rows::exit_rows(exits, &rule, p.scope, p.layer, p.route.f32_mut(op)?)
+    }
+
     fn linear(&mut self, p: Linear<'_, Self>) -> Result<()> {
-        self.launched().weight_bytes += p.w.num_bytes();
+        self.launched();
         let x = match p.x {
             CpuBuf::F32(x) => Activations::F32(x),
             CpuBuf::Bf16(x) => Activations::Bf16(x),
@@ -338,7 +374,19 @@ impl Backend for Cpu {
             bias: p.bias.map(|b| b.f32("linear")).transpose()?,
             y: p.y.f32_mut("linear")?,
         };
-        linear::linear(&mut self.pool, self.level, &mut self.linear, args)
+        let bytes = match p.river {
+            None => {
+                linear::linear(&mut self.pool, self.level, &mut self.linear, args)?;
+                p.w.num_bytes()
+            }
+            Some(river) => {
+                let (route, layer) = (river.route.f32("linear")?, river.layer);
+                let args = RoutedArgs { linear: args, river: river.w, route, layer };
+                linear::routed_linear(&mut self.pool, self.level, &mut self.linear, &mut self.routed, args)?
+            }
+        };
+        self.counters.weight_bytes += bytes;
+        Ok(())
     }
 
     fn rope_append(&mut self, p: RopeAppend<'_, Self>) -> Result<()> {

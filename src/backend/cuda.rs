@@ -4,8 +4,8 @@
 //! go up in one copy (`cuda/inputs.rs`); scratch belongs to the backend and grows to the largest pass. A decode step is
 //! recorded as a graph the second time its shape comes by, and replayed from then on (`cuda/graphs.rs`).
 //!
-//! Up to 16 rows `linear` is a handwritten kernel that streams the weights; above that a GPU uses cuBLASLt, and the
-//! emulation the same kernel, 16 rows at a time.
+//! Up to 16 rows `linear` is a handwritten kernel that streams the weights; above that a GPU uses cuBLASLt for dense ones,
+//! and the emulation the same kernel, 16 rows at a time. So do weights in codes, and rows with a route.
 
 #[doc(hidden)]
 pub mod attention_items;
@@ -25,6 +25,8 @@ pub mod interop;
 #[allow(unsafe_code)]
 #[doc(hidden)]
 pub mod kernels;
+mod linear;
+mod matrix;
 mod ops;
 mod probes;
 
@@ -32,10 +34,11 @@ use self::cublas::Cublas;
 use self::device::{Device, DeviceBuf};
 use self::graphs::{Graphs, Mode};
 use self::inputs::InputStore;
+use self::linear::RoutedLinear;
+pub use self::matrix::CudaMatrix;
 use super::Counters;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::model::weights::Tensor;
 
 /// Head dims that `paged_attention` is compiled for.
 const HEAD_DIMS: [usize; 6] = [32, 64, 80, 96, 128, 256];
@@ -45,14 +48,6 @@ pub struct CudaBuf {
     memory: DeviceBuf<u8>,
     dtype: DType,
     len: usize,
-}
-
-/// `[out, in]` on the device, in the compute type.
-pub struct CudaMatrix {
-    memory: DeviceBuf<u8>,
-    dtype: DType,
-    out_features: usize,
-    in_features: usize,
 }
 
 /// See the module text.
@@ -67,6 +62,8 @@ pub struct Cuda {
     scratch: Scratch,
     /// For products of many rows; loaded when the first comes.
     cublas: Option<Cublas>,
+    /// Their weights are counted when the route is read.
+    routed: Vec<RoutedLinear>,
     counters: Counters,
 }
 
@@ -118,8 +115,6 @@ struct Scratch {
     partial_ml: Option<DeviceBuf<u8>>,
     /// Its counters; zeroed.
     arrivals: Option<DeviceBuf<u8>>,
-    /// `[T]` cosines of `add_rms_norm`.
-    similarity: Option<DeviceBuf<u8>>,
     /// Row numbers of `gather_rows`.
     row_ids: Option<DeviceBuf<u8>>,
     /// Rows of `sample`, its tokens, the logits it changes for them, its results.
@@ -140,6 +135,7 @@ impl Cuda {
             padding: None,
             scratch: Scratch::default(),
             cublas: None,
+            routed: Vec::new(),
             counters: Counters::default(),
         }
     }
@@ -230,30 +226,5 @@ impl CudaBuf {
             expected: format!("{dtype} elements [{start}, {})", start + len),
             got: format!("{} of {}", self.len, self.dtype),
         })
-    }
-}
-
-impl CudaMatrix {
-    fn new(device: &mut Device, parts: &[Tensor], dtype: DType) -> Result<Self> {
-        let width = |t: &Tensor| t.shape.last().copied().unwrap_or(0);
-        let in_features = parts.first().map_or(0, width);
-        let height = |t: &Tensor| t.num_elems().checked_div(width(t)).unwrap_or(0);
-        let out_features = parts.iter().map(height).sum();
-        if let Some(odd) = parts.iter().find(|t| width(t) != in_features) {
-            let got = format!("{} of width {}", odd.name, width(odd));
-            return Err(Error::Shape { op: "matrix", expected: format!("parts of width {in_features}"), got });
-        }
-        let mut memory = device.alloc(out_features * in_features * dtype.size_bytes())?;
-        let mut start = 0;
-        for part in parts {
-            let part = part.cast(dtype);
-            device.upload(&mut memory, start, part.bytes())?;
-            start += part.bytes().len();
-        }
-        Ok(Self { memory, dtype, out_features, in_features })
-    }
-
-    fn num_bytes(&self) -> u64 {
-        self.memory.len() as u64
     }
 }

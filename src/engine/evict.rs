@@ -73,7 +73,8 @@ impl Engine {
             b.num_computed = 0;
             b.num_cached_blocks = 0;
         } else {
-            let mut swapped = SwappedBlocks { num_slots: b.table.len(), ..SwappedBlocks::default() };
+            let (num_slots, num_exact) = (b.table.len(), b.table.exact_len());
+            let mut swapped = SwappedBlocks { num_slots, num_exact, ..SwappedBlocks::default() };
             for &block in b.table.indices() {
                 self.runner.read_block(block, &mut swapped.bytes)?;
             }

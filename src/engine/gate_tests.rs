@@ -12,7 +12,11 @@ const NUM_BRANCHES: usize = 8;
 fn engine(model: ModelConfig, river: Option<&WeightStore>) -> Engine {
     let config =
         EngineConfig { model: ModelSource::Bundled, kv_cache_memory: Some(4 << 20), threads: 1, ..Default::default() };
-    Engine::with_weight_sets(config, model, &bundled::weights().unwrap(), river).unwrap()
+    let weights = bundled::weights().unwrap();
+    match river {
+        Some(river) => Engine::with_second_set(config, model, &weights, SecondSet::Dense(river)).unwrap(),
+        None => Engine::with_weights(config, model, &weights).unwrap(),
+    }
 }
 
 fn whole() -> Engine {

@@ -180,11 +180,17 @@ impl Engine {
         of_branches: &'a [RunningGate],
         reserved: &[Reserved],
     ) -> Vec<PassGate<'a>> {
-        let all = gates.iter().map(|spec| PassGate { spec, seqs: (0..reserved.len()).collect(), keys: Vec::new() });
+        let all = gates.iter().map(|spec| PassGate {
+            spec,
+            seqs: (0..reserved.len()).collect(),
+            keys: Vec::new(),
+            newest_alone: false,
+        });
         let some = of_branches.iter().map(|RunningGate { gate, members }| PassGate {
             spec: &gate.spec,
             seqs: members.iter().map(|m| m.1).collect(),
             keys: members.iter().filter_map(|m| gate.keys.get(m.0).copied()).collect(),
+            newest_alone: false,
         });
         all.chain(some).collect()
     }
@@ -238,6 +244,7 @@ impl Engine {
         }
         b.tokens = tokens;
         b.num_forked = num_computed;
+        b.num_refreshed = 0;
         b.num_computed = num_computed;
         b.prompt_len = b.tokens.len();
         b.num_cached_blocks = cached;

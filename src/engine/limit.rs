@@ -15,6 +15,7 @@ use super::limited::{CutMade, Limited};
 use super::step::Reserved;
 use crate::backend::NO_RING_ROW;
 use crate::error::{Error, Result};
+use crate::gate::river::River;
 use crate::kv::block_pool::BlockState;
 use crate::kv::budget::{KeepRule, KvBudget};
 use crate::kv::selection::{self, Candidates};
@@ -48,6 +49,7 @@ impl Engine {
     /// nor dropped. A branch that does not pin all its tokens leaves the prefix cache.
     pub fn limit_kv(&mut self, branch: BranchId, budget: KvBudget) -> Result<()> {
         budget.validate(self.config.kv_window)?;
+        self.river.iter().try_for_each(River::check_budget)?;
         let b = self.tree.get(branch)?;
         if b.limited.as_ref().is_some_and(|l| l.is_cut()) {
             return Err(Error::config("kv-budget", "the branch has been cut under another budget; give it one before"));

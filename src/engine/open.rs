@@ -18,7 +18,8 @@ use crate::kv::eviction::Evictor;
 use crate::kv::prefix_cache::PrefixCache;
 use crate::model::family::ModelConfig;
 use crate::model::weights::WeightStore;
-use crate::model::{Model, ModelOptions, Runner, workspace_bytes};
+use crate::model::{Model, ModelOptions, Runner, route_bytes, workspace_bytes};
+use crate::quant::{QuantOptions, QuantWeights};
 use crate::tree::BranchTree;
 
 /// Without `kv_cache_memory`, the cache holds at most this many full contexts.
@@ -29,7 +30,27 @@ impl Engine {
     pub fn open(config: EngineConfig) -> Result<Self> {
         config.validate()?;
         let (model, store) = load(&config)?;
-        Self::with_weights(config, model, &store)
+        let codes = |options: Option<QuantOptions>| options.map(|o| codes(&config, &model, &store, o)).transpose();
+        let (own, river) = (codes(config.quantise)?, codes(config.river)?);
+        let river = river.as_ref().map(SecondSet::Codes);
+        Self::with_sets(config, model, (&store, own.as_ref()), river)
+    }
+
+    /// The configuration's model and weights, for [`with_weights`](Self::with_weights) and its like: several engines may
+    /// share them.
+    pub fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> {
+        config.validate()?;
+        load(config)
+    }
+
+    /// The projections of those weights in codes, from the configuration's file or made anew.
+    pub fn load_codes(
+        config: &EngineConfig,
+        model: &ModelConfig,
+        store: &WeightStore,
+        options: QuantOptions,
+    ) -> Result<QuantWeights> {
+        codes(config, model, store, options)
     }
 
     /// What tells the configuration's model from others, without opening it: a hash of its shape and of samples of
@@ -41,23 +62,43 @@ impl Engine {
 
     /// As [`open`](Self::open), for weights that are at hand.
     pub fn with_weights(config: EngineConfig, model: ModelConfig, store: &WeightStore) -> Result<Self> {
-        Self::with_weight_sets(config, model, store, None)
+        Self::with_sets(config, model, (store, None), None)
     }
 
-    /// As [`with_weights`](Self::with_weights), with a second weight set of the same shape for gates whose effect is
-    /// [`River`](crate::gate::Effect::River).
-    pub fn with_weight_sets(
+    /// As [`with_weights`](Self::with_weights), with the projections in codes: the whole model in 4 bits.
+    pub fn with_codes(
         config: EngineConfig,
         model: ModelConfig,
         store: &WeightStore,
-        river: Option<&WeightStore>,
+        codes: &QuantWeights,
+    ) -> Result<Self> {
+        Self::with_sets(config, model, (store, Some(codes)), None)
+    }
+
+    /// As [`with_weights`](Self::with_weights), with a second weight set of the same shape for
+    /// [`set_river`](Self::set_river) and for gates whose effect is [`River`](crate::gate::Effect::River).
+    pub fn with_second_set(
+        config: EngineConfig,
+        model: ModelConfig,
+        store: &WeightStore,
+        second: SecondSet<'_>,
+    ) -> Result<Self> {
+        Self::with_sets(config, model, (store, None), Some(second))
+    }
+
+    fn with_sets(
+        config: EngineConfig,
+        model: ModelConfig,
+        own: Own<'_>,
+        second: Option<SecondSet<'_>>,
     ) -> Result<Self> {
         config.validate()?;
+        let store = own.0;
         let started = Instant::now();
         if config.check_tensors {
             store.check_finite()?;
         }
-        let (runner, layout, device_note) = on_device(&config, &model, store, river)?;
+        let (runner, layout, device_note) = on_device(&config, &model, own, second)?;
         let block_bytes = layout.block_bytes(model.num_layers);
         let info = ModelInfo {
             name: match &config.model {
@@ -84,6 +125,8 @@ impl Engine {
             runner,
             tree: BranchTree::default(),
             gates: Vec::new(),
+            river: None,
+            river_gate: None,
             events: VecDeque::new(),
             cancel: CancelFlag::default(),
             next_arrival: 0,
@@ -102,23 +145,35 @@ impl Engine {
     }
 }
 
+/// A second weight set.
+#[derive(Clone, Copy, Debug)]
+pub enum SecondSet<'a> {
+    /// The projections of another checkpoint.
+    Dense(&'a WeightStore),
+    /// The model's own in codes.
+    Codes(&'a QuantWeights),
+}
+
+/// A checkpoint, and codes that stand in for its projections.
+type Own<'a> = (&'a WeightStore, Option<&'a QuantWeights>);
+
 type Placed = (Box<dyn Runner>, KvLayout);
 
 /// Puts a model and its KV cache on the device that the configuration names. The note says why `auto` chose the CPU.
 fn on_device(
     config: &EngineConfig,
     model: &ModelConfig,
-    store: &WeightStore,
-    river: Option<&WeightStore>,
+    own: Own<'_>,
+    second: Option<SecondSet<'_>>,
 ) -> Result<(Box<dyn Runner>, KvLayout, Option<String>)> {
     let check_heads = || Cuda::check_heads(model.head_dim, model.num_q_heads / model.num_kv_heads.max(1));
     let cuda = |device: Device| {
         check_heads()?;
         let heads =
             Heads { num_q_heads: model.num_q_heads, num_kv_heads: model.num_kv_heads, block_size: config.block_size };
-        runner(Cuda::new(device, heads), config, model, store, river)
+        runner(Cuda::new(device, heads), config, model, own, second)
     };
-    let cpu = || runner(Cpu::new(config.threads, config.simd.parse()?)?, config, model, store, river);
+    let cpu = || runner(Cpu::new(config.threads, config.simd.parse()?)?, config, model, own, second);
     let with_note = |note: Option<String>| move |(runner, layout): Placed| (runner, layout, note);
     match config.device.parse()? {
         DeviceChoice::Cpu => cpu().map(with_note(None)),
@@ -143,16 +198,22 @@ fn runner<B: Backend>(
     backend: B,
     config: &EngineConfig,
     model: &ModelConfig,
-    store: &WeightStore,
-    river: Option<&WeightStore>,
+    own: Own<'_>,
+    second: Option<SecondSet<'_>>,
 ) -> Result<Placed> {
-    let weights = store.num_bytes() + river.map_or(0, WeightStore::num_bytes);
+    let bytes = |(store, codes): Own<'_>| store.num_bytes() + codes.map_or(0, QuantWeights::num_bytes);
+    let second = second.map(|set| match set {
+        SecondSet::Dense(store) => (store, None),
+        SecondSet::Codes(codes) => (own.0, Some(codes)),
+    });
+    let routes = route_bytes(model.hidden, config.max_batch_tokens);
+    let weights = bytes(own) + second.map_or(0, |second| bytes(second) + routes);
     let resident = weights + workspace_bytes(model, config.dtype, config.max_batch_tokens);
     let layout = kv_layout(config, model, backend.kv_budget(resident))?;
     let options = ModelOptions { compute: config.dtype, layout, max_rows: config.max_batch_tokens };
-    let mut runner = Model::new(backend, model.clone(), store, options)?;
-    if let Some(river) = river {
-        runner.set_river(river)?;
+    let mut runner = Model::new(backend, model.clone(), own, options)?;
+    if let Some(second) = second {
+        runner.set_river(second)?;
     }
     Ok((Box::new(runner), layout))
 }
@@ -173,6 +234,18 @@ pub(crate) fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> 
             Err(Error::config("model", "this build has no bundled model; give a folder with -m DIR"))
         }
     }
+}
+
+/// The model's projections in codes, from their file or made anew.
+fn codes(
+    config: &EngineConfig,
+    model: &ModelConfig,
+    store: &WeightStore,
+    options: QuantOptions,
+) -> Result<QuantWeights> {
+    let (weights, origin) = QuantWeights::load_or_quantise(model, store, options, &config.codes_file(), None)?;
+    tracing::info!("{options}, {:.2} bits a weight: {origin}", weights.bits_per_weight());
+    Ok(weights)
 }
 
 /// How many blocks the memory holds: what the configuration says, or else what the device can spare. Too little for one

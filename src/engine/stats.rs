@@ -58,6 +58,16 @@ pub struct EngineStats {
     pub tokens_computed: u64,
     /// Layers that tokens went through, in sum: `tokens_computed * layers` where no gate was at work.
     pub layer_rows: u64,
+    /// Generated tokens computed one by one.
+    pub tokens_decoded: u64,
+    /// Layers of the backbone that they went through, in sum; the river had the others.
+    pub decode_layers: u64,
+    /// Tokens the river proposed.
+    pub tokens_drafted: u64,
+    /// Of those, tokens the backbone would have chosen itself.
+    pub drafts_kept: u64,
+    /// Times the backbone ran a branch's last tokens again.
+    pub kv_refreshes: u64,
     /// Prompt tokens found in the prefix cache instead.
     pub tokens_from_cache: u64,
     /// Times a branch gave up its blocks.
@@ -136,6 +146,8 @@ pub struct StepItem {
     pub num_tokens: usize,
     /// Layers they went through.
     pub num_layers: u32,
+    /// Of those, layers of the backbone; the second weight set had the others.
+    pub backbone_layers: u32,
     /// A gate let it leave before the last.
     pub left_early: bool,
     /// True when the token was one it had generated.
@@ -248,6 +260,12 @@ impl Engine {
     pub fn check_integrity(&self) -> Result<()> {
         self.pool.check_integrity()?;
         self.cache.check_integrity(&self.pool)?;
+        for id in self.cache.blocks() {
+            let state = self.pool.state(id)?;
+            if state != BlockState::Exact {
+                return Err(Error::Internal(format!("the prefix cache holds block {id}, which is {state:?}")));
+            }
+        }
         let mut owners = vec![0u32; self.pool.num_blocks()];
         let mut num_held = 0;
         for b in self.tree.iter() {

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::{Engine, Event, EventKind, StepItem, StepSummary};
+use super::draft::push_draft_queries;
+use super::{Engine, Event, EventKind, GeneratedToken, StepItem, StepSummary};
 use crate::batch::BatchSeq;
 use crate::error::{Error, Result};
 use crate::kv::block_pool::{BlockId, BlockState};
@@ -16,6 +17,10 @@ use crate::tree::{Branch, BranchId, EndReason, Mode, RowAnswer};
 pub(super) struct Reserved {
     pub(super) branch: BranchId,
     pub(super) num_new_tokens: usize,
+    /// Of those, tokens that the river is yet to propose.
+    pub(super) drafts: usize,
+    /// Its last token is one that the branch has generated, its newest.
+    pub(super) decodes: bool,
     /// Slots its table had before.
     old_len: usize,
     /// Its table came into being in this step.
@@ -38,6 +43,7 @@ impl Engine {
             return Err(Error::Cancelled);
         }
         self.cut_due()?;
+        self.refresh_due()?;
         self.preempt_as_forced()?;
         self.materialise_behind_swapped()?;
         self.attach_cached_prefixes()?;
@@ -53,14 +59,16 @@ impl Engine {
         };
         let reserved = self.reserve(&plan)?;
         self.batch.measures_mass = self.measures_mass(&reserved)?;
-        if let Err(error) = self.trip(None) {
+        if let Err(error) = self.draft(&reserved).and_then(|()| self.trip(None)) {
             self.roll_back(reserved)?;
             return Err(error);
         }
         let batch = std::mem::take(&mut self.batch);
         let queries = std::mem::take(&mut self.queries);
         let branch_gates = self.branch_gates(&reserved)?;
-        let gates = Self::pass_gates(&self.gates, &branch_gates, &reserved);
+        let river_gate = self.river_gate.clone();
+        let mut gates = Self::pass_gates(&self.gates, &branch_gates, &reserved);
+        gates.extend(self.decode_gate(river_gate.as_ref(), &reserved));
         let result = self.runner.run(&batch, &queries, &gates);
         self.batch = batch;
         self.queries = queries;
@@ -153,6 +161,7 @@ impl Engine {
         Ok(Candidate {
             branch: b.id.index as usize,
             pending,
+            drafts: self.num_drafts(b),
             free_tail_slots,
             copy_blocks,
             after: b.fork_point.map(|f| (f.parent.index as usize, f.at)),
@@ -189,7 +198,7 @@ impl Engine {
         let waits_in_vain = |b: &&Branch| {
             b.fork_point.is_some_and(|f| {
                 let parent = self.tree.get(f.parent);
-                parent.is_ok_and(|p| p.swapped.is_some() && p.limited.is_some() && !p.is_runnable())
+                parent.is_ok_and(|p| p.swapped.is_some() && !p.is_runnable())
             })
         };
         let waiting: Vec<BranchId> = self.tree.iter().filter(waits_in_vain).map(|b| b.id).collect();
@@ -262,6 +271,7 @@ impl Engine {
         let Some(id) = self.tree.at(item.branch).map(|b| b.id) else {
             return Err(Error::Internal("the plan names a branch that is gone".into()));
         };
+        let may_draft = self.num_drafts(self.tree.get(id)?) > 0;
         let fork_point = self.tree.get(id)?.fork_point;
         let is_new = fork_point.is_some();
         if let Some(fork) = fork_point {
@@ -275,12 +285,14 @@ impl Engine {
         let first_row = self.batch.token_ids.len();
         let from = b.num_computed;
         let to = b.tokens.len().min(from + item.num_new_tokens);
-        let num_new_tokens = to - from;
+        let drafts = if may_draft { item.num_new_tokens - (to - from) } else { 0 };
+        let num_new_tokens = to - from + drafts;
         let appended = b.table.append(&mut self.pool, fresh, num_new_tokens)?;
         b.table.push_slots(appended.kv, &mut self.batch.slots);
         self.batch.copies.extend(appended.copy);
         self.batch.token_ids.extend_from_slice(&b.tokens[from..to]);
-        self.batch.positions.extend((from..to).map(|p| p as u32));
+        self.batch.token_ids.extend(std::iter::repeat_n(0, drafts));
+        self.batch.positions.extend((from..to + drafts).map(|p| p as u32));
         self.push_ring_rows(id, from, to)?;
         let b = self.tree.get(id)?;
         let first_block = self.batch.blocks.len();
@@ -292,11 +304,25 @@ impl Engine {
             accumulates_from: Self::accumulates_from(b, from, to),
         });
         let (score_queries, first_score) = push_score_queries(b, from, to, first_row, &mut self.queries);
-        let query = (to == b.tokens.len()).then(|| {
-            self.queries.push(last_row_query(b, first_row + num_new_tokens - 1));
-            self.queries.len() - 1
+        let newest = to == b.tokens.len();
+        let query = newest.then_some(self.queries.len());
+        if newest {
+            let row = first_row + to - from - 1;
+            self.queries.push(last_row_query(b, row));
+            push_draft_queries(b, row, drafts, &mut self.queries);
+        }
+        let decodes = newest && drafts == 0 && b.num_generated > 0;
+        reserved.push(Reserved {
+            branch: id,
+            num_new_tokens,
+            drafts,
+            decodes,
+            old_len,
+            is_new,
+            query,
+            score_queries,
+            first_score,
         });
-        reserved.push(Reserved { branch: id, num_new_tokens, old_len, is_new, query, score_queries, first_score });
         Ok(())
     }
 
@@ -306,7 +332,10 @@ impl Engine {
         let Some(swapped) = b.swapped.take() else { return Ok(()) };
         self.swap_used -= swapped.num_bytes();
         b.table.append(&mut self.pool, fresh, swapped.num_slots)?;
-        b.table.mark(&mut self.pool, 0, b.state)?;
+        // Cut back to where it is exact, it goes on as if it had never been anything else.
+        if swapped.num_exact < swapped.num_slots {
+            b.table.mark(&mut self.pool, swapped.num_exact, b.state)?;
+        }
         b.table.commit(&mut self.pool)?;
         let mut taken = 0;
         for &block in b.table.indices() {
@@ -340,25 +369,35 @@ impl Engine {
         self.add_slot_mass(&reserved, &output)?;
         self.totals.layer_rows += output.layer_rows;
         let leads = self.leads(&reserved, &output.fates);
-        for (i, r) in reserved.into_iter().enumerate() {
+        for (i, mut r) in reserved.into_iter().enumerate() {
+            let num_tokens = r.num_new_tokens;
+            r.num_new_tokens = self.standing_rows(&r, i, &output)?;
             let mut answer = r.query.and_then(|q| output.answers[q].take());
             if let (Some(answer), Some(layers)) = (&mut answer, output.layers.get_mut(i)) {
                 answer.layers = std::mem::take(layers);
+                answer.steps = std::mem::take(&mut output.steps[i]);
             }
-            let is_decode = self.tree.get(r.branch)?.num_generated > 0 && r.num_new_tokens == 1;
+            let is_decode = (r.decodes && num_tokens == 1) || r.drafts > 0;
             let num_layers = match output.fates[i] {
-                Fate::Done | Fate::River(_) | Fate::Mixed(_) => self.model.num_layers as u32,
+                Fate::Done | Fate::River { .. } | Fate::Mixed(_) => self.model.num_layers as u32,
                 Fate::Dropped(layer) | Fate::Stopped(layer) | Fate::Aliased { layer, .. } => layer,
             };
             let left_early = (num_layers as usize) < self.model.num_layers;
-            let item = StepItem { branch: r.branch, num_tokens: r.num_new_tokens, num_layers, left_early, is_decode };
+            let backbone_layers = match output.fates[i] {
+                Fate::River { layer, .. } => layer,
+                _ => num_layers,
+            };
+            let item = StepItem { branch: r.branch, num_tokens, num_layers, backbone_layers, left_early, is_decode };
             summary.items.push(item);
-            self.totals.tokens_computed += r.num_new_tokens as u64;
+            self.totals.tokens_computed += num_tokens as u64;
+            self.totals.tokens_decoded += u64::from(r.decodes);
+            self.totals.decode_layers += if r.decodes { u64::from(backbone_layers) } else { 0 };
+            self.totals.drafts_kept += (r.num_new_tokens - 1).min(r.drafts) as u64;
             self.count_recomputed(&r)?;
             match output.fates[i] {
-                Fate::Done => self.commit_kv(&r, BlockState::Exact)?,
-                Fate::River(_) => self.commit_kv(&r, BlockState::River)?,
-                Fate::Mixed(_) => self.commit_kv(&r, BlockState::Aliased)?,
+                Fate::Done => self.commit_kv(&r, 0, BlockState::Exact)?,
+                Fate::River { first, .. } => self.commit_kv(&r, first, BlockState::River)?,
+                Fate::Mixed(_) => self.commit_kv(&r, 0, BlockState::Aliased)?,
                 Fate::Dropped(layer) | Fate::Stopped(layer) => {
                     self.commit_exit(r, layer, answer)?;
                     continue;
@@ -373,10 +412,15 @@ impl Engine {
                     self.commit_score(r.branch, r.first_score + i, answer)?;
                 }
             }
-            self.offer_to_cache(r.branch)?;
             if let Some(answer) = answer {
                 self.commit_answer(r.branch, answer)?;
             }
+            for q in r.query.map_or(0..0, |q| q + 1..q + r.num_new_tokens.min(1 + r.drafts)) {
+                if let Some(answer) = output.answers[q].take() {
+                    self.commit_answer(r.branch, answer)?;
+                }
+            }
+            self.offer_to_cache(r.branch)?;
         }
         for (branch, to, layer) in leads {
             self.alias(branch, to, layer)?;
@@ -396,16 +440,19 @@ impl Engine {
         reserved.iter().zip(fates).filter_map(lead).collect()
     }
 
-    /// The KV of the new tokens is valid. Its state is the weakest of all the row attended to.
-    fn commit_kv(&mut self, r: &Reserved, written: BlockState) -> Result<()> {
+    /// The KV of the new tokens is valid, from row `first` on `written`. Its state is the weakest of all the row attended to.
+    fn commit_kv(&mut self, r: &Reserved, first: usize, written: BlockState) -> Result<()> {
         let b = self.tree.get_mut(r.branch)?;
-        b.table.mark(&mut self.pool, r.old_len, written)?;
+        b.table.mark(&mut self.pool, r.old_len + first, written)?;
         if let (Some(from), Some(&to)) =
             (b.table.copied_from(), b.table.blocks().get(r.old_len / self.layout.block_size))
         {
             self.evictor.mass.copy(from, to);
         }
         b.table.commit(&mut self.pool)?;
+        if r.drafts > 0 {
+            b.table.truncate(&mut self.pool, r.old_len + r.num_new_tokens)?;
+        }
         b.num_computed += r.num_new_tokens;
         b.state = b.state.inherit(b.table.state());
         if let Some(fork) = b.fork_point.take() {
@@ -484,7 +531,7 @@ impl Engine {
         } else if let (Mode::Generating(params), Some(next)) = (&b.mode, answer.token) {
             b.confidence_sum += f64::from(answer.stats.top1);
             b.confidence_steps += 1;
-            token = Some(next);
+            token = Some(GeneratedToken { token: next, logprob: answer.token_logprob, stats: answer.stats });
             if params.end_tokens.contains(&next) {
                 ended = Some(EndReason::EndToken);
             } else {
@@ -533,7 +580,7 @@ fn push_score_queries(
 }
 
 /// What the last pending row is asked: a token if the branch generates, and whatever it watches.
-fn last_row_query(b: &Branch, row: usize) -> RowQuery {
+pub(super) fn last_row_query(b: &Branch, row: usize) -> RowQuery {
     let draw = match &b.mode {
         Mode::Generating(params) => {
             let needs_history = !params.sampling.is_argmax();

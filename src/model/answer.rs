@@ -97,6 +97,7 @@ impl<B: Backend> Model<B> {
             delta: None,
             weight: Some(weight),
             y: &mut ws.out_h,
+            keep: None,
             step_similarity: None,
             hidden,
             eps,
@@ -106,7 +107,7 @@ impl<B: Backend> Model<B> {
     fn logits(&mut self, num_rows: usize) -> Result<()> {
         let Self { backend, config, ws, .. } = self;
         let w = self.lm_head.as_ref().unwrap_or(&self.embed);
-        backend.linear(Linear { rows: 0..num_rows, x: &ws.out_h, w, bias: None, y: &mut ws.logits })?;
+        backend.linear(Linear { rows: 0..num_rows, x: &ws.out_h, w, river: None, bias: None, y: &mut ws.logits })?;
         backend.row_stats(RowStatsOp { logits: &ws.logits, num_rows, vocab: config.vocab_size })
     }
 

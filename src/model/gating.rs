@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::live::Thinned;
-use super::{Fate, LayerRow, Model, Pass, RowQuery};
+use super::{Asked, Fate, LayerRow, LayerStep, Model, Pass, RowQuery, river};
 use crate::backend::{Backend, BranchSimilarity, EntropyProbe, GatherRows, RowIds, RowStats, Similarity};
 use crate::batch::Batch;
 use crate::dtype::DType;
@@ -23,6 +23,8 @@ pub(crate) struct PassGate<'a> {
     pub(crate) seqs: Vec<usize>,
     /// One a member: members of different keys never become one. Empty: all may.
     pub(crate) keys: Vec<u64>,
+    /// Of a member its last row alone leaves the backbone, not all its rows with it.
+    pub(crate) newest_alone: bool,
 }
 
 /// What one gate has seen in this pass.
@@ -58,29 +60,23 @@ struct Leaving {
 
 impl<B: Backend> Model<B> {
     /// Lets every gate that probes after layer `after` look, and decide.
-    pub(super) fn probe_all(
-        &mut self,
-        gates: &[PassGate<'_>],
-        after: u32,
-        batch: &Batch,
-        queries: &[RowQuery],
-        pass: &mut Pass<B>,
-    ) -> Result<()> {
-        let compares_rows = |s: Statistic| matches!(s, Statistic::RowIndex | Statistic::StepSimilarity);
-        if gates.iter().any(|g| compares_rows(g.spec.statistic) && g.spec.layers.contains(&after)) {
-            // The addition happens once, whoever looks first.
-            let mut similarity = vec![f32::NAN; pass.live.num_rows()];
-            self.flush_delta(pass, Some(&mut similarity))?;
-            pass.step_similarity = similarity;
+    pub(super) fn probe_all(&mut self, asked: Asked<'_>, after: u32, pass: &mut Pass<B>) -> Result<()> {
+        let gates = asked.gates;
+        // Gates that send rows to the second weight set are the device's.
+        let looks = |g: &PassGate<'_>| g.spec.effect != Effect::River && g.spec.layers.contains(&after);
+        if !gates.iter().any(looks) {
+            return Ok(());
         }
+        // The addition happens once, whoever looks first.
+        self.flush_delta(pass, river::compares(gates, after).then_some(after))?;
         let mut watches = std::mem::take(&mut pass.watches);
         for (gate, watch) in gates.iter().zip(&mut watches) {
-            if gate.spec.layers.contains(&after) {
-                let leaving = self.probe(gate, watch, after, queries, pass)?;
+            if looks(gate) {
+                let leaving = self.probe(gate, watch, after, asked.queries, pass)?;
                 if leaving.live.is_empty() {
                     continue;
                 }
-                self.cut(gate.spec, leaving, after, batch, queries, pass)?;
+                self.cut(gate.spec, &leaving, after, asked, pass)?;
             }
         }
         pass.watches = watches;
@@ -103,14 +99,17 @@ impl<B: Backend> Model<B> {
             .filter_map(|(m, &seq)| Some((m, pass.live.eligible(seq, gate.spec.effect)?)))
             .collect();
         match gate.spec.statistic {
-            Statistic::RowIndex | Statistic::StepSimilarity => {
+            Statistic::RowIndex => Ok(self.decide(gate, watch, &members, pass)),
+            Statistic::StepSimilarity { .. } => {
+                let similarity = self.read_similarity(pass)?;
                 for &(m, live) in &members {
-                    watch.seen[m].push(pass.step_similarity[pass.live.last_row(live)]);
+                    let similarity = similarity[pass.live.last_row(live)];
+                    watch.seen[m].push(similarity);
+                    pass.steps[gate.seqs[m]].push(LayerStep { layer: after, similarity });
                 }
                 Ok(self.decide(gate, watch, &members, pass))
             }
             Statistic::Entropy { over, norm, stacked } => {
-                self.flush_delta(pass, None)?;
                 self.stack_rows(watch, &members, stacked, after, pass)?;
                 let is_last = gate.spec.layers.last() == Some(&after);
                 if watch.stacked.len() < stacked as usize && !is_last {
@@ -118,11 +117,17 @@ impl<B: Backend> Model<B> {
                 }
                 self.read_entropies(gate, watch, over, norm, queries, pass)
             }
-            Statistic::BranchSimilarity { alpha } => {
-                self.flush_delta(pass, None)?;
-                self.compare(gate, watch, &members, alpha, after, pass)
-            }
+            Statistic::BranchSimilarity { alpha } => self.compare(gate, watch, &members, alpha, after, pass),
         }
+    }
+
+    /// Of each live row, after the layer that is being probed.
+    fn read_similarity(&mut self, pass: &Pass<B>) -> Result<Vec<f32>> {
+        let mut similarity = vec![f32::NAN; pass.live.num_rows()];
+        if let Some(routes) = &self.routes {
+            self.backend.read_f32(&routes.similarity, 0, &mut similarity)?;
+        }
+        Ok(similarity)
     }
 
     fn decide(&self, gate: &PassGate<'_>, watch: &Watch<B>, members: &[(usize, usize)], pass: &Pass<B>) -> Leaving {
@@ -289,25 +294,28 @@ impl<B: Backend> Model<B> {
     fn cut(
         &mut self,
         gate: &GateSpec,
-        leaving: Leaving,
+        leaving: &Leaving,
         after: u32,
-        batch: &Batch,
-        queries: &[RowQuery],
+        asked: Asked<'_>,
         pass: &mut Pass<B>,
     ) -> Result<()> {
-        if gate.effect == Effect::River && self.river.is_empty() {
-            return Err(Error::config("gate", "effect river needs a second weight set"));
-        }
         let kept = match gate.effect {
             Effect::Observe => return Ok(()),
-            Effect::Recompute { share } => self.thin(&leaving, share, after, batch, pass)?,
-            _ => self.let_go(gate, &leaving, after, batch, queries, pass)?,
+            Effect::Recompute { share } => self.thin(leaving, share, after, asked.batch, pass)?,
+            _ => self.let_go(gate, leaving, after, asked, pass)?,
         };
-        let (inputs, query_ids) = pass.live.inputs(batch, queries, self.layout.block_size, self.max_group_rows);
+        let (inputs, query_ids) = pass.live.inputs(asked, self.layout.block_size, self.max_group_rows);
         pass.inputs = self.backend.stage(inputs)?;
         pass.query_ids = query_ids;
-        let seen = std::mem::take(&mut pass.step_similarity);
-        pass.step_similarity = kept.iter().filter_map(|&row| seen.get(row as usize).copied()).collect();
+        if let Some(routes) = &mut self.routes {
+            if pass.routed {
+                // What ran so far ran for the rows as they were.
+                let mut left = vec![0.0; pass.num_rows];
+                self.backend.read_route(&routes.route, &mut left)?;
+            }
+            pass.num_rows = kept.len();
+            routes.permute(&mut self.backend, &kept)?;
+        }
         self.backend.gather_rows(GatherRows {
             rows: RowIds::Given(&kept),
             src: &self.ws.x,
@@ -319,29 +327,27 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// Takes sequences out of the pass, or moves them to the river. Returns the old row of each new row.
+    /// Takes sequences out of the pass. Returns the old row of each new row.
     fn let_go(
         &mut self,
         gate: &GateSpec,
         leaving: &Leaving,
         after: u32,
-        batch: &Batch,
-        queries: &[RowQuery],
+        asked: Asked<'_>,
         pass: &mut Pass<B>,
     ) -> Result<Vec<u32>> {
         for (i, &live) in leaving.live.iter().enumerate() {
             pass.fates[pass.live.seq_of(live)] = match (gate.effect, leaving.to.get(i)) {
                 (Effect::Stop, _) => Fate::Stopped(after),
-                (Effect::River, _) => Fate::River(after),
                 (Effect::Alias, Some(&to)) => Fate::Aliased { layer: after, to },
                 _ => Fate::Dropped(after),
             };
             if gate.effect == Effect::Stop {
                 let raw = matches!(gate.statistic, Statistic::Entropy { norm: ProbeNorm::Raw, .. });
-                self.keep_exit_rows(live, raw, batch, queries, pass)?;
+                self.keep_exit_rows(live, raw, asked, pass)?;
             }
         }
-        Ok(pass.live.apply(gate.effect, &leaving.live))
+        Ok(pass.live.take_out(&leaving.live))
     }
 
     /// Leaves sequences the rows that they do not share with the one they give way to, those that differ most from it,
@@ -408,8 +414,7 @@ impl<B: Backend> Model<B> {
         &mut self,
         live_seq: usize,
         raw: bool,
-        batch: &Batch,
-        queries: &[RowQuery],
+        Asked { batch, queries, .. }: Asked<'_>,
         pass: &mut Pass<B>,
     ) -> Result<()> {
         let seq = &batch.seqs[pass.live.seq_of(live_seq)];

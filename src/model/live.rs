@@ -1,15 +1,11 @@
-//! The rows in flight during a pass: which sequences are left, in which row order, with which weight set.
-//!
-//! ```text
-//! live rows:  | backbone sequences, in batch order | river sequences, in batch order |
-//! ```
+//! The rows in flight during a pass: which sequences are left, in batch order.
 
 use std::ops::Range;
 
-use super::{Groups, RowQuery, WeightSet};
+use super::{Asked, PassGate, river};
 use crate::backend::PassInputs;
 use crate::batch::{AttentionPlan, Batch, BatchSeq, SequenceView};
-use crate::gate::Effect;
+use crate::gate::{Effect, Rows, Statistic};
 use crate::kv::SlotTransfer;
 
 /// See the module text.
@@ -21,7 +17,6 @@ pub(super) struct LiveRows {
     sources: Vec<usize>,
 }
 
-#[derive(Clone)]
 struct LiveSeq {
     /// Index in the batch.
     seq: usize,
@@ -29,7 +24,6 @@ struct LiveSeq {
     rows: Range<usize>,
     /// Its rows in the batch.
     batch_rows: BatchRows,
-    river: bool,
 }
 
 /// Rows of the batch that are in flight for one sequence, ascending.
@@ -72,7 +66,6 @@ impl LiveRows {
             seq: i,
             rows: s.rows.clone(),
             batch_rows: BatchRows::All(s.rows.clone()),
-            river: false,
         };
         let seqs = batch.seqs.iter().enumerate().map(live).collect();
         Self { seqs, transfers: Vec::new(), sources: Vec::new() }
@@ -81,8 +74,7 @@ impl LiveRows {
     /// What the pass needs of the live rows, in their order, and which queries its `query_rows` belong to.
     pub(super) fn inputs(
         &self,
-        batch: &Batch,
-        queries: &[RowQuery],
+        Asked { batch, queries, gates }: Asked<'_>,
         block_size: usize,
         max_group_rows: usize,
     ) -> (PassInputs, Vec<usize>) {
@@ -94,6 +86,7 @@ impl LiveRows {
             copies: batch.copies.clone(),
             transfers: self.transfers.clone(),
             query_rows: Vec::with_capacity(num_queries),
+            exits: river::exits(gates).map(|gate| self.exits(gate, batch)).collect(),
             ..Default::default()
         };
         let ring_rows = if batch.keeps_queries() { batch.ring_rows.as_slice() } else { &[] };
@@ -134,24 +127,32 @@ impl LiveRows {
         self.seqs.last().map_or(0, |s| s.rows.end)
     }
 
-    /// Row ranges with their weight set; at most two.
-    pub(super) fn groups(&self) -> Groups {
-        let split = self.seqs.iter().find(|s| s.river).map_or(self.num_rows(), |s| s.rows.start);
-        [(0..split, WeightSet::Backbone), (split..self.num_rows(), WeightSet::River)]
-            .into_iter()
-            .filter(|(rows, _)| !rows.is_empty())
-            .collect()
+    /// Of each live row, the live rows that decide whether `gate` sends it to the second weight set; none where the gate
+    /// has no say. A sequence that takes KV from another, or gives it, stays as it is.
+    fn exits(&self, gate: &PassGate<'_>, batch: &Batch) -> Vec<[u32; 2]> {
+        let mut exits = vec![[0; 2]; self.num_rows()];
+        for &member in &gate.seqs {
+            let Some(live) = self.eligible(member, Effect::River) else { continue };
+            let seq = &self.seqs[live];
+            let first = match (gate.spec.statistic, &seq.batch_rows) {
+                (_, BatchRows::Some(_)) => continue,
+                (Statistic::StepSimilarity { of: Rows::Percentile { skip, .. } }, BatchRows::All(rows)) => {
+                    let skipped = batch.positions[rows.clone()].iter().filter(|&&p| p < skip).count();
+                    seq.rows.start + skipped
+                }
+                _ => seq.rows.end - 1,
+            };
+            let leaving = if gate.newest_alone { seq.rows.end - 1..seq.rows.end } else { seq.rows.clone() };
+            exits[leaving].fill([first as u32, seq.rows.end as u32]);
+        }
+        exits
     }
 
-    /// Where a sequence of the batch is among the live ones, if a gate with this effect may ask it: those in the river
-    /// stay there, and those that others take their KV from stay as they are.
+    /// Where a sequence of the batch is among the live ones, if a gate with this effect may ask it: those that others
+    /// take their KV from stay as they are.
     pub(super) fn eligible(&self, seq: usize, effect: Effect) -> Option<usize> {
-        let may = |s: &LiveSeq| match effect {
-            Effect::Observe => true,
-            Effect::River => !s.river && !self.sources.contains(&seq),
-            _ => !self.sources.contains(&seq),
-        };
-        self.seqs.iter().position(|s| s.seq == seq && may(s))
+        let may = effect == Effect::Observe || !self.sources.contains(&seq);
+        self.seqs.iter().position(|s| s.seq == seq && may)
     }
 
     pub(super) fn has_transfers(&self) -> bool {
@@ -180,24 +181,11 @@ impl LiveRows {
         self.seqs.iter().find_map(|s| Some(s.rows.start + s.batch_rows.place(batch_row)?))
     }
 
-    /// Takes the sequences in `fired` (ascending) out, or moves them to the river. Returns the old live row of each new
-    /// live row; [`inputs`](Self::inputs) must be staged again.
-    pub(super) fn apply(&mut self, effect: Effect, fired: &[usize]) -> Vec<u32> {
-        let old = std::mem::take(&mut self.seqs);
-        let mut backbone = Vec::new();
-        let mut river = Vec::new();
-        for (i, mut seq) in old.into_iter().enumerate() {
-            if fired.binary_search(&i).is_ok() {
-                match effect {
-                    Effect::Drop | Effect::Stop | Effect::Alias => continue,
-                    Effect::River => seq.river = true,
-                    Effect::Observe | Effect::Recompute { .. } => {}
-                }
-            }
-            if seq.river { river.push(seq) } else { backbone.push(seq) }
-        }
-        self.seqs = backbone;
-        self.seqs.append(&mut river);
+    /// Takes the sequences in `fired` (ascending) out. Returns the old live row of each new live row;
+    /// [`inputs`](Self::inputs) must be staged again.
+    pub(super) fn take_out(&mut self, fired: &[usize]) -> Vec<u32> {
+        let mut place = 0..;
+        self.seqs.retain(|_| place.next().is_some_and(|i| fired.binary_search(&i).is_err()));
         let mut order = Vec::new();
         for seq in &mut self.seqs {
             let start = order.len();
@@ -208,7 +196,7 @@ impl LiveRows {
     }
 
     /// Leaves `thinned` sequences only some of their rows; the others' slots take their KV from another sequence's.
-    /// Returns what [`apply`](Self::apply) does.
+    /// Returns what [`take_out`](Self::take_out) does.
     pub(super) fn thin(&mut self, thinned: Vec<Thinned>) -> Vec<u32> {
         let mut order = Vec::new();
         let mut thinned = thinned.into_iter().peekable();

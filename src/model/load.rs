@@ -1,11 +1,12 @@
 //! From named tensors to resident layers, and the buffers of a pass.
 
-use super::{Layer, ModelOptions, Workspace};
+use super::{Layer, ModelOptions, Projections, Workspace};
 use crate::backend::Backend;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::model::family::ModelConfig;
 use crate::model::weights::{Tensor, WeightStore};
+use crate::quant::{MatrixPart, QuantWeights};
 
 /// Logits kept at a time: rows are answered in chunks of at most this many bytes. 64 branches of a vocabulary of 152,064
 /// fit, so that their decode step reads the unembedding once and is one recording on a GPU.
@@ -58,14 +59,21 @@ impl<B: Backend> Workspace<B> {
 pub(super) struct Loader<'a, B: Backend> {
     pub(super) backend: &'a mut B,
     pub(super) store: &'a WeightStore,
+    /// Matrices in codes, which stand in for the store's.
+    pub(super) codes: Option<&'a QuantWeights>,
     pub(super) compute: DType,
     pub(super) config: &'a ModelConfig,
 }
 
 impl<B: Backend> Loader<'_, B> {
     pub(super) fn matrix(&mut self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix> {
-        let parts: Vec<Tensor> =
-            parts.iter().map(|(name, rows)| self.store.get(name, &[*rows, cols])).collect::<Result<_>>()?;
+        let part = |(name, rows): &(&str, usize)| -> Result<MatrixPart> {
+            match self.codes.and_then(|codes| codes.get(name)) {
+                Some(codes) => Ok(codes.clone().into()),
+                None => Ok(self.store.get(name, &[*rows, cols])?.into()),
+            }
+        };
+        let parts: Vec<MatrixPart> = parts.iter().map(part).collect::<Result<_>>()?;
         self.backend.matrix(&parts, self.compute)
     }
 
@@ -76,13 +84,9 @@ impl<B: Backend> Loader<'_, B> {
     pub(super) fn layer(&mut self, idx: usize) -> Result<Layer<B>> {
         let c = self.config;
         let name = |suffix: &str| format!("model.layers.{idx}.{suffix}");
-        let (q_width, kv_width) = (c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let qkv = [("self_attn.q_proj", q_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)];
-        let weights: Vec<(String, usize)> = qkv.iter().map(|(n, w)| (name(&format!("{n}.weight")), *w)).collect();
-        let borrowed: Vec<(&str, usize)> = weights.iter().map(|(n, w)| (n.as_str(), *w)).collect();
         let qkv_bias = if c.qkv_bias {
-            let parts: Vec<Tensor> =
-                qkv.iter().map(|(n, w)| self.store.get(&name(&format!("{n}.bias")), &[*w])).collect::<Result<_>>()?;
+            let bias = |(n, w): (&str, usize)| self.store.get(&name(&format!("{n}.bias")), &[w]);
+            let parts: Vec<Tensor> = qkv(c).into_iter().map(bias).collect::<Result<_>>()?;
             Some(self.backend.vector(&parts)?)
         } else {
             None
@@ -94,18 +98,32 @@ impl<B: Backend> Loader<'_, B> {
         let o_bias = optional(c.o_bias, "self_attn.o_proj.bias", c.hidden)?;
         Ok(Layer {
             attn_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,
-            qkv: self.matrix(&borrowed, c.hidden)?,
+            w: self.projections(idx)?,
             qkv_bias,
             q_norm,
             k_norm,
-            o: self.matrix(&[(&name("self_attn.o_proj.weight"), c.hidden)], q_width)?,
             o_bias,
             mlp_norm: self.vector(&name("post_attention_layernorm.weight"), c.hidden)?,
-            gate_up: self.matrix(
-                &[(&name("mlp.gate_proj.weight"), c.intermediate), (&name("mlp.up_proj.weight"), c.intermediate)],
-                c.hidden,
-            )?,
-            down: self.matrix(&[(&name("mlp.down_proj.weight"), c.hidden)], c.intermediate)?,
         })
     }
+
+    pub(super) fn projections(&mut self, idx: usize) -> Result<Projections<B>> {
+        let c = self.config;
+        let name = |suffix: &str| format!("model.layers.{idx}.{suffix}.weight");
+        let weights: Vec<(String, usize)> = qkv(c).into_iter().map(|(n, w)| (name(n), w)).collect();
+        let borrowed: Vec<(&str, usize)> = weights.iter().map(|(n, w)| (n.as_str(), *w)).collect();
+        let (gate, up) = (name("mlp.gate_proj"), name("mlp.up_proj"));
+        Ok(Projections {
+            qkv: self.matrix(&borrowed, c.hidden)?,
+            o: self.matrix(&[(&name("self_attn.o_proj"), c.hidden)], c.num_q_heads * c.head_dim)?,
+            gate_up: self.matrix(&[(&gate, c.intermediate), (&up, c.intermediate)], c.hidden)?,
+            down: self.matrix(&[(&name("mlp.down_proj"), c.hidden)], c.intermediate)?,
+        })
+    }
+}
+
+/// The matrices that are stacked for attention, and their heights.
+fn qkv(c: &ModelConfig) -> [(&'static str, usize); 3] {
+    let (q_width, kv_width) = (c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+    [("self_attn.q_proj", q_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)]
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 
 pub(crate) mod fingerprint;
 mod random;
-mod safetensors;
+pub(crate) mod safetensors;
 
 /// A tensor as it lies in its file (mapped) or in memory. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -63,15 +63,21 @@ fn pack(dtype: DType, mut values: impl ExactSizeIterator<Item = f32>) -> Arc<[u3
     (0..num_words).map(|_| next() | next() << 16).collect()
 }
 
+impl TensorData {
+    /// All there are; up to three more than the elements take.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Owned(words) => bytemuck::cast_slice(words),
+            Self::Mapped { map, range } => &map[range.clone()],
+            Self::Static(bytes) => bytes,
+        }
+    }
+}
+
 impl Tensor {
     /// The elements, as bytes.
     pub fn bytes(&self) -> &[u8] {
-        let all: &[u8] = match &self.data {
-            TensorData::Owned(words) => bytemuck::cast_slice(words),
-            TensorData::Mapped { map, range } => &map[range.clone()],
-            TensorData::Static(bytes) => bytes,
-        };
-        &all[..self.num_elems() * self.dtype.size_bytes()]
+        &self.data.bytes()[..self.num_elems() * self.dtype.size_bytes()]
     }
 
     /// Product of the shape.
@@ -201,14 +207,22 @@ impl WeightStore {
 
     /// Reads every element (`--check-tensors`) and names the first that is NaN or infinite.
     pub fn check_finite(&self) -> Result<()> {
-        for (file, tensor) in self.ready() {
-            if let Some(at) = tensor.first_non_finite() {
-                let path = self.files.get(file).unwrap_or(&self.path);
-                let why = format!("element {at} is NaN or infinite; the file is damaged, fetch it again");
-                return Err(weights_error(path, &tensor.name, why));
-            }
-        }
-        Ok(())
+        self.ready().try_for_each(|(file, tensor)| self.refuse_non_finite(file, tensor))
+    }
+
+    /// As [`get`](Self::get), for a tensor without NaN and infinities.
+    pub(crate) fn get_finite(&self, name: &str, expected_shape: &[usize]) -> Result<Tensor> {
+        let tensor = self.get(name, expected_shape)?;
+        let file = self.tensors.get(name).map_or(0, |(file, _)| *file);
+        self.refuse_non_finite(file, &tensor)?;
+        Ok(tensor)
+    }
+
+    fn refuse_non_finite(&self, file: usize, tensor: &Tensor) -> Result<()> {
+        let Some(at) = tensor.first_non_finite() else { return Ok(()) };
+        let path = self.files.get(file).unwrap_or(&self.path);
+        let why = format!("element {at} is NaN or infinite; the file is damaged, fetch it again");
+        Err(weights_error(path, &tensor.name, why))
     }
 
     fn ready(&self) -> impl Iterator<Item = (usize, &Tensor)> {
@@ -267,7 +281,7 @@ impl WeightStore {
 }
 
 /// The name comes from a file: no control characters, and not all of a long one.
-fn weights_error(path: &Path, tensor: &str, why: String) -> Error {
+pub(crate) fn weights_error(path: &Path, tensor: &str, why: String) -> Error {
     let tensor = tensor.chars().take(200).flat_map(char::escape_debug).collect();
     Error::Weights { path: path.to_owned(), tensor, why }
 }

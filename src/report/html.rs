@@ -7,12 +7,14 @@ mod bars;
 mod budgets;
 mod chosen;
 mod curves;
+mod depths;
 mod entropy;
 mod ladder;
 mod latency;
 mod markup;
 mod memory;
 mod plot;
+mod sheet;
 mod similarity;
 mod summary;
 mod tree;
@@ -20,6 +22,7 @@ mod words;
 
 pub use budgets::{BudgetClaim, BudgetLine, BudgetPlot, BudgetPoint, render_budgets};
 pub use curves::{Curve, Panel, render_curves};
+pub use depths::{DepthPanel, DepthPlot, DepthPoint, DepthSeries, DepthStyle, render_depths};
 use markup::El;
 use plot::Figure;
 

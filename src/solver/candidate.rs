@@ -3,7 +3,7 @@
 use super::config::SolverConfig;
 use super::select::Ballot;
 use super::task::Task;
-use crate::engine::{BranchId, EndReason, Engine, GenerateParams};
+use crate::engine::{BranchId, EndReason, Engine, GenerateParams, GeneratedToken};
 use crate::error::Result;
 use crate::report::{BranchResult, LayerEntropy};
 use crate::tokenizer::StopScanner;
@@ -13,6 +13,8 @@ pub(super) struct Candidate {
     pub(super) id: BranchId,
     pub(super) prompt_len: usize,
     pub(super) steps: usize,
+    /// The sum of the top-1 probabilities up to each.
+    pub(super) sums: Vec<f64>,
     /// What the nodes it grew from had of confidence: the sum, and of how many steps.
     pub(super) earlier: (f64, usize),
     pub(super) ended: Option<EndReason>,
@@ -55,6 +57,7 @@ impl Candidate {
             id,
             prompt_len,
             steps: 0,
+            sums: Vec::new(),
             earlier: (0.0, 0),
             ended: None,
             generated: Vec::new(),
@@ -108,14 +111,17 @@ impl Candidate {
         self.steps = steps.saturating_sub(self.earlier.1);
     }
 
-    pub(super) fn on_token(&mut self, engine: &Engine) -> Result<()> {
-        self.steps += 1;
-        self.confidence = engine.confidence(self.id)?;
-        if self.earlier.1 > 0 {
-            let own = self.confidence * self.steps as f64;
-            self.confidence = (self.earlier.0 + own) / self.num_steps() as f64;
-        }
-        Ok(())
+    pub(super) fn on_token(&mut self, token: &GeneratedToken) {
+        let sum = self.sums.last().copied().unwrap_or(0.0) + f64::from(token.stats.top1);
+        self.sums.push(sum);
+        self.count_steps(self.sums.len());
+    }
+
+    /// It has generated `steps` tokens.
+    fn count_steps(&mut self, steps: usize) {
+        self.steps = steps;
+        let sum = steps.checked_sub(1).and_then(|last| self.sums.get(last)).copied().unwrap_or(0.0);
+        self.confidence = (self.earlier.0 + sum) / self.num_steps().max(1) as f64;
     }
 
     /// Ends it where it ran into a stop string, and reads its solution once it has ended.
@@ -126,6 +132,8 @@ impl Candidate {
         let generated = &engine.tokens(self.id)?[self.prompt_len..];
         let stop = self.stops.as_mut().map(|s| s.scan(generated)).transpose()?.flatten();
         if let Some(keep) = stop {
+            // What came behind it in the same step was never said.
+            self.count_steps(self.steps.min(keep + 1));
             let keep = keep.max(1);
             self.stops = None; // the first one settles it
             if self.ended.is_none() {

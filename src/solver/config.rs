@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::gate::asks::{Asks, AsksScope};
+use crate::gate::river::{River, RiverExit};
 use crate::gate::step::{Converged, DecodeExit, StopAllRule, TrialRule};
 use crate::gate::verify::{SkipRule, VerifyExit};
 use crate::kv::budget::{KvLimit, KvPrompt};
@@ -120,6 +121,8 @@ pub struct SolverConfig {
     pub sampling: SamplingParams,
     /// How much KV a branch may hold; `None`: all of it.
     pub kv: Option<KvLimit>,
+    /// How generated tokens use the second weight set; `None`: not at all.
+    pub river: Option<River>,
     /// Branches grow as a tree instead of each by itself.
     pub search: Option<SearchConfig>,
     /// Ends a step; the task's own where there is none.
@@ -176,6 +179,7 @@ impl SolverConfig {
             select: Select::Vote,
             sampling: SamplingParams::default(),
             kv: None,
+            river: None,
             search: None,
             step_delimiter: None,
             concurrency: 1,
@@ -236,6 +240,9 @@ impl SolverConfig {
                  shared is never dropped; use another exit",
             )?;
         }
+        if let Some(river) = &self.river {
+            self.validate_river(river)?;
+        }
         check(self.wordings >= 1, "wordings", "must be at least 1")?;
         if let Some(asks) = &self.asks {
             asks.validate()?;
@@ -254,6 +261,47 @@ impl SolverConfig {
             exit.validate()?;
         }
         self.sampling.validate()
+    }
+
+    fn validate_river(&self, river: &River) -> Result<()> {
+        river.validate()?;
+        let check = |ok: bool, field: &str, why: &str| if ok { Ok(()) } else { Err(Error::config(field, why)) };
+        check(
+            river.prefill.is_none() || self.asks.is_none(),
+            "river-prefill",
+            "and --asks both decide on a prompt's last pass; drop one of the two",
+        )?;
+        check(
+            !river.verify || self.verify_exit.is_none(),
+            "river-verify",
+            "and --verify-exit both decide on a verification's pass; drop one of the two",
+        )?;
+        check(
+            !river.verify || self.verify != VerifyMode::Off,
+            "river-verify",
+            "there is no verification under --verify off",
+        )?;
+        if self.kv.is_some() {
+            river.check_budget()?;
+        }
+        let forks = self.decode_exit == DecodeExit::Trial || self.search.as_ref().is_some_and(|s| s.depth > 1);
+        check(
+            river.refresh.is_none() || !forks,
+            "river-refresh",
+            "runs nothing again that a branch had when it was forked, and a tree or --decode-exit trial forks at every step; \
+             drop one of the two",
+        )?;
+        if !matches!(river.exit, RiverExit::Draft(_)) {
+            return Ok(());
+        }
+        let by_step = self.search.is_some() || self.merge.is_some();
+        let by_step = by_step || !matches!(self.decode_exit, DecodeExit::Off | DecodeExit::Decided);
+        check(
+            !by_step,
+            "river",
+            "a draft yields several tokens a step, and a tree, --merge or this --decode-exit looks at every one; drop one \
+             of the two",
+        )
     }
 
     /// Refuses a task that lacks what this configuration needs of it, by the name of the missing field.

@@ -66,6 +66,7 @@ impl Prompts {
             if self.trunk.is_some() {
                 engine.append(id, &text[common..])?;
             }
+            engine.exit_prompt(id)?;
         }
         match &config.asks {
             Some(asks) if asks.scope == AsksScope::Problem && can_pay(config, &texts, common) => {

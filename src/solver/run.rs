@@ -16,7 +16,7 @@ use super::select::{Ballot, select, tally};
 use super::task::Task;
 use super::trial::Trials;
 use super::verdicts::Verdicts;
-use crate::engine::{BranchId, EndReason, Engine, PrefillOptions, StepItem};
+use crate::engine::{BranchId, EndReason, Engine, GeneratedToken, PrefillOptions, StepItem};
 use crate::error::Result;
 use crate::gate::step::{DecodeExit, is_decided};
 use crate::prompts::same_answer;
@@ -104,6 +104,7 @@ impl Run {
                 engine.limit_kv(id, kv.for_prompt(text.len() + suffix.len(), engine.config().block_size))?;
             }
             engine.start(id, params.clone())?;
+            engine.exit_prompt(id)?;
         }
         Ok(())
     }
@@ -159,11 +160,12 @@ impl Run {
         self.ms.verify += seconds * 1e3;
     }
 
-    pub(super) fn on_token(&mut self, engine: &Engine, branch: BranchId) -> Result<()> {
+    pub(super) fn on_token(&mut self, branch: BranchId, token: &GeneratedToken) {
         if let Some(c) = self.branches.iter_mut().find(|c| c.id == branch) {
-            return c.on_token(engine);
+            c.on_token(token);
+        } else if let Some(trials) = &mut self.trials {
+            trials.on_token(branch, token);
         }
-        self.trials.as_mut().map_or(Ok(()), |t| t.on_token(engine, branch))
     }
 
     pub(super) fn on_ended(&mut self, engine: &Engine, branch: BranchId, reason: EndReason) -> Result<()> {

@@ -17,7 +17,7 @@ use super::prompts::Prompts;
 use super::run::Run;
 use super::steps::StepWatch;
 use super::task::Task;
-use crate::engine::{BranchId, EndReason, Engine, StepItem};
+use crate::engine::{BranchId, EndReason, Engine, GeneratedToken, StepItem};
 use crate::error::Result;
 use crate::report::ProblemResult;
 
@@ -80,10 +80,10 @@ impl Search {
         self.run.count(&StepItem { is_decode, ..*item }, seconds);
     }
 
-    pub(super) fn on_token(&mut self, engine: &Engine, branch: BranchId) -> Result<()> {
-        match &mut self.growth {
-            Some(growth) => growth.candidate(branch).map_or(Ok(()), |c| c.on_token(engine)),
-            None => self.run.on_token(engine, branch),
+    pub(super) fn on_token(&mut self, branch: BranchId, token: &GeneratedToken) {
+        let Some(growth) = &mut self.growth else { return self.run.on_token(branch, token) };
+        if let Some(c) = growth.candidate(branch) {
+            c.on_token(token);
         }
     }
 

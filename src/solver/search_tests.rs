@@ -43,7 +43,7 @@ fn step(engine: &mut Engine, search: &mut Search) -> Result<()> {
             continue;
         }
         match event.kind {
-            EventKind::Token(_) => search.on_token(engine, event.branch)?,
+            EventKind::Token(token) => search.on_token(event.branch, &token),
             EventKind::Ended(reason) => search.on_ended(engine, event.branch, reason)?,
             EventKind::Ready => search.on_ready(engine, event.branch)?,
             EventKind::Preempted | EventKind::Aliased { .. } => {}

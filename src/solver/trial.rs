@@ -6,7 +6,7 @@ use super::candidate::Candidate;
 use super::config::SolverConfig;
 use super::steps::StepWatch;
 use super::task::Task;
-use crate::engine::{BranchId, EndReason, Engine, GenerateParams, StepItem};
+use crate::engine::{BranchId, EndReason, Engine, GenerateParams, GeneratedToken, StepItem};
 use crate::error::Result;
 use crate::report::TrialCounts;
 use crate::sampler::SamplingParams;
@@ -60,11 +60,10 @@ impl Trials {
         is_trial
     }
 
-    pub(super) fn on_token(&mut self, engine: &Engine, branch: BranchId) -> Result<()> {
-        if let (Some(t), Some(row)) = (self.open.iter_mut().find(|t| t.id == branch), engine.row(branch)?) {
-            t.top1.push(f64::from(row.stats.top1));
+    pub(super) fn on_token(&mut self, branch: BranchId, token: &GeneratedToken) {
+        if let Some(t) = self.open.iter_mut().find(|t| t.id == branch) {
+            t.top1.push(f64::from(token.stats.top1));
         }
-        Ok(())
     }
 
     pub(super) fn on_ended(&mut self, engine: &Engine, branch: BranchId, reason: EndReason) -> Result<()> {

@@ -51,6 +51,7 @@ impl Verdicts {
         let num_layers = engine.model().num_layers;
         let gate = match &config.verify_exit {
             Some(exit) => exit.gate(num_layers),
+            None if config.river.is_some_and(|r| r.verify) => None,
             None => config.record.then(|| VerifyExit::CANDIDATES.observer(num_layers)),
         };
         let sees_both =
@@ -58,6 +59,12 @@ impl Verdicts {
         self.sole_yes = yes.first().copied().filter(|_| sees_both && watched.len() == 2);
         if let Some(gate) = gate.filter(|_| !ids.is_empty()) {
             engine.gate(&gate, &ids)?;
+        }
+        for &id in ids.iter().filter(|_| config.river.is_some()) {
+            let num_tokens = engine.tokens(id)?.len();
+            if let Some(gate) = config.river.and_then(|r| r.verify_gate(num_tokens, num_layers)) {
+                engine.gate(&gate, &[id])?;
+            }
         }
         self.open = ids.len();
         self.outcome.run = ids.len();

@@ -144,6 +144,7 @@ struct Asked {
     weight: bool,
     reference: bool,
     similarity: bool,
+    keep: bool,
 }
 
 fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32) {
@@ -161,12 +162,13 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
         let (mut x, delta_buf, weight_buf) = (dev.buffer(&before)?, dev.buffer(&delta)?, dev.buffer(&weight)?);
         let reference_buf = dev.buffer(&reference)?;
         let mut y = dev.zeroed::<u8>(rows * hidden * dtype.size_bytes())?;
-        let mut similarity = dev.zeroed::<f32>(rows)?;
+        let (mut similarity, mut keep) = (dev.zeroed::<f32>(rows)?, dev.zeroed::<f32>(rows * hidden)?);
         let params = rksc_add_rms_norm_params {
             x: x.ptr_mut(),
             delta: if asked.delta { delta_buf.ptr() } else { null() },
             weight: if asked.weight { weight_buf.ptr() } else { null() },
             y: y.ptr_mut().cast(),
+            keep: if asked.keep { keep.ptr_mut() } else { null_mut() },
             reference: if asked.reference { reference_buf.ptr() } else { null() },
             similarity: if asked.similarity { similarity.ptr_mut() } else { null_mut() },
             num_rows: rows as u32,
@@ -177,6 +179,7 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
         dev.launch(dev.kernels().add_rms_norm, &params)?;
         let (x, y, similarity) = (dev.to_vec(&x)?, widened(dev, dtype, &y)?, dev.to_vec(&similarity)?);
         assert_eq!(x, after, "{what}");
+        assert_eq!(dev.to_vec(&keep)?, if asked.keep { after.clone() } else { vec![0.0; rows * hidden] }, "{what}");
         for (r, &got) in similarity.iter().enumerate() {
             let part = r * hidden..(r + 1) * hidden;
             let row = wide(&after[part.clone()]);
@@ -195,7 +198,7 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
 
 #[test]
 fn add_rms_norm_matches_oracle() {
-    let all = Asked { delta: true, weight: true, reference: false, similarity: true };
+    let all = Asked { delta: true, weight: true, reference: false, similarity: true, keep: true };
     for dtype in DTYPES {
         for (rows, hidden) in ROWS {
             norm_case(dtype, rows, hidden, all, 2.0);
@@ -209,13 +212,13 @@ fn add_rms_norm_matches_oracle() {
 #[test]
 fn add_rms_norm_without_its_options() {
     for hidden in [6, 8, 1000, 8196] {
-        for mask in 0..16 {
+        for mask in 0..32 {
             let is = |bit: usize| mask >> bit & 1 == 1;
-            let asked = Asked { delta: is(0), weight: is(1), reference: is(2), similarity: is(3) };
+            let asked = Asked { delta: is(0), weight: is(1), reference: is(2), similarity: is(3), keep: is(4) };
             norm_case(DType::Bf16, 3, hidden, asked, 1.0);
         }
         // Squares beyond f32 in the product of two sums.
-        let compared = Asked { delta: true, weight: false, reference: true, similarity: true };
+        let compared = Asked { delta: true, weight: false, reference: true, similarity: true, keep: false };
         norm_case(DType::F32, 3, hidden, compared, 1e16);
     }
 }

@@ -91,6 +91,8 @@ impl Case {
             in_features: self.k as u32,
             out_features: self.n as u32,
             dtype: self.dtype as u32,
+            y_stride: self.n as u32,
+            ..Default::default()
         };
         dev.launch(dev.kernels().linear, &params)?;
         dev.to_vec(&y)
@@ -184,13 +186,22 @@ fn one_workspace_serves_all_shapes_and_comes_back_with_its_counters_zero() {
 #[test]
 fn linear_refuses_what_it_cannot_do() {
     for_each_device("linear refuses", |dev| {
-        let good = rksc_linear_params { num_rows: 1, in_features: 16, out_features: 1, dtype: 1, ..Default::default() };
+        let good = rksc_linear_params {
+            num_rows: 1,
+            in_features: 16,
+            out_features: 1,
+            dtype: 1,
+            y_stride: 1,
+            ..Default::default()
+        };
         for bad in [
             rksc_linear_params { num_rows: 17, ..good },
             rksc_linear_params { in_features: 0, ..good },
             rksc_linear_params { in_features: 12, ..good },
             rksc_linear_params { in_features: 6, dtype: 0, ..good },
             rksc_linear_params { dtype: 3, ..good },
+            rksc_linear_params { y_stride: 0, ..good },
+            rksc_linear_params { side: 2, ..good },
             rksc_linear_params { in_features: 8192, ..good }, // split over CTAs, and no workspace
         ] {
             assert_refused(dev.launch(dev.kernels().linear, &bad));

@@ -38,18 +38,22 @@ fn norm_case<T: Elem>(level: SimdLevel) {
         let delta = fill.normals(rows * hidden, 0.5);
         let weight = fill.normals(hidden, 1.0);
         let run = |threads: usize, from: usize| {
-            let (mut x, mut y, mut sim) = (before.clone(), vec![T::zeroed(); rows * hidden], vec![9.0; rows - from]);
+            let (mut x, mut y, mut sim) = (before.clone(), vec![T::zeroed(); rows * hidden], vec![9.0; rows]);
+            let mut kept = vec![9.0; rows * hidden];
             let args = AddRmsNormArgs {
                 rows: from..rows,
                 x: &mut x,
                 delta: Some(&delta),
                 weight: Some(&weight),
                 y: &mut y,
-                step_similarity: Some(&mut sim),
+                keep: Some(&mut kept),
+                step_similarity: Some((&before, &mut sim)),
                 hidden,
                 eps: 1e-6,
             };
             add_rms_norm(level, &mut ThreadPool::new(threads), args).unwrap();
+            assert_eq!(kept[from * hidden..], x[from * hidden..]);
+            assert!(kept[..from * hidden].iter().chain(&sim[..from]).all(|&x| x == 9.0));
             (x, y, sim)
         };
         let (x, y, sim) = run(1, 0);
@@ -69,7 +73,7 @@ fn norm_case<T: Elem>(level: SimdLevel) {
         }
         let (x1, y1, sim1) = run(1, rows - 1);
         let last = (rows - 1) * hidden;
-        assert_eq!((&x1[last..], &y1[last..], sim1[0]), (&x[last..], &y[last..], sim[rows - 1]));
+        assert_eq!((&x1[last..], &y1[last..], sim1[rows - 1]), (&x[last..], &y[last..], sim[rows - 1]));
         assert_eq!(x1[..last], before[..last]);
     }
 }
@@ -83,7 +87,8 @@ fn add_rms_norm_matches_oracle() {
 fn add_rms_norm_without_its_options() {
     for level in SimdLevel::available() {
         let mut pool = ThreadPool::new(1);
-        let mut x = vec![0.0, 3.0, 0.0, 4.0];
+        let before = [0.0, 3.0, 0.0, 4.0];
+        let mut x = before.to_vec();
         let mut y = vec![7.0f32; 4];
         let mut sim = [9.0; 2];
         let delta = [1.0, 0.0, 0.0, -4.0];
@@ -93,7 +98,8 @@ fn add_rms_norm_without_its_options() {
             delta: Some(&delta),
             weight: None,
             y: &mut y,
-            step_similarity: Some(&mut sim),
+            keep: None,
+            step_similarity: Some((&before, &mut sim)),
             hidden: 2,
             eps: 0.0,
         };
@@ -107,6 +113,7 @@ fn add_rms_norm_without_its_options() {
             delta: None,
             weight: Some(&[1.0, 2.0]),
             y: &mut y,
+            keep: None,
             step_similarity: None,
             hidden: 2,
             eps: 0.0,
@@ -119,6 +126,7 @@ fn add_rms_norm_without_its_options() {
             delta: None,
             weight: Some(&[1.0, 2.0]),
             y: &mut y,
+            keep: None,
             step_similarity: None,
             hidden: 2,
             eps: 0.0,

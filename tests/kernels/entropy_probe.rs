@@ -224,6 +224,7 @@ fn in_three_ops(case: &Case, level: SimdLevel) -> Vec<RowStats> {
                         delta: None,
                         weight: Some(weight),
                         y: &mut h,
+                        keep: None,
                         step_similarity: None,
                         hidden,
                         eps: EPS,

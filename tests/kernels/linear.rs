@@ -5,6 +5,7 @@ use rksc::backend::cpu::linear::{Activations, LinearArgs, LinearScratch, linear}
 use rksc::backend::cpu::matrix::CpuMatrix;
 use rksc::backend::cpu::pool::ThreadPool;
 use rksc::backend::cpu::simd::SimdLevel;
+use rksc::model::weights::Tensor;
 use rksc::testing::{epsilon, fill, global_difference, linear_oracle, round_to, tensor};
 use rksc::{DType, Error};
 
@@ -326,7 +327,7 @@ fn wrong_shapes_are_errors_and_empty_ones_are_not() {
     let a = tensor("a", DType::F32, &[2, 3], &[0.0; 6]);
     let b = tensor("b", DType::F32, &[2, 4], &[0.0; 8]);
     assert!(matches!(CpuMatrix::new(&[a, b], DType::F32), Err(Error::Shape { .. })));
-    assert!(CpuMatrix::new(&[], DType::F32).is_err());
+    assert!(CpuMatrix::new::<Tensor>(&[], DType::F32).is_err());
 }
 
 #[test]

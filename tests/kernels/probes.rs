@@ -56,7 +56,7 @@ impl Probe {
         let num_rows = self.x.len() / self.hidden;
         let x = b.upload(&self.x)?;
         let norm = self.norm.as_ref().map(|n| b.upload(n)).transpose()?;
-        let w = b.matrix(&[tensor("w", self.dtype, &[self.vocab, self.hidden], &self.w)], self.dtype)?;
+        let w = b.matrix(&[tensor("w", self.dtype, &[self.vocab, self.hidden], &self.w).into()], self.dtype)?;
         b.reset_counters();
         b.entropy_probe(EntropyProbe {
             x: &x,
@@ -281,7 +281,7 @@ fn attention_mass_is_the_same_on_both_backends() {
 fn probes_leave_recordings_whole() {
     let mut b = cuda(Device::emulated().unwrap(), 1, 1);
     let rows = Fill::new(1).normals(5 * 16, 2.0);
-    let table = b.matrix(&[tensor("table", DType::F32, &[5, 16], &rows)], DType::F32).unwrap();
+    let table = b.matrix(&[tensor("table", DType::F32, &[5, 16], &rows).into()], DType::F32).unwrap();
     let want = |id: u32| rksc::testing::oracle::row_stats(&rows[id as usize * 16..][..16]).argmax as u32;
     let mut x = b.alloc(DType::F32, 2 * 16).unwrap();
     for round in 0..3 {
@@ -289,7 +289,7 @@ fn probes_leave_recordings_whole() {
             let mut stats = [RowStats::default(); 2];
             let inputs = PassInputs { token_ids: ids.to_vec(), query_rows: vec![0, 1], ..PassInputs::default() };
             let inputs = b.stage(inputs).unwrap();
-            b.begin_pass(&inputs, true).unwrap();
+            b.begin_pass(&inputs, Some(0)).unwrap();
             b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, hidden: 16 }).unwrap();
             b.row_stats(RowStatsOp { logits: &x, num_rows: 2, vocab: 16 }).unwrap();
             b.end_pass().unwrap();
@@ -310,7 +310,7 @@ fn probes_leave_recordings_whole() {
     let inputs = b.stage(inputs).unwrap();
     let mut refused = 0;
     for _ in 0..4 {
-        b.begin_pass(&inputs, true).unwrap();
+        b.begin_pass(&inputs, Some(0)).unwrap();
         b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, hidden: 16 }).unwrap();
         if let Err(e) = probe(&mut b, &x) {
             assert!(e.to_string().contains("repeatable"), "{e}");
@@ -320,7 +320,7 @@ fn probes_leave_recordings_whole() {
         b.end_pass().unwrap();
     }
     assert_eq!(refused, 2, "the first moves a buffer, the second is the first of its shape");
-    b.begin_pass(&inputs, false).unwrap();
+    b.begin_pass(&inputs, None).unwrap();
     b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, hidden: 16 }).unwrap();
     probe(&mut b, &x).unwrap();
     b.end_pass().unwrap();

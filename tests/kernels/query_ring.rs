@@ -49,7 +49,7 @@ impl<B: Backend> Pass<B> {
             query_rows: vec![0, 1, 2],
             ..Default::default()
         })?;
-        b.begin_pass(&inputs, true)?;
+        b.begin_pass(&inputs, Some(0))?;
         b.rope_append(RopeAppend {
             rows: 0..ROWS,
             inputs: &inputs,
@@ -154,7 +154,7 @@ fn recordings_are_not_forgotten_in_a_pass_that_needs_them() {
     let inputs = || PassInputs { token_ids: vec![0; ROWS], query_rows: vec![0, 1, 2], ..Default::default() };
     pass.run(&mut cuda, 0, &[], None).unwrap();
     let staged = cuda.stage(inputs()).unwrap();
-    cuda.begin_pass(&staged, true).unwrap();
+    cuda.begin_pass(&staged, Some(0)).unwrap();
     assert!(matches!(cuda.forget_recordings(), Err(Error::Internal(_))));
     // The pass that failed half-way is abandoned by the next.
     pass.run(&mut cuda, 1, &[], None).unwrap();

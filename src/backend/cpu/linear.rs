@@ -14,11 +14,15 @@
 //! | `avx512` | others | 16 lanes of FMA, halving tree |
 //! | `avx2` | any, widened to f32 | 8 lanes of FMA, halving tree |
 //! | `portable` | any, widened to f32 | 16 lanes of multiply and add, halving tree |
+//! | any | any, codes | by the width of a code and its group too: `codes.rs` |
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
 use half::{bf16, f16};
+
+use codes::CodeScratch;
+pub use routed::{RoutedArgs, RoutedScratch, routed_linear};
 
 use super::matrix::{CpuMatrix, Weights};
 use super::pool::{SharedMut, ThreadPool, share};
@@ -31,7 +35,9 @@ mod amx;
 mod avx2;
 #[cfg(x86_kernels)]
 mod avx512;
+mod codes;
 mod portable;
+mod routed;
 
 /// Rows prepared and multiplied in one go. Bounds the scratch; 512 rows of 1024 bf16 fill half of a 2 MiB L2.
 const MAX_ROWS: usize = 512;
@@ -73,6 +79,8 @@ pub struct LinearScratch {
     /// `thread_lines` for each thread.
     #[cfg(x86_kernels)]
     threads: Vec<Line>,
+    /// The same rows, as kernels for codes want them.
+    codes: CodeScratch,
 }
 
 /// A cache line.
@@ -165,6 +173,7 @@ pub fn linear(
         let fits = matches!(
             (x, part?.2),
             (Activations::F32(_), _)
+                | (_, Weights::Codes(_))
                 | (Activations::Bf16(_), Weights::Bf16(_))
                 | (Activations::F16(_), Weights::F16(_))
         );
@@ -178,10 +187,20 @@ pub fn linear(
         let elems = start * in_features..end * in_features;
         let run = Run { rows: end - start, in_features, w };
         let out = Output { y: SharedMut::new(y), first_row: start, out_features, bias };
-        match x {
-            Activations::F32(x) => run.f32(pool, level, &x[elems], &out)?,
-            Activations::Bf16(x) => run.bf16(pool, level, scratch, &x[elems], &out)?,
-            Activations::F16(x) => run.widened(pool, level, scratch, &x[elems], &out, f16::to_f32)?,
+        let x = match x {
+            Activations::F32(x) => Activations::F32(&x[elems]),
+            Activations::Bf16(x) => Activations::Bf16(&x[elems]),
+            Activations::F16(x) => Activations::F16(&x[elems]),
+        };
+        if w.has_dense() {
+            match x {
+                Activations::F32(x) => run.f32(pool, level, x, &out)?,
+                Activations::Bf16(x) => run.bf16(pool, level, scratch, x, &out)?,
+                Activations::F16(x) => run.widened(pool, level, scratch, x, &out, f16::to_f32)?,
+            }
+        }
+        if w.has_codes() {
+            run.codes(pool, level, &mut scratch.codes, x, &out)?;
         }
         start = end;
     }
@@ -223,7 +242,7 @@ impl Run<'_> {
                 });
                 let packed = &scratch.x[..groups * group_lines];
                 let own = SharedMut::new(&mut scratch.threads);
-                self.divide(pool, amx::GRAIN, |idx, first_out, w, num_outs| {
+                self.divide(pool, amx::GRAIN, false, |idx, first_out, w, num_outs| {
                     let Weights::Bf16(w) = w else { return };
                     // SAFETY: every thread takes its own lines.
                     let own = unsafe { own.range(idx * thread_lines..(idx + 1) * thread_lines) };
@@ -232,7 +251,7 @@ impl Run<'_> {
                 })
             }
             #[cfg(x86_kernels)]
-            SimdLevel::Avx512 => self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| {
+            SimdLevel::Avx512 => self.divide(pool, avx512::GRAIN, false, |_, first_out, w, num_outs| {
                 let Weights::Bf16(w) = w else { return };
                 // SAFETY: the level is available, and `divide` gave these outputs to this thread.
                 unsafe { avx512::multiply_bf16(&self.job(x, w, first_out, num_outs, out)) }
@@ -267,34 +286,39 @@ impl Run<'_> {
     fn f32(&self, pool: &mut ThreadPool, level: SimdLevel, x: &[f32], out: &Output<'_>) -> Result<()> {
         match level {
             #[cfg(x86_kernels)]
-            SimdLevel::Amx | SimdLevel::Avx512 => self.divide(pool, avx512::GRAIN, |_, first_out, w, num_outs| {
-                // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
-                unsafe {
-                    match w {
-                        Weights::F32(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
-                        Weights::Bf16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
-                        Weights::F16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
+            SimdLevel::Amx | SimdLevel::Avx512 => {
+                self.divide(pool, avx512::GRAIN, false, |_, first_out, w, num_outs| {
+                    // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
+                    unsafe {
+                        match w {
+                            Weights::F32(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
+                            Weights::Bf16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
+                            Weights::F16(w) => avx512::multiply_f32(&self.job(x, w, first_out, num_outs, out)),
+                            Weights::Codes(_) => {}
+                        }
                     }
-                }
-            }),
+                })
+            }
             #[cfg(x86_kernels)]
-            SimdLevel::Avx2 => self.divide(pool, avx2::GRAIN, |_, first_out, w, num_outs| {
+            SimdLevel::Avx2 => self.divide(pool, avx2::GRAIN, false, |_, first_out, w, num_outs| {
                 // SAFETY: the level is available, and `divide` gives each thread outputs of its own.
                 unsafe {
                     match w {
                         Weights::F32(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
                         Weights::Bf16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
                         Weights::F16(w) => avx2::multiply(&self.job(x, w, first_out, num_outs, out)),
+                        Weights::Codes(_) => {}
                     }
                 }
             }),
-            _ => self.divide(pool, portable::GRAIN, |_, first_out, w, num_outs| {
+            _ => self.divide(pool, portable::GRAIN, false, |_, first_out, w, num_outs| {
                 // SAFETY: `divide` gives each thread outputs of its own.
                 unsafe {
                     match w {
                         Weights::F32(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), |w| w),
                         Weights::Bf16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), bf16::to_f32),
                         Weights::F16(w) => portable::multiply(&self.job(x, w, first_out, num_outs, out), f16::to_f32),
+                        Weights::Codes(_) => {}
                     }
                 }
             }),
@@ -339,32 +363,44 @@ impl Run<'_> {
         });
     }
 
-    /// Calls `f(thread, first_out, weights, num_outs)` for the outputs of each thread, part by part.
+    /// Calls `f(thread, first_out, weights, num_outs)` for the outputs of each thread, part by part: of the parts in codes,
+    /// or of the others. Threads get equal bytes of codes, or equal numbers of outputs.
     fn divide(
         &self,
         pool: &mut ThreadPool,
         grain: usize,
+        in_codes: bool,
         f: impl Fn(usize, usize, Weights<'_>, usize) + Sync,
     ) -> Result<()> {
-        let (out_features, num_threads) = (self.w.out_features(), pool.num_threads());
+        let num_threads = pool.num_threads();
+        // Parts were checked before: none is an error.
+        let parts = || self.w.parts().flatten().filter(|part| matches!(part.2, Weights::Codes(_)) == in_codes);
+        let cost = |w: &Weights<'_>| if let Weights::Codes(w) = w { w.bits.bits() / 4 } else { 1 };
+        let total = parts().map(|(_, num_rows, w)| num_rows * cost(&w)).sum();
         pool.run(&|idx| {
-            let own = share(out_features, grain, idx, num_threads);
-            // Parts were checked before: none is an error.
-            for (first_row, num_rows, w) in self.w.parts().flatten() {
-                let (start, end) = (own.start.max(first_row), own.end.min(first_row + num_rows));
-                if start >= end {
-                    continue;
+            let own = share(total, grain, idx, num_threads);
+            let mut before = 0;
+            for (first_row, num_rows, w) in parts() {
+                let row_at = |at: usize| at.saturating_sub(before).div_ceil(cost(&w)).min(num_rows);
+                let (start, end) = (row_at(own.start), row_at(own.end));
+                before += num_rows * cost(&w);
+                if start < end {
+                    f(idx, first_row + start, self.rows_of(w, start..end), end - start);
                 }
-                let elems = (start - first_row) * self.in_features..(end - first_row) * self.in_features;
-                let w = match w {
-                    Weights::F32(w) => Weights::F32(&w[elems]),
-                    Weights::Bf16(w) => Weights::Bf16(&w[elems]),
-                    Weights::F16(w) => Weights::F16(&w[elems]),
-                };
-                f(idx, start, w, end - start);
             }
         });
         Ok(())
+    }
+
+    /// Rows of a part.
+    fn rows_of<'a>(&self, part: Weights<'a>, rows: Range<usize>) -> Weights<'a> {
+        let elems = rows.start * self.in_features..rows.end * self.in_features;
+        match part {
+            Weights::F32(w) => Weights::F32(&w[elems]),
+            Weights::Bf16(w) => Weights::Bf16(&w[elems]),
+            Weights::F16(w) => Weights::F16(&w[elems]),
+            Weights::Codes(w) => Weights::Codes(w.rows(rows)),
+        }
     }
 }
 

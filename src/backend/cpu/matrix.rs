@@ -1,4 +1,4 @@
-//! Weight matrices as `linear` and `embed` read them: row-stacked parts, each used where it lies.
+//! Weight matrices as `linear` and `embed` read them: row-stacked parts, dense or in codes, each used where it lies.
 
 use std::ops::Range;
 
@@ -7,9 +7,14 @@ use half::{bf16, f16};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::weights::{Tensor, TensorData};
+use crate::quant::{CodeBits, MatrixPart, QuantTensor, ZeroKind};
+
+mod code_rows;
+
+pub use code_rows::CodeRows;
 
 /// One `[out, in]` matrix made of one or several row-stacked parts. A part whose element type the compute type cannot
-/// use is converted once, here; all others stay where they are mapped.
+/// use is converted once, here; all others, and all codes, stay where they are mapped.
 pub struct CpuMatrix {
     parts: Vec<Part>,
     compute: DType,
@@ -19,8 +24,8 @@ pub struct CpuMatrix {
 }
 
 struct Part {
-    tensor: Tensor,
-    /// Rows of the tensor that are left out before the first.
+    data: MatrixPart,
+    /// Rows of the data that are left out before the first.
     skipped_rows: usize,
     /// Rows of the stacked matrix before this part.
     first_row: usize,
@@ -28,18 +33,31 @@ struct Part {
 }
 
 impl Part {
-    /// The elements of its rows `[from, to)`, counted from its first.
-    fn elems(&self, from: usize, to: usize, in_features: usize) -> Result<Weights<'_>> {
-        let at = (self.skipped_rows + from) * in_features..(self.skipped_rows + to) * in_features;
-        Ok(match weights(&self.tensor)? {
-            Weights::F32(w) => Weights::F32(&w[at]),
-            Weights::Bf16(w) => Weights::Bf16(&w[at]),
-            Weights::F16(w) => Weights::F16(&w[at]),
+    /// Its rows `[from, to)`, counted from its first.
+    fn rows(&self, from: usize, to: usize, in_features: usize) -> Result<Weights<'_>> {
+        let rows = self.skipped_rows + from..self.skipped_rows + to;
+        let at = rows.start * in_features..rows.end * in_features;
+        Ok(match &self.data {
+            MatrixPart::Quantised(w) => Weights::Codes(CodeRows::new(w).rows(rows)),
+            MatrixPart::Dense(tensor) => match weights(tensor)? {
+                Weights::F32(w) => Weights::F32(&w[at]),
+                Weights::Bf16(w) => Weights::Bf16(&w[at]),
+                Weights::F16(w) => Weights::F16(&w[at]),
+                codes @ Weights::Codes(_) => codes,
+            },
         })
+    }
+
+    /// Bytes that reading `num_rows` of its rows takes.
+    fn num_bytes(&self, num_rows: usize, in_features: usize) -> u64 {
+        match &self.data {
+            MatrixPart::Dense(tensor) => (num_rows * in_features * tensor.dtype.size_bytes()) as u64,
+            MatrixPart::Quantised(w) => CodeRows::new(w).rows(0..num_rows).num_bytes(),
+        }
     }
 }
 
-/// Elements of some rows, `[num_rows, in]`.
+/// Some rows, `[num_rows, in]`.
 #[derive(Clone, Copy, Debug)]
 pub enum Weights<'a> {
     /// Single precision.
@@ -48,29 +66,35 @@ pub enum Weights<'a> {
     Bf16(&'a [bf16]),
     /// Half precision.
     F16(&'a [f16]),
+    /// In codes.
+    Codes(CodeRows<'a>),
 }
+
+/// Name, rows and columns of a part.
+type Outline<'a> = (&'a str, usize, usize);
 
 impl CpuMatrix {
     /// Stacks `parts` (each `[out_i, in]`) for use with activations of type `compute`.
-    pub fn new(parts: &[Tensor], compute: DType) -> Result<Self> {
+    pub fn new<P: Clone + Into<MatrixPart>>(parts: &[P], compute: DType) -> Result<Self> {
         let mut matrix = Self::empty(compute);
-        for tensor in parts {
-            let &[num_rows, in_features] = tensor.shape.as_slice() else {
-                return Err(shape_error("[out, in]".into(), format!("{} of {:?}", tensor.name, tensor.shape)));
-            };
+        for part in parts {
+            let mut data = part.clone().into();
+            let (name, num_rows, in_features) = outline(&data)?;
             if !matrix.parts.is_empty() && in_features != matrix.in_features {
                 let expected = format!("[out, {}]", matrix.in_features);
-                return Err(shape_error(expected, format!("{} of {:?}", tensor.name, tensor.shape)));
+                return Err(shape_error(expected, format!("{name} of [{num_rows}, {in_features}]")));
             }
-            let tensor = if compute == DType::F32 || compute == tensor.dtype {
-                tensor.clone()
-            } else {
-                let converted = tensor.cast(compute);
-                matrix.extra_bytes += (converted.num_elems() * compute.size_bytes()) as u64;
-                converted
-            };
-            weights(&tensor)?;
-            matrix.parts.push(Part { tensor, skipped_rows: 0, first_row: matrix.out_features, num_rows });
+            match &mut data {
+                MatrixPart::Dense(tensor) => {
+                    if compute != DType::F32 && compute != tensor.dtype {
+                        *tensor = tensor.cast(compute);
+                        matrix.extra_bytes += (tensor.num_elems() * compute.size_bytes()) as u64;
+                    }
+                    weights(tensor)?;
+                }
+                MatrixPart::Quantised(w) => check_codes(w)?,
+            }
+            matrix.parts.push(Part { data, skipped_rows: 0, first_row: matrix.out_features, num_rows });
             matrix.in_features = in_features;
             matrix.out_features += num_rows;
         }
@@ -93,7 +117,7 @@ impl CpuMatrix {
             if from < to {
                 let skipped_rows = part.skipped_rows + from - part.first_row;
                 let (first_row, num_rows) = (slice.out_features, to - from);
-                slice.parts.push(Part { tensor: part.tensor.clone(), skipped_rows, first_row, num_rows });
+                slice.parts.push(Part { data: part.data.clone(), skipped_rows, first_row, num_rows });
                 slice.out_features += num_rows;
             }
         }
@@ -101,8 +125,11 @@ impl CpuMatrix {
     }
 
     /// A copy of the rows `ids`, in that order, for use with the same activations: `linear` over it yields the bits that
-    /// it yields for these rows of the whole.
+    /// it yields for these rows of the whole. Dense parts only: codes would come out rounded.
     pub fn gather(&self, ids: &[u32]) -> Result<Self> {
+        if self.has_codes() {
+            return Err(Error::Unsupported { op: "matrix", what: "gathered rows of a matrix in codes".into() });
+        }
         let n = self.in_features;
         let mut rows = vec![0.0; ids.len() * n];
         for (row, &id) in rows.chunks_mut(n.max(1)).zip(ids) {
@@ -136,19 +163,28 @@ impl CpuMatrix {
 
     /// Bytes that one sweep over all rows reads.
     pub fn num_bytes(&self) -> u64 {
-        self.parts.iter().map(|p| (p.num_rows * self.in_features * p.tensor.dtype.size_bytes()) as u64).sum()
+        self.parts.iter().map(|p| p.num_bytes(p.num_rows, self.in_features)).sum()
     }
 
     /// Bytes that reading the rows `ids` takes.
     pub fn row_bytes(&self, ids: &[u32]) -> u64 {
         let part = |id: usize| self.parts.iter().find(|p| (p.first_row..p.first_row + p.num_rows).contains(&id));
-        let bytes = |&id: &u32| part(id as usize).map_or(0, |p| self.in_features * p.tensor.dtype.size_bytes());
-        ids.iter().map(|id| bytes(id) as u64).sum()
+        ids.iter().map(|&id| part(id as usize).map_or(0, |p| p.num_bytes(1, self.in_features))).sum()
+    }
+
+    /// Whether any part is dense.
+    pub fn has_dense(&self) -> bool {
+        self.parts.iter().any(|p| matches!(p.data, MatrixPart::Dense(_)))
+    }
+
+    /// Whether any part is in codes.
+    pub fn has_codes(&self) -> bool {
+        self.parts.iter().any(|p| matches!(p.data, MatrixPart::Quantised(_)))
     }
 
     /// The parts: first row of each in the stacked matrix, number of rows, elements.
     pub fn parts(&self) -> impl Iterator<Item = Result<(usize, usize, Weights<'_>)>> {
-        self.parts.iter().map(|p| Ok((p.first_row, p.num_rows, p.elems(0, p.num_rows, self.in_features)?)))
+        self.parts.iter().map(|p| Ok((p.first_row, p.num_rows, p.rows(0, p.num_rows, self.in_features)?)))
     }
 
     /// Writes row `row` to `dst` (`[in]`), widened to f32.
@@ -160,13 +196,34 @@ impl CpuMatrix {
             return Err(shape_error(expected, format!("row {row} and {} elements", dst.len())));
         };
         let at = row - part.first_row;
-        match part.elems(at, at + 1, n)? {
+        match part.rows(at, at + 1, n)? {
             Weights::F32(w) => dst.copy_from_slice(w),
             Weights::Bf16(w) => dst.iter_mut().zip(w).for_each(|(d, s)| *d = s.to_f32()),
             Weights::F16(w) => dst.iter_mut().zip(w).for_each(|(d, s)| *d = s.to_f32()),
+            Weights::Codes(w) => w.widen(dst),
         }
         Ok(())
     }
+}
+
+fn outline(part: &MatrixPart) -> Result<Outline<'_>> {
+    match part {
+        MatrixPart::Dense(tensor) => match tensor.shape.as_slice() {
+            &[num_rows, in_features] => Ok((&tensor.name, num_rows, in_features)),
+            other => Err(shape_error("[out, in]".into(), format!("{} of {other:?}", tensor.name))),
+        },
+        MatrixPart::Quantised(w) => Ok((&w.name, w.out_features, w.in_features)),
+    }
+}
+
+/// Codes whose sizes fit and whose format there are kernels for.
+fn check_codes(w: &QuantTensor) -> Result<()> {
+    w.validate()?;
+    if w.bits == CodeBits::W8 && w.zero_kind != ZeroKind::None {
+        let what = format!("codes of 8 bits with zeros in {}", w.name);
+        return Err(Error::Unsupported { op: "matrix", what });
+    }
+    Ok(())
 }
 
 fn shape_error(expected: String, got: String) -> Error {

@@ -1,9 +1,9 @@
 //! `add_rms_norm`: the residual addition, the norm that follows it, and the step similarity.
 //!
-//! formula: x' = x + delta; y = x' * rsqrt(mean(x'^2) + eps) * weight, rounded once; similarity = cos(x, x')
+//! formula: x' = x + delta; y = x' * rsqrt(mean(x'^2) + eps) * weight, rounded once; similarity = cos(before, x')
 //! work split: rows
 //! numerics: f32 sums in `LANES` partial sums and a fixed tree, whatever the number of rows
-//! traffic: x twice, delta and y once
+//! traffic: x twice, delta, y and what is kept or compared with once
 //! oracle: `testing::oracle::rms_norm`; tests: `tests/kernels/elementwise.rs`
 #![allow(unsafe_code)]
 
@@ -30,8 +30,10 @@ pub struct AddRmsNormArgs<'a, T> {
     pub weight: Option<&'a [f32]>,
     /// `[T, hidden]`, written when there is a weight.
     pub y: &'a mut [T],
-    /// `[rows.len()]`: cosine of each row before and after the addition; 0 where a norm is 0.
-    pub step_similarity: Option<&'a mut [f32]>,
+    /// `[T, hidden]`, receives x as it is after the addition.
+    pub keep: Option<&'a mut [f32]>,
+    /// `[T, hidden]` and `[T]`: receives the cosine of each row after the addition to the row given; 0 where a norm is 0.
+    pub step_similarity: Option<(&'a [f32], &'a mut [f32])>,
     /// Row width.
     pub hidden: usize,
     /// Added to the mean square.
@@ -40,7 +42,7 @@ pub struct AddRmsNormArgs<'a, T> {
 
 /// See [`AddRmsNormArgs`].
 pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddRmsNormArgs<'_, T>) -> Result<()> {
-    let AddRmsNormArgs { rows, x, delta, weight, y, step_similarity, hidden, eps } = args;
+    let AddRmsNormArgs { rows, x, delta, weight, y, keep, step_similarity, hidden, eps } = args;
     let shape = |expected: String, got: String| Err(Error::Shape { op: "add_rms_norm", expected, got });
     let need = rows.end * hidden;
     if rows.start > rows.end || hidden == 0 || x.len() < need || delta.is_some_and(|d| d.len() < need) {
@@ -49,24 +51,26 @@ pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddR
     if weight.is_some_and(|w| w.len() != hidden || y.len() < need) {
         return shape(format!("a weight of {hidden}, y of {need} elements"), format!("y {}", y.len()));
     }
-    if step_similarity.as_ref().is_some_and(|s| s.len() != rows.len()) {
-        return shape(format!("{} step similarities", rows.len()), "another number".into());
+    if step_similarity.as_ref().is_some_and(|(before, out)| before.len() < need || out.len() < rows.end) {
+        return shape(format!("{need} elements to compare with, room for {} cosines", rows.end), "fewer".into());
     }
-    if delta.is_none() && weight.is_none() && step_similarity.is_none() {
+    if keep.as_ref().is_some_and(|k| k.len() < need) {
+        return shape(format!("room to keep {need} elements"), "less".into());
+    }
+    if delta.is_none() && weight.is_none() && step_similarity.is_none() && keep.is_none() {
         return Ok(());
     }
-    let (wants_similarity, similarity) = match step_similarity {
-        Some(s) => (true, s),
-        None => (false, &mut [][..]),
-    };
+    let (before, similarity) = step_similarity.map_or((None, &mut [][..]), |(before, out)| (Some(before), out));
+    let (keeps, keep) = keep.map_or((false, &mut [][..]), |k| (true, k));
     let job = Job {
-        first: rows.start,
         x: SharedMut::new(x),
         delta,
         weight,
         y: SharedMut::new(y),
+        keeps,
+        keep: SharedMut::new(keep),
+        before,
         similarity: SharedMut::new(similarity),
-        wants_similarity,
         hidden,
         eps,
     };
@@ -83,14 +87,14 @@ pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddR
 }
 
 struct Job<'a, T> {
-    /// The first row of all, whose similarity is entry 0.
-    first: usize,
     x: SharedMut<'a, f32>,
     delta: Option<&'a [f32]>,
     weight: Option<&'a [f32]>,
     y: SharedMut<'a, T>,
+    keeps: bool,
+    keep: SharedMut<'a, f32>,
+    before: Option<&'a [f32]>,
     similarity: SharedMut<'a, f32>,
-    wants_similarity: bool,
     hidden: usize,
     eps: f32,
 }
@@ -109,24 +113,18 @@ impl<T: Elem> Kernel for Turn<'_, T> {
             let at = row * job.hidden..(row + 1) * job.hidden;
             // SAFETY: threads have different rows.
             let x = unsafe { job.x.range(at.clone()) };
-            let mut square = None;
-            if let Some(delta) = job.delta {
-                let sums = add(v, x, &delta[at.clone()], job.wants_similarity);
-                square = Some(sums.after);
-                if job.wants_similarity {
-                    // SAFETY: as above.
-                    let out = unsafe { job.similarity.range(row - job.first..row - job.first + 1) };
-                    out[0] = cosine(&sums);
-                }
-            } else if job.wants_similarity {
-                let sum = sum_squares(v, x);
-                square = Some(sum);
+            let added = job.delta.map(|delta| add(v, x, &delta[at.clone()]));
+            if job.keeps {
                 // SAFETY: as above.
-                let out = unsafe { job.similarity.range(row - job.first..row - job.first + 1) };
-                out[0] = cosine(&Sums { before: sum, after: sum, product: sum });
+                unsafe { job.keep.range(at.clone()) }.copy_from_slice(x);
+            }
+            if let Some(before) = job.before {
+                // SAFETY: as above.
+                let out = unsafe { job.similarity.range(row..row + 1) };
+                out[0] = cosine(&compare(v, &before[at.clone()], x));
             }
             if let Some(weight) = job.weight {
-                let square = square.unwrap_or_else(|| sum_squares(v, x));
+                let square = added.unwrap_or_else(|| sum_squares(v, x));
                 // SAFETY: as above.
                 let y = unsafe { job.y.range(at) };
                 normalize(v, x, inv_rms(square, job.hidden, job.eps), weight, y);
@@ -135,7 +133,7 @@ impl<T: Elem> Kernel for Turn<'_, T> {
     }
 }
 
-/// Sums over a row before and after an addition.
+/// Sums over a row as it was and as it is.
 struct Sums {
     before: f32,
     after: f32,
@@ -153,33 +151,42 @@ pub(super) fn inv_rms(square: f32, n: usize, eps: f32) -> f32 {
     1.0 / (square / n as f32 + eps).sqrt()
 }
 
-/// `x += delta`, and the sums wanted.
+/// `x += delta`, and the sum of its squares then.
 #[inline(always)]
-fn add<V: Vector>(v: V, x: &mut [f32], delta: &[f32], similarity: bool) -> Sums {
-    let zero = v.splat(0.0);
-    let (mut before, mut after, mut product) = (zero, zero, zero);
+fn add<V: Vector>(v: V, x: &mut [f32], delta: &[f32]) -> f32 {
+    let mut after = v.splat(0.0);
     let mut xs = x.chunks_exact_mut(V::LANES);
     let mut ds = delta.chunks_exact(V::LANES);
     for (x, d) in xs.by_ref().zip(ds.by_ref()) {
-        let a = v.load(x);
-        let b = v.add(a, v.load(d));
-        v.store(b, x);
-        after = v.fma(b, b, after);
-        if similarity {
-            before = v.fma(a, a, before);
-            product = v.fma(a, b, product);
-        }
+        let sum = v.add(v.load(x), v.load(d));
+        v.store(sum, x);
+        after = v.fma(sum, sum, after);
     }
     let rest = xs.into_remainder();
     if !rest.is_empty() {
-        let a = load_part(v, &*rest);
-        let b = v.add(a, load_part(v, ds.remainder()));
-        store_part(v, b, rest);
-        after = v.fma(b, b, after);
-        before = v.fma(a, a, before);
-        product = v.fma(a, b, product);
+        let sum = v.add(load_part(v, &*rest), load_part(v, ds.remainder()));
+        store_part(v, sum, rest);
+        after = v.fma(sum, sum, after);
     }
-    Sums { before: v.reduce_add(before), after: v.reduce_add(after), product: v.reduce_add(product) }
+    v.reduce_add(after)
+}
+
+/// The sums that make the cosine of two rows.
+#[inline(always)]
+fn compare<V: Vector>(v: V, before: &[f32], x: &[f32]) -> Sums {
+    let mut sums = [v.splat(0.0); 3];
+    let mut fold = |a: V::F, b: V::F| {
+        sums = [v.fma(a, a, sums[0]), v.fma(b, b, sums[1]), v.fma(a, b, sums[2])];
+    };
+    let (mut olds, mut news) = (before.chunks_exact(V::LANES), x.chunks_exact(V::LANES));
+    for (a, b) in olds.by_ref().zip(news.by_ref()) {
+        fold(v.load(a), v.load(b));
+    }
+    if !news.remainder().is_empty() {
+        fold(load_part(v, olds.remainder()), load_part(v, news.remainder()));
+    }
+    let [before, after, product] = sums.map(|s| v.reduce_add(s));
+    Sums { before, after, product }
 }
 
 /// The same bits as [`add`] yields for the same row.

@@ -66,7 +66,8 @@ pub fn linear_rate(cpu: &mut Cpu, dtype: DType, rows: usize) -> Result<f64> {
     let w = random_matrix(out_features, in_features, dtype, 1)?;
     let x = random_buf(rows * in_features, dtype, 2);
     let mut y = cpu.alloc(DType::F32, rows * out_features)?;
-    let mut run = |cpu: &mut Cpu| cpu.linear(Linear { rows: 0..rows, x: &x, w: &w, bias: None, y: &mut y });
+    let mut run =
+        |cpu: &mut Cpu| cpu.linear(Linear { rows: 0..rows, x: &x, w: &w, river: None, bias: None, y: &mut y });
     let mut seconds = f64::INFINITY;
     let begun = Instant::now();
     // The first call also touches the buffers; slow levels are asked twice only.

@@ -49,6 +49,7 @@ pub struct rksc_add_rms_norm_params {
     pub delta: *const f32,
     pub weight: *const f32,
     pub y: *mut ::core::ffi::c_void,
+    pub keep: *mut f32,
     pub reference: *const f32,
     pub similarity: *mut f32,
     pub num_rows: u32,
@@ -58,7 +59,7 @@ pub struct rksc_add_rms_norm_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_add_rms_norm_params"][::core::mem::size_of::<rksc_add_rms_norm_params>() - 64usize];
+    ["Size of rksc_add_rms_norm_params"][::core::mem::size_of::<rksc_add_rms_norm_params>() - 72usize];
     ["Alignment of rksc_add_rms_norm_params"][::core::mem::align_of::<rksc_add_rms_norm_params>() - 8usize];
     ["Offset of field: rksc_add_rms_norm_params::x"][::core::mem::offset_of!(rksc_add_rms_norm_params, x) - 0usize];
     ["Offset of field: rksc_add_rms_norm_params::delta"]
@@ -66,20 +67,70 @@ const _: () = {
     ["Offset of field: rksc_add_rms_norm_params::weight"]
         [::core::mem::offset_of!(rksc_add_rms_norm_params, weight) - 16usize];
     ["Offset of field: rksc_add_rms_norm_params::y"][::core::mem::offset_of!(rksc_add_rms_norm_params, y) - 24usize];
+    ["Offset of field: rksc_add_rms_norm_params::keep"]
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, keep) - 32usize];
     ["Offset of field: rksc_add_rms_norm_params::reference"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, reference) - 32usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, reference) - 40usize];
     ["Offset of field: rksc_add_rms_norm_params::similarity"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, similarity) - 40usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, similarity) - 48usize];
     ["Offset of field: rksc_add_rms_norm_params::num_rows"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, num_rows) - 48usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, num_rows) - 56usize];
     ["Offset of field: rksc_add_rms_norm_params::hidden"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, hidden) - 52usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, hidden) - 60usize];
     ["Offset of field: rksc_add_rms_norm_params::dtype"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, dtype) - 56usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, dtype) - 64usize];
     ["Offset of field: rksc_add_rms_norm_params::eps"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, eps) - 60usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, eps) - 68usize];
 };
 impl Default for rksc_add_rms_norm_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const RKSC_EXIT_ENTER: rksc_exit_rule = 0;
+pub const RKSC_EXIT_EVERY_NTH: rksc_exit_rule = 1;
+pub const RKSC_EXIT_ABOVE: rksc_exit_rule = 2;
+pub type rksc_exit_rule = ::core::ffi::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct rksc_exit_rows_params {
+    pub exits: *const u32,
+    pub similarity: *const f32,
+    pub route: *mut f32,
+    pub num_rows: u32,
+    pub rule: u32,
+    pub every: u32,
+    pub offset: u32,
+    pub tau: f32,
+    pub share: f32,
+    pub whole_batch: u32,
+    pub layer: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of rksc_exit_rows_params"][::core::mem::size_of::<rksc_exit_rows_params>() - 56usize];
+    ["Alignment of rksc_exit_rows_params"][::core::mem::align_of::<rksc_exit_rows_params>() - 8usize];
+    ["Offset of field: rksc_exit_rows_params::exits"][::core::mem::offset_of!(rksc_exit_rows_params, exits) - 0usize];
+    ["Offset of field: rksc_exit_rows_params::similarity"]
+        [::core::mem::offset_of!(rksc_exit_rows_params, similarity) - 8usize];
+    ["Offset of field: rksc_exit_rows_params::route"][::core::mem::offset_of!(rksc_exit_rows_params, route) - 16usize];
+    ["Offset of field: rksc_exit_rows_params::num_rows"]
+        [::core::mem::offset_of!(rksc_exit_rows_params, num_rows) - 24usize];
+    ["Offset of field: rksc_exit_rows_params::rule"][::core::mem::offset_of!(rksc_exit_rows_params, rule) - 28usize];
+    ["Offset of field: rksc_exit_rows_params::every"][::core::mem::offset_of!(rksc_exit_rows_params, every) - 32usize];
+    ["Offset of field: rksc_exit_rows_params::offset"]
+        [::core::mem::offset_of!(rksc_exit_rows_params, offset) - 36usize];
+    ["Offset of field: rksc_exit_rows_params::tau"][::core::mem::offset_of!(rksc_exit_rows_params, tau) - 40usize];
+    ["Offset of field: rksc_exit_rows_params::share"][::core::mem::offset_of!(rksc_exit_rows_params, share) - 44usize];
+    ["Offset of field: rksc_exit_rows_params::whole_batch"]
+        [::core::mem::offset_of!(rksc_exit_rows_params, whole_batch) - 48usize];
+    ["Offset of field: rksc_exit_rows_params::layer"][::core::mem::offset_of!(rksc_exit_rows_params, layer) - 52usize];
+};
+impl Default for rksc_exit_rows_params {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -96,14 +147,19 @@ pub struct rksc_linear_params {
     pub bias: *const f32,
     pub y: *mut f32,
     pub workspace: *mut ::core::ffi::c_void,
+    pub route: *const f32,
     pub num_rows: u32,
     pub in_features: u32,
     pub out_features: u32,
     pub dtype: u32,
+    pub y_stride: u32,
+    pub layer: u32,
+    pub side: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_linear_params"][::core::mem::size_of::<rksc_linear_params>() - 56usize];
+    ["Size of rksc_linear_params"][::core::mem::size_of::<rksc_linear_params>() - 80usize];
     ["Alignment of rksc_linear_params"][::core::mem::align_of::<rksc_linear_params>() - 8usize];
     ["Offset of field: rksc_linear_params::x"][::core::mem::offset_of!(rksc_linear_params, x) - 0usize];
     ["Offset of field: rksc_linear_params::w"][::core::mem::offset_of!(rksc_linear_params, w) - 8usize];
@@ -111,12 +167,17 @@ const _: () = {
     ["Offset of field: rksc_linear_params::y"][::core::mem::offset_of!(rksc_linear_params, y) - 24usize];
     ["Offset of field: rksc_linear_params::workspace"]
         [::core::mem::offset_of!(rksc_linear_params, workspace) - 32usize];
-    ["Offset of field: rksc_linear_params::num_rows"][::core::mem::offset_of!(rksc_linear_params, num_rows) - 40usize];
+    ["Offset of field: rksc_linear_params::route"][::core::mem::offset_of!(rksc_linear_params, route) - 40usize];
+    ["Offset of field: rksc_linear_params::num_rows"][::core::mem::offset_of!(rksc_linear_params, num_rows) - 48usize];
     ["Offset of field: rksc_linear_params::in_features"]
-        [::core::mem::offset_of!(rksc_linear_params, in_features) - 44usize];
+        [::core::mem::offset_of!(rksc_linear_params, in_features) - 52usize];
     ["Offset of field: rksc_linear_params::out_features"]
-        [::core::mem::offset_of!(rksc_linear_params, out_features) - 48usize];
-    ["Offset of field: rksc_linear_params::dtype"][::core::mem::offset_of!(rksc_linear_params, dtype) - 52usize];
+        [::core::mem::offset_of!(rksc_linear_params, out_features) - 56usize];
+    ["Offset of field: rksc_linear_params::dtype"][::core::mem::offset_of!(rksc_linear_params, dtype) - 60usize];
+    ["Offset of field: rksc_linear_params::y_stride"][::core::mem::offset_of!(rksc_linear_params, y_stride) - 64usize];
+    ["Offset of field: rksc_linear_params::layer"][::core::mem::offset_of!(rksc_linear_params, layer) - 68usize];
+    ["Offset of field: rksc_linear_params::side"][::core::mem::offset_of!(rksc_linear_params, side) - 72usize];
+    ["Offset of field: rksc_linear_params::reserved"][::core::mem::offset_of!(rksc_linear_params, reserved) - 76usize];
 };
 impl Default for rksc_linear_params {
     fn default() -> Self {
@@ -141,16 +202,21 @@ pub struct rksc_linear_w4_params {
     pub bias: *const f32,
     pub y: *mut f32,
     pub workspace: *mut ::core::ffi::c_void,
+    pub route: *const f32,
     pub num_rows: u32,
     pub in_features: u32,
     pub out_features: u32,
     pub group_size: u32,
     pub zero_kind: u32,
     pub dtype: u32,
+    pub y_stride: u32,
+    pub layer: u32,
+    pub side: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_linear_w4_params"][::core::mem::size_of::<rksc_linear_w4_params>() - 80usize];
+    ["Size of rksc_linear_w4_params"][::core::mem::size_of::<rksc_linear_w4_params>() - 104usize];
     ["Alignment of rksc_linear_w4_params"][::core::mem::align_of::<rksc_linear_w4_params>() - 8usize];
     ["Offset of field: rksc_linear_w4_params::x"][::core::mem::offset_of!(rksc_linear_w4_params, x) - 0usize];
     ["Offset of field: rksc_linear_w4_params::codes"][::core::mem::offset_of!(rksc_linear_w4_params, codes) - 8usize];
@@ -161,19 +227,81 @@ const _: () = {
     ["Offset of field: rksc_linear_w4_params::y"][::core::mem::offset_of!(rksc_linear_w4_params, y) - 40usize];
     ["Offset of field: rksc_linear_w4_params::workspace"]
         [::core::mem::offset_of!(rksc_linear_w4_params, workspace) - 48usize];
+    ["Offset of field: rksc_linear_w4_params::route"][::core::mem::offset_of!(rksc_linear_w4_params, route) - 56usize];
     ["Offset of field: rksc_linear_w4_params::num_rows"]
-        [::core::mem::offset_of!(rksc_linear_w4_params, num_rows) - 56usize];
+        [::core::mem::offset_of!(rksc_linear_w4_params, num_rows) - 64usize];
     ["Offset of field: rksc_linear_w4_params::in_features"]
-        [::core::mem::offset_of!(rksc_linear_w4_params, in_features) - 60usize];
+        [::core::mem::offset_of!(rksc_linear_w4_params, in_features) - 68usize];
     ["Offset of field: rksc_linear_w4_params::out_features"]
-        [::core::mem::offset_of!(rksc_linear_w4_params, out_features) - 64usize];
+        [::core::mem::offset_of!(rksc_linear_w4_params, out_features) - 72usize];
     ["Offset of field: rksc_linear_w4_params::group_size"]
-        [::core::mem::offset_of!(rksc_linear_w4_params, group_size) - 68usize];
+        [::core::mem::offset_of!(rksc_linear_w4_params, group_size) - 76usize];
     ["Offset of field: rksc_linear_w4_params::zero_kind"]
-        [::core::mem::offset_of!(rksc_linear_w4_params, zero_kind) - 72usize];
-    ["Offset of field: rksc_linear_w4_params::dtype"][::core::mem::offset_of!(rksc_linear_w4_params, dtype) - 76usize];
+        [::core::mem::offset_of!(rksc_linear_w4_params, zero_kind) - 80usize];
+    ["Offset of field: rksc_linear_w4_params::dtype"][::core::mem::offset_of!(rksc_linear_w4_params, dtype) - 84usize];
+    ["Offset of field: rksc_linear_w4_params::y_stride"]
+        [::core::mem::offset_of!(rksc_linear_w4_params, y_stride) - 88usize];
+    ["Offset of field: rksc_linear_w4_params::layer"][::core::mem::offset_of!(rksc_linear_w4_params, layer) - 92usize];
+    ["Offset of field: rksc_linear_w4_params::side"][::core::mem::offset_of!(rksc_linear_w4_params, side) - 96usize];
+    ["Offset of field: rksc_linear_w4_params::reserved"]
+        [::core::mem::offset_of!(rksc_linear_w4_params, reserved) - 100usize];
 };
 impl Default for rksc_linear_w4_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct rksc_linear_w8_params {
+    pub x: *const ::core::ffi::c_void,
+    pub codes: *const u32,
+    pub scales: *const u16,
+    pub bias: *const f32,
+    pub y: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub route: *const f32,
+    pub num_rows: u32,
+    pub in_features: u32,
+    pub out_features: u32,
+    pub group_size: u32,
+    pub dtype: u32,
+    pub y_stride: u32,
+    pub layer: u32,
+    pub side: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of rksc_linear_w8_params"][::core::mem::size_of::<rksc_linear_w8_params>() - 88usize];
+    ["Alignment of rksc_linear_w8_params"][::core::mem::align_of::<rksc_linear_w8_params>() - 8usize];
+    ["Offset of field: rksc_linear_w8_params::x"][::core::mem::offset_of!(rksc_linear_w8_params, x) - 0usize];
+    ["Offset of field: rksc_linear_w8_params::codes"][::core::mem::offset_of!(rksc_linear_w8_params, codes) - 8usize];
+    ["Offset of field: rksc_linear_w8_params::scales"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, scales) - 16usize];
+    ["Offset of field: rksc_linear_w8_params::bias"][::core::mem::offset_of!(rksc_linear_w8_params, bias) - 24usize];
+    ["Offset of field: rksc_linear_w8_params::y"][::core::mem::offset_of!(rksc_linear_w8_params, y) - 32usize];
+    ["Offset of field: rksc_linear_w8_params::workspace"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, workspace) - 40usize];
+    ["Offset of field: rksc_linear_w8_params::route"][::core::mem::offset_of!(rksc_linear_w8_params, route) - 48usize];
+    ["Offset of field: rksc_linear_w8_params::num_rows"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, num_rows) - 56usize];
+    ["Offset of field: rksc_linear_w8_params::in_features"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, in_features) - 60usize];
+    ["Offset of field: rksc_linear_w8_params::out_features"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, out_features) - 64usize];
+    ["Offset of field: rksc_linear_w8_params::group_size"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, group_size) - 68usize];
+    ["Offset of field: rksc_linear_w8_params::dtype"][::core::mem::offset_of!(rksc_linear_w8_params, dtype) - 72usize];
+    ["Offset of field: rksc_linear_w8_params::y_stride"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, y_stride) - 76usize];
+    ["Offset of field: rksc_linear_w8_params::layer"][::core::mem::offset_of!(rksc_linear_w8_params, layer) - 80usize];
+    ["Offset of field: rksc_linear_w8_params::side"][::core::mem::offset_of!(rksc_linear_w8_params, side) - 84usize];
+};
+impl Default for rksc_linear_w8_params {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -1061,9 +1189,11 @@ impl Default for rksc_kv_compact_params {
 unsafe extern "C" {
     pub fn rksc_embed(p: *const rksc_embed_params, stream: rksc_stream) -> i32;
     pub fn rksc_add_rms_norm(p: *const rksc_add_rms_norm_params, stream: rksc_stream) -> i32;
+    pub fn rksc_exit_rows(p: *const rksc_exit_rows_params, stream: rksc_stream) -> i32;
     pub fn rksc_linear(p: *const rksc_linear_params, stream: rksc_stream) -> i32;
     pub fn rksc_linear_workspace_bytes(num_rows: u32, in_features: u32, out_features: u32) -> usize;
     pub fn rksc_linear_w4(p: *const rksc_linear_w4_params, stream: rksc_stream) -> i32;
+    pub fn rksc_linear_w8(p: *const rksc_linear_w8_params, stream: rksc_stream) -> i32;
     pub fn rksc_rope_append(p: *const rksc_rope_append_params, stream: rksc_stream) -> i32;
     pub fn rksc_kv_copy_blocks(p: *const rksc_kv_copy_blocks_params, stream: rksc_stream) -> i32;
     pub fn rksc_kv_transfer(p: *const rksc_kv_transfer_params, stream: rksc_stream) -> i32;
@@ -1092,9 +1222,11 @@ unsafe extern "C" {
 unsafe extern "C" {
     pub fn rksc_emu_embed(p: *const rksc_embed_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_add_rms_norm(p: *const rksc_add_rms_norm_params, stream: rksc_stream) -> i32;
+    pub fn rksc_emu_exit_rows(p: *const rksc_exit_rows_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_linear(p: *const rksc_linear_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_linear_workspace_bytes(num_rows: u32, in_features: u32, out_features: u32) -> usize;
     pub fn rksc_emu_linear_w4(p: *const rksc_linear_w4_params, stream: rksc_stream) -> i32;
+    pub fn rksc_emu_linear_w8(p: *const rksc_linear_w8_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_rope_append(p: *const rksc_rope_append_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_kv_copy_blocks(p: *const rksc_kv_copy_blocks_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_kv_transfer(p: *const rksc_kv_transfer_params, stream: rksc_stream) -> i32;

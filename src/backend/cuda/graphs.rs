@@ -21,6 +21,10 @@ pub(super) struct Shape {
     pub(super) partials: usize,
     /// Some rows' q goes to the query ring as well.
     pub(super) keeps_queries: bool,
+    /// Gates that send rows to the second weight set.
+    pub(super) gates: usize,
+    /// What else the pass says of itself: a hash of its gates.
+    pub(super) variant: u64,
 }
 
 /// The next size at or above `n` that launches are made for: powers of two to 8, then multiples of 8 to 64, then of 32.

@@ -1,7 +1,7 @@
 //! A pass's inputs in device memory: one buffer of 32-bit words, filled by one copy.
 //!
 //! ```text
-//! | token_ids | positions | slots | ring_rows | query_rows | row_order | kv_lens | num_items | items | groups | copies | transfers | blocks |
+//! | token_ids | positions | slots | ring_rows | query_rows | row_order | kv_lens | exits | num_items | items | groups | copies | transfers | blocks |
 //! ```
 //!
 //! Sections are as long as their bucket, so that a recorded graph finds each where it was. Block ids come last: they
@@ -13,7 +13,7 @@ use super::bindings::{RKSC_NO_SLOT, rksc_attention_group, rksc_attention_item, r
 use super::device::{Device, DeviceBuf};
 use super::graphs::{Shape, bucket};
 use crate::backend::{PassInputs, checks};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Where a pass's inputs lie, and what the host needs to know of them. Valid until the next pass is staged.
 pub struct CudaInputs {
@@ -44,6 +44,7 @@ struct Sections {
     query_rows: usize,
     row_order: usize,
     kv_lens: usize,
+    exits: usize,
     num_items: usize,
     items: usize,
     groups: usize,
@@ -61,7 +62,8 @@ impl Sections {
         let query_rows = ring_rows + if shape.keeps_queries { shape.rows } else { 0 };
         let row_order = query_rows + shape.queries;
         let kv_lens = row_order + shape.rows;
-        let num_items = kv_lens + shape.rows;
+        let exits = kv_lens + shape.rows;
+        let num_items = exits + 2 * shape.rows * shape.gates;
         let items = num_items + 1;
         let groups = items + shape.items * words(size_of::<rksc_attention_item>());
         // A group has a row at least.
@@ -75,6 +77,7 @@ impl Sections {
             query_rows,
             row_order,
             kv_lens,
+            exits,
             num_items,
             items,
             groups,
@@ -117,6 +120,14 @@ impl CudaInputs {
 
     pub(super) fn kv_lens(&self) -> *const u32 {
         self.at(self.sections.kv_lens)
+    }
+
+    /// Which rows decide for each row, as one of the gates has it.
+    pub(super) fn exits(&self, gate: usize) -> Result<*const u32> {
+        if gate >= self.shape.gates {
+            return Err(Error::Internal(format!("gate {gate} of {} that were staged", self.shape.gates)));
+        }
+        Ok(self.at(self.sections.exits + 2 * self.shape.rows * gate))
     }
 
     pub(super) fn num_items(&self) -> *const u32 {
@@ -169,6 +180,8 @@ impl InputStore {
             items: plan.items.len().next_power_of_two(),
             partials: plan.num_partials.next_power_of_two(),
             keeps_queries: num_ring_rows > 0,
+            gates: inputs.exits.len(),
+            variant: 0,
         };
         let sections = Sections::new(shape, inputs.copies.len(), inputs.transfers.len());
         self.words.clear();
@@ -183,6 +196,12 @@ impl InputStore {
         put(sections.query_rows, &inputs.query_rows, RKSC_NO_SLOT);
         put(sections.row_order, &inputs.plan.row_order, 0);
         put(sections.kv_lens, &inputs.plan.kv_lens, 0);
+        for (gate, exits) in inputs.exits.iter().enumerate() {
+            // What fills the rows up goes the way of the last, so that no weights are read for it alone.
+            let last = exits.last().copied().unwrap_or_default();
+            let padded: Vec<[u32; 2]> = exits.iter().copied().chain(std::iter::repeat(last)).take(shape.rows).collect();
+            put(sections.exits + 2 * shape.rows * gate, padded.as_flattened(), 0);
+        }
         put(sections.num_items, &[plan.items.len() as u32], 0);
         put(sections.items, bytemuck::cast_slice(&plan.items), 0);
         put(sections.groups, bytemuck::cast_slice(&plan.groups), 0);

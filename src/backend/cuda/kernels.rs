@@ -99,8 +99,10 @@ kernels! {
     launchers {
         "embed" embed(rksc_embed_params) rksc_embed rksc_emu_embed;
         "add_rms_norm" add_rms_norm(rksc_add_rms_norm_params) rksc_add_rms_norm rksc_emu_add_rms_norm;
+        "exit_rows" exit_rows(rksc_exit_rows_params) rksc_exit_rows rksc_emu_exit_rows;
         "linear" linear(rksc_linear_params) rksc_linear rksc_emu_linear;
         "linear_w4" linear_w4(rksc_linear_w4_params) rksc_linear_w4 rksc_emu_linear_w4;
+        "linear_w8" linear_w8(rksc_linear_w8_params) rksc_linear_w8 rksc_emu_linear_w8;
         "rope_append" rope_append(rksc_rope_append_params) rksc_rope_append rksc_emu_rope_append;
         "kv_copy_blocks" kv_copy_blocks(rksc_kv_copy_blocks_params) rksc_kv_copy_blocks rksc_emu_kv_copy_blocks;
         "kv_transfer" kv_transfer(rksc_kv_transfer_params) rksc_kv_transfer rksc_emu_kv_transfer;

@@ -1,29 +1,29 @@
 //! The ops: check lengths, fill params, launch, count.
 
 use std::ops::Range;
+use std::ptr::{null, null_mut};
 
 use super::attention_items::ItemParams;
 use super::bindings::*;
-use super::cublas::{Cublas, Gemm};
-use super::graphs::Mode;
+use super::graphs::{Mode, Shape};
 use super::inputs::CudaInputs;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow, put};
 use crate::backend::{
-    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, GatherRows, KvCompact,
-    KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp,
-    Sample, SampleRow, SiluMul, checks,
+    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, ExitRows, ExitRule,
+    GatherRows, KvCompact, KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds,
+    RowStats, RowStatsOp, Sample, SampleRow, SiluMul, checks,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::gate::Scope;
 use crate::kv::KvLayout;
 use crate::model::weights::Tensor;
+use crate::quant::MatrixPart;
 
 /// Share of the free memory that a KV cache takes: the rest is for scratch, graphs and the driver.
 const KV_SHARE: (u64, u64) = (9, 10);
 /// Unmerged attention rows there is scratch for: 64 branches split over every SM of a large GPU.
 const MAX_PARTIALS: usize = 1 << 14;
-/// Rows of one launch of the skinny kernel.
-const SKINNY_ROWS: usize = RKSC_SKINNY_MAX_ROWS as usize;
 
 pub(super) fn code(dtype: DType) -> u32 {
     match dtype {
@@ -57,7 +57,7 @@ impl Backend for Cuda {
         CudaBuf::new(&self.device, dtype, len)
     }
 
-    fn matrix(&mut self, parts: &[Tensor], compute: DType) -> Result<CudaMatrix> {
+    fn matrix(&mut self, parts: &[MatrixPart], compute: DType) -> Result<CudaMatrix> {
         CudaMatrix::new(&mut self.device, parts, compute)
     }
 
@@ -115,12 +115,14 @@ impl Backend for Cuda {
         Ok(staged)
     }
 
-    fn begin_pass(&mut self, inputs: &CudaInputs, repeatable: bool) -> Result<()> {
+    fn begin_pass(&mut self, inputs: &CudaInputs, repeatable: Option<u64>) -> Result<()> {
+        // Of a pass that failed.
+        self.routed.clear();
         // A recording holds no transfers: their number is part of no shape.
-        let is_decode = repeatable && inputs.num_transfers == 0 && inputs.num_rows == inputs.num_queries;
+        let is_decode = repeatable.is_some() && inputs.num_transfers == 0 && inputs.num_rows == inputs.num_queries;
         self.padding = is_decode.then_some(Padding { num_rows: inputs.num_rows, rows: inputs.shape.rows });
         match is_decode {
-            true => self.graphs.begin(&mut self.device, inputs.shape),
+            true => self.graphs.begin(&mut self.device, Shape { variant: repeatable.unwrap_or(0), ..inputs.shape }),
             false => self.graphs.abandon(&mut self.device),
         }
     }
@@ -139,6 +141,12 @@ impl Backend for Cuda {
         self.device.download(found, 0, bytemuck::cast_slice_mut(stats))
     }
 
+    fn read_route(&mut self, route: &CudaBuf, dst: &mut [f32]) -> Result<()> {
+        self.read_f32(route, 0, dst)?;
+        self.count_routed(dst);
+        Ok(())
+    }
+
     /// Nothing is mapped in place: every weight is a copy.
     fn matrix_extra_bytes(&self, m: &CudaMatrix) -> u64 {
         m.num_bytes()
@@ -150,6 +158,7 @@ impl Backend for Cuda {
 
     fn reset_counters(&mut self) {
         self.counters = Counters::default();
+        self.routed.clear();
     }
 
     fn embed(&mut self, p: Embed<'_, Self>) -> Result<()> {
@@ -158,7 +167,7 @@ impl Backend for Cuda {
         self.launch(
             self.device.kernels().embed,
             &rksc_embed_params {
-                table: p.table.memory.ptr().cast(),
+                table: p.table.dense("embed")?.ptr().cast(),
                 ids: p.inputs.token_ids(),
                 x: p.x.at_mut("embed", DType::F32, 0, rows * p.hidden)?.cast(),
                 num_rows: rows as u32,
@@ -174,47 +183,62 @@ impl Backend for Cuda {
         let rows = self.padded(p.rows.len());
         let (start, len) = (p.rows.start * p.hidden, rows * p.hidden);
         self.launched();
-        let similarity = match p.step_similarity {
-            Some(_) => grow(&self.device, &mut self.graphs, &mut self.scratch.similarity, 4 * rows)?,
-            None => std::ptr::null_mut(),
+        let (reference, similarity) = match p.step_similarity {
+            Some(s) => (
+                s.before.at(op, DType::F32, start, len)?.cast(),
+                s.similarity.at_mut(op, DType::F32, p.rows.start, rows)?.cast(),
+            ),
+            None => (null::<u8>(), null_mut::<u8>()),
         };
-        let null = std::ptr::null;
         let dtype = p.y.dtype;
         let params = rksc_add_rms_norm_params {
             x: p.x.at_mut(op, DType::F32, start, len)?.cast(),
             delta: p.delta.map_or(Ok(null()), |d| d.at(op, DType::F32, start, len))?.cast(),
             weight: p.weight.map_or(Ok(null()), |w| w.at(op, DType::F32, 0, p.hidden))?.cast(),
             y: p.y.at_mut(op, dtype, start, len)?.cast(),
-            reference: std::ptr::null(),
+            keep: p.keep.map_or(Ok(null_mut()), |k| k.at_mut(op, DType::F32, start, len))?.cast(),
+            reference: reference.cast(),
             similarity: similarity.cast(),
             num_rows: rows as u32,
             hidden: p.hidden as u32,
             dtype: code(dtype),
             eps: p.eps,
         };
-        self.launch(self.device.kernels().add_rms_norm, &params)?;
-        if let (Some(host), Some(found)) = (p.step_similarity, &self.scratch.similarity) {
-            self.counters.read_backs += 1;
-            let rows = p.rows.len().min(host.len());
-            self.device.download(found, 0, bytemuck::cast_slice_mut(&mut host[..rows]))?;
-        }
-        Ok(())
+        self.launch(self.device.kernels().add_rms_norm, &params)
+    }
+
+    fn enter_backbone(&mut self, route: &mut CudaBuf, num_rows: usize) -> Result<()> {
+        self.launched();
+        let rows = self.padded(num_rows);
+        let route = route.at_mut("exit_rows", DType::F32, 0, rows)?.cast();
+        self.launch(self.device.kernels().exit_rows, &exit_rows_params(rows, route))
+    }
+
+    fn exit_rows(&mut self, p: ExitRows<'_, Self>) -> Result<()> {
+        let op = "exit_rows";
+        self.launched();
+        let rows = self.padded(p.inputs.num_rows);
+        let route = p.route.at_mut(op, DType::F32, 0, rows)?.cast();
+        let params = rksc_exit_rows_params {
+            exits: p.inputs.exits(p.gate)?,
+            whole_batch: u32::from(p.scope == Scope::Batch),
+            layer: p.layer,
+            ..exit_rows_params(rows, route)
+        };
+        let params = match p.rule {
+            ExitRule::EveryNth { every, offset } => {
+                rksc_exit_rows_params { rule: RKSC_EXIT_EVERY_NTH, every: every.max(1), offset, ..params }
+            }
+            ExitRule::Above { similarity, tau, share } => {
+                let similarity = similarity.at(op, DType::F32, 0, rows)?.cast();
+                rksc_exit_rows_params { rule: RKSC_EXIT_ABOVE, similarity, tau, share, ..params }
+            }
+        };
+        self.launch(self.device.kernels().exit_rows, &params)
     }
 
     fn linear(&mut self, p: Linear<'_, Self>) -> Result<()> {
-        self.launched().weight_bytes += p.w.num_bytes();
-        let rows = self.padded(p.rows.len());
-        let rows = p.rows.start..p.rows.start + rows;
-        if rows.len() > SKINNY_ROWS && !self.device.is_emulated() {
-            return self.linear_large(rows, p);
-        }
-        let mut from = rows.start;
-        while from < rows.end {
-            let to = rows.end.min(from + SKINNY_ROWS);
-            self.linear_skinny(from..to, p.x, p.w, p.bias, p.y)?;
-            from = to;
-        }
-        Ok(())
+        self.multiply(p)
     }
 
     fn rope_append(&mut self, p: RopeAppend<'_, Self>) -> Result<()> {
@@ -465,55 +489,22 @@ impl Cuda {
             max_partials: MAX_PARTIALS,
         }
     }
+}
 
-    /// Many rows on a GPU: cuBLASLt.
-    fn linear_large(&mut self, rows: Range<usize>, p: Linear<'_, Self>) -> Result<()> {
-        let op = "linear";
-        let (num_rows, w) = (rows.len(), p.w);
-        let gemm = Gemm {
-            x: p.x.at(op, w.dtype, rows.start * w.in_features, num_rows * w.in_features)?.cast(),
-            w: w.memory.ptr().cast(),
-            bias: p.bias.map_or(Ok(std::ptr::null()), |b| b.at(op, DType::F32, 0, w.out_features))?.cast(),
-            y: p.y.at_mut(op, DType::F32, rows.start * w.out_features, num_rows * w.out_features)?.cast(),
-            num_rows,
-            in_features: w.in_features,
-            out_features: w.out_features,
-            dtype: w.dtype,
-        };
-        if self.graphs.mode() == Mode::Skip {
-            return Ok(());
-        }
-        let cublas = match &mut self.cublas {
-            Some(cublas) => cublas,
-            none => none.insert(Cublas::open(&self.device)?),
-        };
-        cublas.gemm(&mut self.device, &gemm)
-    }
-
-    /// At most [`SKINNY_ROWS`] rows: the weights stream by once.
-    fn linear_skinny(
-        &mut self,
-        rows: Range<usize>,
-        x: &CudaBuf,
-        w: &CudaMatrix,
-        bias: Option<&CudaBuf>,
-        y: &mut CudaBuf,
-    ) -> Result<()> {
-        let op = "linear";
-        let bytes = self.device.kernels().linear_workspace_bytes(rows.len(), w.in_features, w.out_features);
-        let workspace = grow(&self.device, &mut self.graphs, &mut self.scratch.linear, bytes)?;
-        let params = rksc_linear_params {
-            x: x.at(op, w.dtype, rows.start * w.in_features, rows.len() * w.in_features)?.cast(),
-            w: w.memory.ptr().cast(),
-            bias: bias.map_or(Ok(std::ptr::null()), |b| b.at(op, DType::F32, 0, w.out_features))?.cast(),
-            y: y.at_mut(op, DType::F32, rows.start * w.out_features, rows.len() * w.out_features)?.cast(),
-            workspace: workspace.cast(),
-            num_rows: rows.len() as u32,
-            in_features: w.in_features as u32,
-            out_features: w.out_features as u32,
-            dtype: code(w.dtype),
-        };
-        self.launch(self.device.kernels().linear, &params)
+/// Of the rule that puts all rows into the backbone.
+fn exit_rows_params(rows: usize, route: *mut f32) -> rksc_exit_rows_params {
+    rksc_exit_rows_params {
+        exits: std::ptr::null(),
+        similarity: std::ptr::null(),
+        route,
+        num_rows: rows as u32,
+        rule: RKSC_EXIT_ENTER,
+        every: 0,
+        offset: 0,
+        tau: 0.0,
+        share: 0.0,
+        whole_batch: 0,
+        layer: 0,
     }
 }
 

@@ -58,7 +58,7 @@ impl Cuda {
         let params = rksc_entropy_probe_params {
             x: p.x.at(op, DType::F32, 0, p.num_rows * p.hidden)?.cast(),
             norm_weight: p.norm.map_or(Ok(std::ptr::null()), |n| n.at(op, DType::F32, 0, p.hidden))?.cast(),
-            w: w.memory.ptr().cast(),
+            w: w.dense(op)?.ptr().cast(),
             candidates,
             chosen: std::ptr::null(),
             stats: stats.cast(),

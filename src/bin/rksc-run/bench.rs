@@ -9,7 +9,9 @@ mod kernels;
 mod kv_budget;
 mod ladder;
 mod mechanisms;
+mod paired;
 mod passes;
+mod river;
 mod roof;
 mod tree;
 mod trial;
@@ -18,6 +20,10 @@ use clap::{Args, Subcommand};
 use rksc::DType;
 use rksc::backend::cpu::Cpu;
 use rksc::backend::cpu::simd::SimdLevel;
+use rksc::config::EngineConfig;
+use rksc::kv::KvLayout;
+use rksc::model::family::ModelConfig;
+use rksc::report::LatencyMs;
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -34,6 +40,9 @@ pub(crate) enum Command {
     /// What a KV budget costs in answers, and what it gives in memory and speed.
     #[command(subcommand)]
     KvBudget(kv_budget::Command),
+    /// What early exit costs in answers and gives in speed.
+    #[command(subcommand)]
+    River(river::Command),
     Agree(Box<agree::Args>),
     Evict(Box<evict::Args>),
     /// What this machine can do at most: memory, and the linear op at each SIMD level.
@@ -52,6 +61,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
         Command::Gemm(args) => gemm::run(args),
         Command::Kernels(args) => kernels::run(args),
         Command::KvBudget(command) => kv_budget::run(command),
+        Command::River(command) => river::run(command),
         Command::Agree(args) => agree::run(args),
         Command::Evict(args) => evict::run(args),
         Command::Roof(args) => roof::run(args),
@@ -92,6 +102,29 @@ fn cpu_model() -> String {
 /// Bytes a second in GB/s.
 fn gb(bytes_per_second: f64) -> f64 {
     bytes_per_second / 1e9
+}
+
+/// Bytes of so many KV blocks of a model.
+fn kv_bytes(config: &EngineConfig, model: &ModelConfig, num_blocks: usize) -> u64 {
+    let block = KvLayout {
+        num_blocks: 1,
+        num_kv_heads: model.num_kv_heads,
+        block_size: config.block_size,
+        head_dim: model.head_dim,
+        dtype: config.dtype,
+    };
+    num_blocks as u64 * block.block_bytes(model.num_layers)
+}
+
+fn median(samples: &[f64]) -> f64 {
+    LatencyMs::of(samples).p50
+}
+
+/// The median, and of several samples the least and the most.
+fn spread(samples: &[f64], digits: usize) -> String {
+    let (lo, hi) = samples.iter().fold((f64::INFINITY, 0.0f64), |(lo, hi), &x| (lo.min(x), hi.max(x)));
+    let middle = format!("{:.digits$}", median(samples));
+    if samples.len() > 1 { format!("{middle} ({lo:.digits$} to {hi:.digits$})") } else { middle }
 }
 
 /// A table on stdout: first column to the left, the others to the right, as wide as they need to be.

@@ -1,5 +1,7 @@
 //! `rksc-run calibrate`: thresholds that hold a target, found on one problem file or checked on another.
 
+mod river;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +15,7 @@ use rksc::problems::{Problem, parse_problems};
 use rksc::solver::task::CompiledPack;
 use serde::Serialize;
 
-use crate::common::{EngineArgs, print_json, progress};
+use crate::common::{self, EngineArgs, print_json, progress};
 use crate::report_file::ReportFile;
 use crate::solve::{compile_pack, prefix_text};
 
@@ -66,6 +68,8 @@ pub(crate) struct Args {
     /// One JSON object on stdout instead of text.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    river: river::RiverArgs,
 }
 
 /// A share strictly between 0 and 1.
@@ -104,6 +108,9 @@ impl Input {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    if args.river.river {
+        return river::run(args);
+    }
     if let Some(path) = &args.check {
         return check(args, path);
     }
@@ -159,7 +166,9 @@ impl Session {
             in_flight: args.concurrency,
             ..Setup::of_texts(&pack, &prefix)?
         };
-        let engine = args.engine.open()?;
+        let mut config = args.engine.config();
+        args.river.apply(&mut config)?;
+        let engine = common::open(config)?;
         let pack = compile_pack(&args.engine, &engine, pack, &prefix)?;
         Ok(Self { engine, pack, setup })
     }

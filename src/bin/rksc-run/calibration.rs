@@ -43,6 +43,13 @@ impl CalibrationArgs {
             fits => {
                 fits?;
                 calibration.apply(&name, config, usable, setup);
+                let approximate = [
+                    (engine.quantise.is_some(), "weights in codes"),
+                    (config.river.is_some_and(|r| !r.is_exact()), "early exit"),
+                ];
+                for (_, what) in approximate.into_iter().filter(|(is_set, _)| *is_set) {
+                    config.calibration.iter_mut().for_each(|c| c.differs.push(what.into()));
+                }
                 config.calibration.as_ref().into_iter().for_each(|c| eprintln!("{}", in_words(c)));
             }
         }

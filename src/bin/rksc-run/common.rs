@@ -92,11 +92,17 @@ impl EngineArgs {
 /// See [`EngineArgs::open`].
 pub(crate) fn open(config: EngineConfig) -> Result<Engine> {
     let engine = Engine::open(config)?;
+    announce(&engine);
+    Ok(engine)
+}
+
+/// What an engine opened otherwise needs: see [`EngineArgs::open`].
+pub(crate) fn announce(engine: &Engine) {
     let info = engine.info();
     let why = info.device_note.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
-    eprintln!("{} | {} | {}{why}", info.name, info.dtype, info.device);
+    let codes = engine.config().quantise.map(|options| format!(" | projections in codes, not exact: {options}"));
+    eprintln!("{} | {}{} | {}{why}", info.name, info.dtype, codes.unwrap_or_default(), info.device);
     cancel_on_interrupt(engine.cancel_flag());
-    Ok(engine)
 }
 
 fn cancel_on_interrupt(flag: CancelFlag) {
@@ -218,6 +224,11 @@ pub(crate) fn init_log(verbose: u8) {
     let level = ["warn", "info", "debug"][usize::from(verbose.min(2))];
     let filter = tracing_subscriber::EnvFilter::new(format!("rksc={level}"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+}
+
+/// A flag that is refused, with the way out in `why`.
+pub(crate) fn refused(flag: &str, why: impl Into<String>) -> Error {
+    Error::Config { field: flag.into(), why: why.into() }
 }
 
 /// The exit status: 0 ok, 1 user error, 2 bad model or file, 3 out of memory, 4 device, 5 cancelled, 70 internal.

@@ -6,13 +6,19 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args as ClapArgs;
-use rksc::engine::{BranchId, BranchStats, EndReason, Engine, EventKind, GenerateParams, PrefillOptions};
+use rksc::engine::{
+    BranchId, BranchStats, EndReason, Engine, EventKind, GenerateParams, GeneratedToken, PrefillOptions,
+};
+use rksc::gate::river::River;
 use rksc::kv::budget::{KvLimit, KvPrompt};
+use rksc::quant::QuantOptions;
 use rksc::report::kv::{KvTotals, limit_in_words};
+use rksc::report::river::{RiverTotals, exactness, river_in_words};
 use rksc::tokenizer::{IncrementalDecoder, StopMatcher, Tokenizer};
 
-use crate::common::{self, EngineArgs, SamplingArgs, print_json, read_text};
+use crate::common::{self, EngineArgs, SamplingArgs, print_json, read_text, refused};
 use crate::kv::KvArgs;
+use crate::river::RiverArgs;
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -47,6 +53,8 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     kv: KvArgs,
+    #[command(flatten)]
+    river: RiverArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -83,9 +91,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let limit = args.kv.limit(&mut config)?;
     if args.n > 1 && limit.is_some_and(|l| l.prompt == KvPrompt::Evict) {
         let why = format!("evict drops nothing of a prompt that {} continuations share; use -n 1, or pin", args.n);
-        return Err(rksc::Error::Config { field: "kv-prompt".into(), why }.into());
+        return Err(refused("kv-prompt", why).into());
+    }
+    let river = args.river.policy(false, &mut config)?;
+    if limit.is_some() {
+        river.iter().try_for_each(River::check_budget)?;
     }
     let mut engine = common::open(config)?;
+    engine.set_river(river)?;
     let tokenizer = args.engine.tokenizer()?;
     let prompt_tokens = tokenizer.encode(&prompt)?;
     let end_tokens = if args.ignore_eos { Vec::new() } else { args.engine.source().end_tokens(engine.model())? };
@@ -105,7 +118,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             match event.kind {
                 EventKind::Token(token) => {
                     first_token_ms.get_or_insert_with(|| started.elapsed().as_secs_f64() * 1e3);
-                    choice.take(&mut engine, token, &params, args.stream)?;
+                    choice.take(&mut engine, &token, &params, args.stream)?;
                 }
                 EventKind::Ended(reason) => choice.end(reason, args.stream)?,
                 EventKind::Ready | EventKind::Preempted | EventKind::Aliased { .. } => {}
@@ -130,6 +143,7 @@ fn start(
         Some(limit) if limit.prompt == KvPrompt::Evict => branches.fill(root),
         _ => engine.fork(root, &mut branches)?,
     }
+    engine.exit_prompt(root)?;
     branches
         .into_iter()
         .map(|branch| {
@@ -137,6 +151,9 @@ fn start(
                 engine.limit_kv(branch, limit.for_prompt(prompt.len(), engine.config().block_size))?;
             }
             engine.start(branch, params.clone())?;
+            if params.max_new_tokens > 0 {
+                engine.exit_prompt(branch)?;
+            }
             Ok(Choice {
                 branch,
                 decoder: tokenizer.visible_decoder(),
@@ -151,16 +168,35 @@ fn start(
         .collect()
 }
 
+/// What the river was to do, and what it did.
+#[derive(serde::Serialize)]
+struct RiverReport {
+    policy: River,
+    codes: Option<QuantOptions>,
+    totals: RiverTotals,
+}
+
+impl RiverReport {
+    fn of(engine: &Engine) -> Option<Self> {
+        let policy = *engine.river()?;
+        Some(Self { policy, codes: engine.config().river, totals: RiverTotals::of(engine) })
+    }
+}
+
 impl Choice {
-    fn take(&mut self, engine: &mut Engine, token: u32, params: &GenerateParams, stream: bool) -> anyhow::Result<()> {
+    fn take(
+        &mut self,
+        engine: &mut Engine,
+        &GeneratedToken { token, logprob, stats }: &GeneratedToken,
+        params: &GenerateParams,
+        stream: bool,
+    ) -> anyhow::Result<()> {
         if self.finish.is_some() || params.end_tokens.contains(&token) {
             return Ok(());
         }
         self.tokens.push(token);
-        if let Some(row) = engine.row(self.branch)? {
-            self.logprobs.push(row.token_logprob);
-            self.entropies.push(row.stats.entropy);
-        }
+        self.logprobs.push(logprob);
+        self.entropies.push(stats.entropy);
         let (text, hit) = self.stops.push(&self.decoder.push(token)?);
         self.emit(&text, stream)?;
         if hit.is_some() {
@@ -211,6 +247,7 @@ fn report(
     let stats: Vec<BranchStats> = choices.iter().map(|c| engine.stats(c.branch)).collect::<rksc::Result<_>>()?;
     let mut totals = KvTotals::default();
     stats.iter().for_each(|s| totals.add(s.num_slots, s.num_computed_tokens, s.kv_cuts));
+    let river = RiverReport::of(engine);
     let generated: usize = choices.iter().map(|c| c.tokens.len()).sum();
     if args.json {
         let choices: Vec<_> = choices
@@ -235,6 +272,8 @@ fn report(
             "kv": limit.map(|limit| serde_json::json!({
                 "limit": limit, "window": engine.config().kv_window, "totals": totals,
             })),
+            "river": river,
+            "quantise": engine.config().quantise,
         }));
     }
     let mut out = std::io::stdout().lock();
@@ -259,6 +298,9 @@ fn report(
     );
     if let Some(limit) = limit {
         eprintln!("KV budget, not exact: {}; {totals}", limit_in_words(limit));
+    }
+    if let Some(RiverReport { policy, totals, .. }) = &river {
+        eprintln!("River, {}: {}; {totals}", exactness(policy), river_in_words(policy));
     }
     Ok(())
 }

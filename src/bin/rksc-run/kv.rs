@@ -1,10 +1,12 @@
 //! Flags of a KV budget. A flag that would change nothing beside the others is refused by its name.
 
 use clap::{Args, ValueEnum};
+use rksc::Result;
 use rksc::backend::RkvVariant;
 use rksc::config::EngineConfig;
 use rksc::kv::budget::{Aggregation, KeepRule, KvBudget, KvLimit, KvPrompt};
-use rksc::{Error, Result};
+
+use crate::common::refused;
 
 #[derive(Args, Clone)]
 pub(crate) struct KvArgs {
@@ -79,10 +81,6 @@ enum Agg {
 enum Prompt {
     Pin,
     Evict,
-}
-
-fn refused(flag: &str, why: impl Into<String>) -> Error {
-    Error::Config { field: flag.into(), why: why.into() }
 }
 
 impl KvArgs {

@@ -17,7 +17,10 @@ mod generate;
 mod inspect;
 mod kv;
 mod plan;
+mod quant;
+mod quantise;
 mod report_file;
+mod river;
 mod score;
 mod search;
 mod solve;
@@ -52,6 +55,8 @@ enum Command {
     Inspect(inspect::Args),
     /// What a model needs in memory, before it is loaded.
     Plan(plan::Args),
+    /// Make a model's 4-bit codes ahead of time, for --river and --quantise.
+    Quantise(Box<quantise::Args>),
     /// The devices this build can use here.
     Devices(common::JsonFlag),
     /// Measure: policies against each other, kernels, whole passes.
@@ -87,6 +92,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Score(args) => score::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Quantise(args) => quantise::run(&args),
         Command::Devices(args) => inspect::devices(&args),
         Command::Bench(command) => bench::run(&command),
         Command::Completions { shell } => {

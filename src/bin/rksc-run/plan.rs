@@ -7,9 +7,11 @@ use rksc::config::{EngineConfig, available_memory};
 use rksc::kv::budget::KvLimit;
 use rksc::model::family::ModelConfig;
 use rksc::report::MemoryPlan;
-use rksc::{Error, ModelSource, Result};
+use rksc::{ModelSource, Result};
 
-use crate::common::{EngineArgs, JsonFlag, human_bytes, print_json};
+use crate::common::{EngineArgs, JsonFlag, human_bytes, print_json, refused};
+use crate::quant::{QuantArgs, Wanted};
+use crate::river;
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -30,6 +32,14 @@ pub(crate) struct Args {
     /// Tokens that may come on top until the next cut [default: as in solve].
     #[arg(long, value_name = "M")]
     kv_buffer: Option<usize>,
+    /// With a second weight set in 4 bits, as in solve; when tokens leave makes no difference here.
+    #[arg(long, default_value = "off", value_name = "EXIT", value_parser = river::exit)]
+    river: river::Exit,
+    /// The whole model in 4 bits.
+    #[arg(long)]
+    quantise: bool,
+    #[command(flatten)]
+    quant: QuantArgs,
     #[command(flatten)]
     format: JsonFlag,
 }
@@ -43,10 +53,7 @@ impl Args {
                 limit.validate(config.kv_window)?;
                 Ok(limit.budget + limit.buffer)
             }
-            (None, Some(_)) => {
-                let why = "changes nothing without a budget; give --kv-budget N too";
-                Err(Error::Config { field: "kv-buffer".into(), why: why.into() })
-            }
+            (None, Some(_)) => Err(refused("kv-buffer", "changes nothing without a budget; give --kv-budget N too")),
             (None, None) => Ok(usize::MAX),
         }
     }
@@ -61,7 +68,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         #[cfg(not(feature = "bundled-model"))]
         (None, _) => anyhow::bail!("model: give a folder with -m DIR, or a --shape"),
     };
-    let config = args.engine.config();
+    let mut config = args.engine.config();
+    args.quant.apply(&Wanted { river: args.river.is_on(), quantise: args.quantise }, &mut config)?;
     let held = args.own.min(args.most_held(&config)?);
     let plan = MemoryPlan::new(&config, &model, args.prefix, held)?;
     if args.format.json {
@@ -74,6 +82,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let mut row = |name: &str, bytes: u64, what: &str| writeln!(out, "{name:<22}{:>12}  {what}", human_bytes(bytes));
     row("weights", plan.weight_bytes, "mapped from the file, or random")?;
+    if let Some(codes) = config.river.or(config.quantise) {
+        row("weights in codes", plan.code_bytes, &format!("{codes}, mapped from their file, or made"))?;
+    }
     row("workspace", plan.workspace_bytes, "activations of the largest pass; touched as used")?;
     row(
         "KV cache",
@@ -82,7 +93,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     )?;
     row("  per token", plan.kv_bytes_per_token, "")?;
     row("  per branch", plan.kv_bytes_per_branch, &own)?;
-    row("total", plan.weight_bytes + plan.workspace_bytes + plan.kv_cache_bytes, "")?;
+    row("total", plan.weight_bytes + plan.code_bytes + plan.workspace_bytes + plan.kv_cache_bytes, "")?;
     writeln!(out, "{:<22}{:>12}  sharing {} tokens", "branches that fit", plan.max_branches, args.prefix)?;
     writeln!(out, "to fix the cache at this size: --kv-cache-memory {}", plan.kv_cache_bytes)?;
     if let Some(free) = available_memory() {

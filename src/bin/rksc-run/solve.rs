@@ -15,8 +15,10 @@ use rksc::gate::verify::SkipRule;
 use rksc::model::family::ModelConfig;
 use rksc::problems::{Problem, read_problems};
 use rksc::prompts::PromptPack;
+use rksc::quant::QuantOptions;
 use rksc::report::html::ReportData;
 use rksc::report::kv::limit_in_words;
+use rksc::report::river::{exactness, river_in_words};
 use rksc::report::{NodeEnd, ProblemResult, SolveReport};
 use rksc::solver::select::Select;
 use rksc::solver::task::{CompiledPack, Task, TextTask};
@@ -27,6 +29,7 @@ use crate::common::{self, EngineArgs, SamplingArgs, print_json, progress, read_t
 use crate::gates::GateArgs;
 use crate::kv::KvArgs;
 use crate::report_file::{self, ReportFile};
+use crate::river::RiverArgs;
 use crate::search::SearchArgs;
 
 #[derive(ClapArgs)]
@@ -59,6 +62,11 @@ pub(crate) struct Args {
     #[command(flatten)]
     kv: KvArgs,
     #[command(flatten)]
+    river: RiverArgs,
+    /// Verification leaves early too: by --river-prefill, or without it after as many layers as --river says. Not exact.
+    #[arg(long)]
+    river_verify: bool,
+    #[command(flatten)]
     sampling: SamplingArgs,
     /// One JSON line per problem, written as soon as it is solved.
     #[arg(long, value_name = "FILE")]
@@ -81,6 +89,8 @@ struct JsonReport<'a> {
     report: &'a SolveReport,
     /// Under a KV budget, the last tokens that always stay.
     kv_window: Option<usize>,
+    /// The codes of the second weight set under a river, of the whole model otherwise.
+    codes: Option<QuantOptions>,
     results: &'a [ProblemResult],
 }
 
@@ -213,6 +223,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.gates.apply(&mut config);
     let mut engine_config = args.engine.config();
     config.kv = args.kv.limit(&mut engine_config)?;
+    config.river = args.river.policy(args.river_verify, &mut engine_config)?;
     config.record = args.report.is_some();
     config.validate()?;
     let source = args.engine.source();
@@ -261,10 +272,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     bar.finish_and_clear();
     results.sort_by_key(|(idx, _)| *idx);
     let results: Vec<ProblemResult> = results.into_iter().map(|(_, r)| r).collect();
-    let report = SolveReport::new(&config, &results);
+    let report = SolveReport::new(&config, &results).with_river(&engine);
     let mut setting = report_file::setting(&engine);
     let kv_window = config.kv.map(|_| engine.config().kv_window);
     setting.extend(kv_window.map(|n| ("KV window".to_string(), format!("{n} tokens"))));
+    let codes = engine.config().river.or(engine.config().quantise);
+    setting.extend(codes.map(|codes| (codes_name(&config).to_string(), codes.to_string())));
     setting.extend(config.calibration.as_ref().map(|c| ("calibration".to_string(), calibration::in_words(c))));
     let page = ReportData {
         title: format!("{} of {} problems, policy {}", results.len(), tasks.len(), report.policy),
@@ -275,10 +288,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     };
     report_file::finish(report_file.as_ref(), page, outcome.map_err(anyhow::Error::from))?;
     if args.json {
-        print_json(&JsonReport { report: &report, kv_window, results: &results })
+        print_json(&JsonReport { report: &report, kv_window, codes, results: &results })
     } else {
         print_summary(&report)
     }
+}
+
+fn codes_name(config: &SolverConfig) -> &'static str {
+    if config.river.is_some() { "codes of the river" } else { "projections in codes, not exact" }
 }
 
 /// The prompt pack, and the text in front of every problem.
@@ -399,6 +416,9 @@ fn print_summary(r: &SolveReport) -> anyhow::Result<()> {
     )?;
     if let (Some(limit), Some(kv)) = (&r.config.kv, &r.kv) {
         writeln!(out, "KV budget, not exact: {}; {kv}", limit_in_words(limit))?;
+    }
+    if let (Some(policy), Some(river)) = (&r.config.river, &r.river) {
+        writeln!(out, "River, {}: {}; {river}", exactness(policy), river_in_words(policy))?;
     }
     Ok(())
 }

@@ -3,10 +3,11 @@
 //! The header is parsed twice: once here, to see what the crate does not look at (duplicate keys) and to say in words
 //! what is wrong with a tensor, and once by the `safetensors` crate, whose verdict and numbers count.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
@@ -40,7 +41,7 @@ impl Source {
 }
 
 /// Maps a regular file of at least a header length.
-pub(super) fn map(path: &Path) -> Result<Arc<Mmap>> {
+pub(crate) fn map(path: &Path) -> Result<Arc<Mmap>> {
     let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if !meta.is_file() {
         return Err(Error::format(path, "not a regular file"));
@@ -56,25 +57,42 @@ pub(super) fn map(path: &Path) -> Result<Arc<Mmap>> {
     Ok(Arc::new(map))
 }
 
-/// All tensors of one file.
-pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Stored)>> {
-    let bytes = source.bytes();
+/// What a checked header says of a tensor, and where in the file its bytes are.
+pub(crate) struct Located {
+    pub(crate) name: Arc<str>,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) range: Range<usize>,
+}
+
+/// All tensors of one file, of whatever type, and the texts of its `__metadata__`.
+pub(crate) fn locate(path: &Path, bytes: &[u8]) -> Result<(Vec<Located>, HashMap<String, String>)> {
     let header = header(path, bytes)?;
     let data_start = 8 + header.len();
     explain(path, header, bytes.len() - data_start)?;
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| Error::format(path, format!("header: {e}")))?;
 
     let mut out = Vec::new();
-    let mut copied = 0;
     for (name, info) in metadata.tensors() {
-        let name: Arc<str> = name.into();
-        let stored = match dtype_of(info.dtype) {
-            None => Stored::Unsupported(info.dtype.to_string()),
+        let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
+        if bytes.get(range.clone()).is_none() {
+            return Err(weights_error(path, &name, "its data lies outside the file".to_owned()));
+        }
+        out.push(Located { name: name.into(), dtype: info.dtype, shape: info.shape.clone(), range });
+    }
+    Ok((out, metadata.metadata().clone().unwrap_or_default()))
+}
+
+/// All tensors of one file.
+pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Stored)>> {
+    let bytes = source.bytes();
+    let mut out = Vec::new();
+    let mut copied = 0;
+    for Located { name, dtype, shape, range } in locate(path, bytes)?.0 {
+        let stored = match dtype_of(dtype) {
+            None => Stored::Unsupported(dtype.to_string()),
             Some(dtype) => {
-                let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
-                let Some(slice) = bytes.get(range.clone()) else {
-                    return Err(weights_error(path, &name, "its data lies outside the file".to_owned()));
-                };
+                let slice = &bytes[range.clone()];
                 let data = if slice.as_ptr().align_offset(4) != 0 {
                     copied += slice.len();
                     TensorData::Owned(aligned_copy(slice))
@@ -84,7 +102,7 @@ pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Store
                         Source::Static(all) => TensorData::Static(&all[range]),
                     }
                 };
-                Stored::Ready(Tensor { name: Arc::clone(&name), dtype, shape: info.shape.clone(), data })
+                Stored::Ready(Tensor { name: Arc::clone(&name), dtype, shape, data })
             }
         };
         out.push((name, stored));
@@ -104,7 +122,7 @@ fn dtype_of(dtype: Dtype) -> Option<DType> {
     }
 }
 
-fn aligned_copy(bytes: &[u8]) -> Arc<[u32]> {
+pub(crate) fn aligned_copy(bytes: &[u8]) -> Arc<[u32]> {
     let mut words: Arc<[u32]> = std::iter::repeat_n(0, bytes.len().div_ceil(4)).collect();
     if let Some(words) = Arc::get_mut(&mut words) {
         let out: &mut [u8] = bytemuck::cast_slice_mut(words);

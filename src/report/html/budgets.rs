@@ -3,16 +3,13 @@
 
 use super::markup::{El, coordinate};
 use super::plot::{Anchor, Scale, label, line, text_width, tick_label};
+use super::sheet::{COLOURS, diamond, sheet};
 
 /// Left, right, top and bottom of the plot.
 const PLOT: [f64; 4] = [52.0, 520.0, 66.0, 386.0];
 const SIZE: [f64; 2] = [736.0, 432.0];
-const STYLE: &str = "text { font: 11px system-ui, sans-serif; fill: #1c1c1c; } .tick, .note { fill: #5a5a5a; } \
-                     .title { font-size: 14px; font-weight: 600; } .grid { stroke: #e3e3e3; stroke-width: 0.7; } \
-                     .axis { stroke: #8a8a8a; stroke-width: 0.8; }";
-/// Colours that stay apart for the colour-blind.
-const COLOURS: [&str; 9] =
-    ["#0072b2", "#e08a00", "#009e73", "#b5609a", "#7a7a7a", "#56b4e9", "#b3261e", "#5a4fcf", "#8a6d00"];
+/// Of what the lines are compared with.
+const INK: &str = "#1c1c1c";
 /// Horizontal distance of two lines' marks at one budget, so that intervals do not hide each other.
 const DODGE: f64 = 3.2;
 
@@ -102,15 +99,7 @@ pub fn render_budgets(p: &BudgetPlot) -> String {
     }
     marks.extend(p.claims.iter().flat_map(|c| claim(c, &x, &y)));
     marks.extend(key(p));
-    let svg = El::new("svg")
-        .attr("xmlns", "http://www.w3.org/2000/svg")
-        .attr("viewBox", format!("0 0 {} {}", SIZE[0], SIZE[1]))
-        .attr("width", SIZE[0])
-        .attr("height", SIZE[1])
-        .child(El::new("style").verbatim(STYLE))
-        .child(El::new("rect").attr("width", "100%").attr("height", "100%").attr("fill", "#ffffff"))
-        .children(marks);
-    format!("{svg}\n")
+    sheet(SIZE, marks)
 }
 
 /// All budgets that are drawn, ascending, each once.
@@ -174,17 +163,7 @@ fn draw(l: &BudgetLine, x: &Scale, y: &Scale, colour: &str, shift: f64) -> Vec<E
 /// A diamond; its words stand in the key, where nothing lies behind them.
 fn claim(c: &BudgetClaim, x: &Scale, y: &Scale) -> Option<El> {
     let is_sound = c.budget > 0.0 && c.value.is_finite();
-    is_sound.then(|| diamond(x.at(c.budget.ln()), y.at(c.value)).title(&c.words))
-}
-
-fn diamond(cx: f64, cy: f64) -> El {
-    let corner = |dx: f64, dy: f64| format!("{},{}", coordinate(cx + dx), coordinate(cy + dy));
-    let points = [corner(0.0, -5.0), corner(5.0, 0.0), corner(0.0, 5.0), corner(-5.0, 0.0)].join(" ");
-    El::new("polygon")
-        .attr("points", points)
-        .attr("fill", "#ffffff")
-        .attr("stroke", "#1c1c1c")
-        .attr("stroke-width", 1.3)
+    is_sound.then(|| diamond(x.at(c.budget.ln()), y.at(c.value), INK).title(&c.words))
 }
 
 /// To the right of the plot.
@@ -203,7 +182,7 @@ fn key(p: &BudgetPlot) -> Vec<El> {
     }
     if !p.claims.is_empty() {
         at += 24.0;
-        out.push(diamond(x + 9.0, at));
+        out.push(diamond(x + 9.0, at, INK));
         let said = p.claims.iter().map(|c| c.words.clone());
         for words in wrapped(&p.claims_words, SIZE[0] - x - 28.0).into_iter().chain(said) {
             out.push(label(x + 24.0, at + 3.5, Anchor::Start, &words));

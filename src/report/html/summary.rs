@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::ReportData;
 use super::markup::{El, amount, clipped, count, grouped, percent, short, table};
 use crate::report::kv::limit_in_words;
+use crate::report::river::exactness;
 use crate::report::{ProblemResult, SolveReport};
 
 /// Name and value, one row each.
@@ -45,6 +46,9 @@ pub(super) fn summary(report: &SolveReport, problems: &[ProblemResult]) -> El {
     rows.push(["KV blocks".into(), blocks]);
     if let (Some(limit), Some(kv)) = (&report.config.kv, &report.kv) {
         rows.push(["KV budget".into(), format!("{}: {kv}", limit_in_words(limit))]);
+    }
+    if let (Some(policy), Some(river)) = (&report.config.river, &report.river) {
+        rows.push(["River".into(), format!("{}; {river}", exactness(policy))]);
     }
     pairs("summary", rows)
 }

@@ -6,13 +6,14 @@ use crate::gate::asks::AsksScope;
 use crate::gate::step::DecodeExit;
 use crate::gate::verify::{SkipRule, VerifyExit};
 use crate::report::kv::limit_in_words;
+use crate::report::river::{exactness, river_in_words};
 use crate::solver::select::Select;
 use crate::solver::{Sharing, SolverConfig, StepScore, VerifyMode};
 
 /// Sentences, each ending in a full stop.
 pub(super) fn configuration(c: &SolverConfig) -> Vec<String> {
     let mut out = vec![branches(c)];
-    out.extend([search(c), wordings(c), asks(c), kv(c), merge(c)].into_iter().flatten());
+    out.extend([search(c), wordings(c), asks(c), kv(c), river(c), merge(c)].into_iter().flatten());
     out.push(verify(c));
     out.extend([skip(c), verify_exit(c), decode_exit(c)].into_iter().flatten());
     out.push(select(c));
@@ -67,6 +68,11 @@ fn asks(c: &SolverConfig) -> Option<String> {
 
 fn kv(c: &SolverConfig) -> Option<String> {
     Some(format!("A branch keeps {}: not exact.", limit_in_words(c.kv.as_ref()?)))
+}
+
+fn river(c: &SolverConfig) -> Option<String> {
+    let river = c.river.as_ref()?;
+    Some(format!("River, {}: {}.", exactness(river), river_in_words(river)))
 }
 
 fn merge(c: &SolverConfig) -> Option<String> {

@@ -129,7 +129,7 @@ unsafe fn block<W: Widen, const R: usize>(job: &Job<'_, f32, W>, row: usize, out
 /// The halving tree: lane i and lane i + 4, then + 2, + 1.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn reduce(v: __m256) -> f32 {
+pub(super) fn reduce(v: __m256) -> f32 {
     let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
     _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))

@@ -281,7 +281,7 @@ unsafe fn sweep<D: Dot, const R: usize, const N: usize>(
 /// Registers are paired at every level, so that a level costs half of the one before.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn reduce8(v: [__m512; 8]) -> [f32; 8] {
+pub(super) fn reduce8(v: [__m512; 8]) -> [f32; 8] {
     let (mut quarters, mut halves) = ([_mm512_setzero_ps(); 2], [_mm512_setzero_ps(); 4]);
     for (i, sum) in halves.iter_mut().enumerate() {
         let (a, b) = (v[2 * i], v[2 * i + 1]);

@@ -4,7 +4,7 @@
 use super::Job;
 
 pub(super) const GRAIN: usize = 4;
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Rows of x that share one widening of W.
 const ROWS: usize = 4;
 /// Elements of a row of W that are widened at a time; a multiple of `LANES`.
@@ -37,7 +37,7 @@ pub(super) unsafe fn multiply<W: Copy>(job: &Job<'_, f32, W>, widen: impl Fn(W) 
     }
 }
 
-fn accumulate(acc: &mut [f32; LANES], x: &[f32], w: &[f32]) {
+pub(super) fn accumulate(acc: &mut [f32; LANES], x: &[f32], w: &[f32]) {
     let (x, x_tail) = x.as_chunks::<LANES>();
     let (w, w_tail) = w.as_chunks::<LANES>();
     for (x, w) in x.iter().zip(w) {
@@ -51,7 +51,7 @@ fn accumulate(acc: &mut [f32; LANES], x: &[f32], w: &[f32]) {
 }
 
 /// The halving tree: lane i and lane i + 8, then + 4, + 2, + 1.
-fn reduce(lanes: &[f32; LANES]) -> f32 {
+pub(super) fn reduce(lanes: &[f32; LANES]) -> f32 {
     let mut sums = *lanes;
     for half in [8, 4, 2, 1] {
         for i in 0..half {

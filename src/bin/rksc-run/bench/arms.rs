@@ -8,6 +8,7 @@ use clap::Args;
 use rksc::config::ModelSource;
 use rksc::engine::PrefillOptions;
 use rksc::problems::{Problem, read_problems};
+use rksc::prompts::PromptPack;
 use rksc::report::ladder::Arm;
 use rksc::report::{PassRecord, ProblemResult};
 use rksc::solver::task::{CompiledPack, Task};
@@ -15,7 +16,10 @@ use rksc::solver::{Solver, SolverConfig};
 use rksc::{Engine, Error};
 
 use crate::common::{EngineArgs, progress, read_text};
-use crate::solve::compile_pack;
+use crate::solve::{approaches, compile_pack};
+
+/// The long style that the bundled model was trained in.
+const LONG_STYLE: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/approaches_long.txt"));
 
 /// The problems, and the tokens a warm cache holds when one begins.
 pub(super) struct Work {
@@ -59,6 +63,19 @@ pub(super) fn pack(
 ) -> anyhow::Result<Arc<CompiledPack>> {
     let source = args.source();
     compile_pack(args, engine, source.prompt_pack(prompts)?, &prefix_text(&source, prefix)?)
+}
+
+/// The model's prompt pack with the approaches of a file; without one the bundled model gets its long style.
+pub(super) fn long_pack(source: &ModelSource, file: Option<&Path>) -> anyhow::Result<PromptPack> {
+    let mut pack = source.prompt_pack(None)?;
+    let lines = match file {
+        Some(path) => Some(read_text(path)?),
+        None => (*source == ModelSource::Bundled).then(|| LONG_STYLE.to_string()),
+    };
+    if let Some(lines) = lines {
+        pack.approaches = approaches(&lines);
+    }
+    Ok(pack)
 }
 
 /// The text in front of every problem.

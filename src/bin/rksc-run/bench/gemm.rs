@@ -12,7 +12,9 @@ use rksc::backend::cpu::roof::{MemoryRoof, linear_rate, random_buf, random_matri
 use rksc::backend::cpu::{Cpu, CpuBuf};
 use rksc::backend::{Backend, Linear};
 use rksc::model::family::ModelConfig;
+use rksc::quant::{CodeBits, ZeroKind};
 use rksc::report::LatencyMs;
+use rksc::testing::linear_quantised::CodeFormat;
 
 use super::{CpuArgs, Table, cpu_model, gb};
 use crate::common::print_json;
@@ -27,13 +29,42 @@ pub(crate) struct Args {
     /// Rows, one case each.
     #[arg(long, value_delimiter = ',', default_value = "1,8,256")]
     rows: Vec<usize>,
+    /// What the matrices hold: elements of the compute type, or codes of 4 bits (fractional zeros) or 8 bits (none).
+    #[arg(long, value_enum, default_value_t)]
+    weights: Weights,
+    /// Neighbours along k that share a scale and a zero of codes.
+    #[arg(long, default_value_t = 64)]
+    group: usize,
     /// One JSON object on stdout instead of a table.
     #[arg(long)]
     json: bool,
 }
 
+/// How the matrices are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Weights {
+    #[default]
+    Dense,
+    W4,
+    W8,
+}
+
+impl Weights {
+    /// A random `[out, in]`.
+    fn matrix(self, out: usize, k: usize, args: &Args, seed: u64) -> rksc::Result<CpuMatrix> {
+        let (dtype, group) = (args.cpu.dtype, args.group);
+        let codes = |bits, zeros| CpuMatrix::new(&[CodeFormat { bits, group, zeros }.random(out, k, seed)], dtype);
+        match self {
+            Self::Dense => random_matrix(out, k, dtype, seed),
+            Self::W4 => codes(CodeBits::W4, ZeroKind::Fractional),
+            Self::W8 => codes(CodeBits::W8, ZeroKind::None),
+        }
+    }
+}
+
 /// Copies of a matrix fill at least this much.
-const ROTATE_BYTES: usize = 256 << 20;
+const ROTATE_BYTES: u64 = 256 << 20;
 
 #[derive(serde::Serialize)]
 struct Case {
@@ -58,7 +89,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut cases = Vec::new();
     for (layer, in_features, out_features) in layers(&model) {
         eprintln!("{layer}");
-        let weights = Rotating::new(in_features, out_features, args.cpu.dtype)?;
+        let weights = Rotating::new(in_features, out_features, args)?;
         for &rows in &args.rows {
             let us = weights.time(&mut cpu, rows, args.cpu.dtype)?;
             let arithmetic = (2 * rows * in_features * out_features) as f64;
@@ -78,11 +109,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     if args.json {
         return print_json(&serde_json::json!({
-            "bench": "gemm", "shape": args.shape, "dtype": args.cpu.dtype, "cpu": cpu_model(), "device": cpu.describe(),
+            "bench": "gemm", "shape": args.shape, "dtype": args.cpu.dtype, "weights": args.weights,
+            "group": args.group, "cpu": cpu_model(), "device": cpu.describe(),
             "memory_read_gb_per_s": gb(read), "linear_gflops_1024_rows": flops / 1e9, "cases": cases,
         }));
     }
-    say!("{} | {} | {}", cpu_model(), cpu.describe(), args.cpu.dtype);
+    let weights = match args.weights {
+        Weights::Dense => String::new(),
+        codes => format!(" x {codes:?} in groups of {}", args.group),
+    };
+    say!("{} | {} | {}{weights}", cpu_model(), cpu.describe(), args.cpu.dtype);
     say!("roof: memory read {:.1} GB/s, linear at 1024 rows {:.0} GFLOP/s", gb(read), flops / 1e9);
     let mut table = Table::new(&["layer", "in", "out", "rows", "us", "p10", "p90", "GB/s", "GFLOP/s", "of roof"]);
     for c in &cases {
@@ -120,17 +156,19 @@ fn layers(m: &ModelConfig) -> [(&'static str, usize, usize); 5] {
 struct Rotating {
     copies: Vec<CpuMatrix>,
     /// Bytes of one copy.
-    bytes: usize,
+    bytes: u64,
     in_features: usize,
     out_features: usize,
 }
 
 impl Rotating {
-    fn new(in_features: usize, out_features: usize, dtype: DType) -> rksc::Result<Self> {
-        let bytes = in_features * out_features * dtype.size_bytes();
-        let copies = (0..ROTATE_BYTES.div_ceil(bytes) as u64)
-            .map(|i| random_matrix(out_features, in_features, dtype, i))
-            .collect::<rksc::Result<_>>()?;
+    fn new(in_features: usize, out_features: usize, args: &Args) -> rksc::Result<Self> {
+        let matrix = |seed| args.weights.matrix(out_features, in_features, args, seed);
+        let mut copies = vec![matrix(0)?];
+        let bytes = copies[0].num_bytes();
+        for seed in 1..ROTATE_BYTES.div_ceil(bytes.max(1)) {
+            copies.push(matrix(seed)?);
+        }
         Ok(Self { copies, bytes, in_features, out_features })
     }
 
@@ -143,7 +181,7 @@ impl Rotating {
         for call in 0.. {
             let w = &self.copies[call % self.copies.len()];
             let started = Instant::now();
-            cpu.linear(Linear { rows: 0..rows, x: &x, w, bias: None, y: &mut y })?;
+            cpu.linear(Linear { rows: 0..rows, x: &x, w, river: None, bias: None, y: &mut y })?;
             if call >= 2 {
                 samples.push(started.elapsed().as_secs_f64() * 1e6);
             }

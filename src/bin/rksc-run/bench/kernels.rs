@@ -56,11 +56,13 @@ pub(crate) struct Args {
 
 type Op = (&'static str, fn(&mut Bench) -> anyhow::Result<()>);
 
-const OPS: [Op; 18] = [
+const OPS: [Op; 20] = [
     ("embed", rows::embed),
     ("add_rms_norm", rows::add_rms_norm),
+    ("exit_rows", rows::exit_rows),
     ("linear", matrices::linear),
     ("linear_w4", matrices::linear_w4),
+    ("linear_w8", matrices::linear_w8),
     ("linear_cublas", matrices::linear_cublas),
     ("rope_append", rows::rope_append),
     ("kv_copy_blocks", rows::kv_copy_blocks),

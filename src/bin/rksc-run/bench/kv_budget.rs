@@ -12,9 +12,9 @@ mod throughput;
 use clap::{Args, Subcommand};
 use rksc::Engine;
 use rksc::config::{EngineConfig, ModelSource};
-use rksc::kv::KvLayout;
 use rksc::model::family::ModelConfig;
 
+use super::kv_bytes;
 use crate::common::{self, EngineArgs};
 
 #[derive(Subcommand)]
@@ -72,19 +72,7 @@ impl ShapeArgs {
         };
         let max = model.max_position_embeddings;
         anyhow::ensure!(num_tokens <= max, "--max-new-tokens: {num_tokens} tokens exceed the model's {max}");
-        let block = KvLayout {
-            num_blocks: 1,
-            num_kv_heads: model.num_kv_heads,
-            block_size: config.block_size,
-            head_dim: model.head_dim,
-            dtype: config.dtype,
-        };
-        let bytes = num_blocks as u64 * block.block_bytes(model.num_layers);
-        config.kv_cache_memory = Some(config.kv_cache_memory.unwrap_or(bytes));
+        config.kv_cache_memory = config.kv_cache_memory.or(Some(kv_bytes(&config, &model, num_blocks)));
         Ok(common::open(config)?)
     }
-}
-
-fn median(samples: &[f64]) -> f64 {
-    rksc::report::LatencyMs::of(samples).p50
 }

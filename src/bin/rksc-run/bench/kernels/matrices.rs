@@ -1,11 +1,12 @@
-//! Ops that stream weights: `linear`, `linear_w4`, cuBLASLt's product for many rows, `entropy_probe`.
+//! Ops that stream weights: `linear`, `linear_w4`, `linear_w8`, cuBLASLt's product for many rows, `entropy_probe`.
 
-use half::f16;
 use rksc::DType;
 use rksc::backend::cuda::bindings::*;
 use rksc::backend::cuda::cublas::{Cublas, Gemm};
+use rksc::backend::cuda::device::Device;
 use rksc::model::family::ModelConfig;
-use rksc::testing::linear_w4::{W4, Zeros};
+use rksc::quant::{CodeBits, ZeroKind};
+use rksc::testing::linear_quantised::{CodeFormat, quantised_oracle, rows_with_codes};
 use rksc::testing::oracle;
 
 use super::harness::{Bench, COMPUTE};
@@ -64,6 +65,8 @@ pub(super) fn linear(b: &mut Bench) -> anyhow::Result<()> {
                 in_features: k as u32,
                 out_features: n as u32,
                 dtype: COMPUTE as u32,
+                y_stride: n as u32,
+                ..Default::default()
             };
             b.dev.launch(b.dev.kernels().linear, &params)?;
             let got = b.read(DType::F32, &y, (t - 1) * n, n)?;
@@ -81,19 +84,56 @@ pub(super) fn linear(b: &mut Bench) -> anyhow::Result<()> {
 
 /// bytes: codes in out / 2, scales and zeros 3 in out / group, x 2 t in, y 4 t out
 pub(super) fn linear_w4(b: &mut Bench) -> anyhow::Result<()> {
-    const GROUP: usize = 128;
+    let format = CodeFormat { bits: CodeBits::W4, group: GROUP, zeros: ZeroKind::Integer };
+    linear_of_codes(b, "linear_w4", format, |dev, params| dev.launch(dev.kernels().linear_w4, params))
+}
+
+/// bytes: codes in out, scales 2 in out / group, x 2 t in, y 4 t out
+pub(super) fn linear_w8(b: &mut Bench) -> anyhow::Result<()> {
+    let format = CodeFormat { bits: CodeBits::W8, group: GROUP, zeros: ZeroKind::None };
+    linear_of_codes(b, "linear_w8", format, |dev, p| {
+        let params = rksc_linear_w8_params {
+            x: p.x,
+            codes: p.codes,
+            scales: p.scales,
+            bias: p.bias,
+            y: p.y,
+            workspace: p.workspace,
+            route: p.route,
+            num_rows: p.num_rows,
+            in_features: p.in_features,
+            out_features: p.out_features,
+            group_size: p.group_size,
+            dtype: p.dtype,
+            y_stride: p.y_stride,
+            layer: p.layer,
+            side: p.side,
+        };
+        dev.launch(dev.kernels().linear_w8, &params)
+    })
+}
+
+/// Neighbours along k that share a scale and a zero.
+const GROUP: usize = 128;
+
+fn linear_of_codes(
+    b: &mut Bench,
+    op: &'static str,
+    format: CodeFormat,
+    launch: impl Fn(&mut Device, &rksc_linear_w4_params) -> rksc::Result<()>,
+) -> anyhow::Result<()> {
+    let per_word = format.bits.per_word();
     for (shape, t, k, n) in cases(b, &[1, 8, 16])? {
         if shape.contains("lm_head") {
             continue;
         }
-        b.case("linear_w4", format!("{shape}, groups of {GROUP}"), COMPUTE, |b| {
-            let copies = b.copies(k * n / 2);
-            let (x, codes) = (b.noise(COMPUTE, t * k)?, b.words(copies * k / 8 * n)?);
-            let groups = k / GROUP;
-            let scales: Vec<f16> = (0..n * groups).map(|i| f16::from_f32(0.01 + (i % 97) as f32 * 1e-4)).collect();
-            let zeros: Vec<u8> = (0..n * groups).map(|i| (i % 13 + 2) as u8).collect();
-            let scale_bits: Vec<u16> = scales.iter().map(|s| s.to_bits()).collect();
-            let (scale_buf, zero_buf) = (b.dev.buffer(&scale_bits)?, b.dev.buffer(&zeros)?);
+        b.case(op, format!("{shape}, groups of {GROUP}"), COMPUTE, |b| {
+            let copies = b.copies(4 * k / per_word * n);
+            let (x, codes) = (b.noise(COMPUTE, t * k)?, b.words(copies * k / per_word * n)?);
+            // Scales and zeros of a matrix of this shape, with the codes of the bench.
+            let w = format.random(n, k, 1);
+            let scale_bits: Vec<u16> = w.scales().iter().map(|s| s.to_bits()).collect();
+            let (scale_buf, zero_buf) = (b.dev.buffer(&scale_bits)?, b.dev.buffer(w.zeros.bytes())?);
             let mut y = b.results(4 * t * n)?;
             let mut workspace = b.dev.zeroed::<u8>(b.dev.kernels().linear_workspace_bytes(t, k, n))?;
             let params = rksc_linear_w4_params {
@@ -101,35 +141,28 @@ pub(super) fn linear_w4(b: &mut Bench) -> anyhow::Result<()> {
                 codes: codes.ptr(0),
                 scales: scale_buf.ptr(),
                 zeros: zero_buf.ptr().cast(),
-                bias: std::ptr::null(),
                 y: y.ptr_mut().cast(),
                 workspace: workspace.ptr_mut().cast(),
                 num_rows: t as u32,
                 in_features: k as u32,
                 out_features: n as u32,
                 group_size: GROUP as u32,
-                zero_kind: RKSC_ZERO_INTEGER,
+                zero_kind: w.zero_kind as u32,
                 dtype: COMPUTE as u32,
+                y_stride: n as u32,
+                ..Default::default()
             };
-            b.dev.launch(b.dev.kernels().linear_w4, &params)?;
+            launch(&mut b.dev, &params)?;
             let got = b.read(DType::F32, &y, (t - 1) * n, n)?;
             let outputs = spread(n);
-            let of_outputs = |width: usize| outputs.iter().flat_map(move |&o| o * width..(o + 1) * width);
-            let weights = W4 {
-                codes: of_outputs(k / 8).map(|i| codes.at(i)).collect(),
-                scales: of_outputs(groups).map(|i| scales[i]).collect(),
-                zeros: Zeros::Integer(of_outputs(groups).map(|i| zeros[i]).collect()),
-                in_features: k,
-                out_features: outputs.len(),
-                group: GROUP,
-            };
-            let (want, _) = weights.linear_oracle(&x.floats((t - 1) * k, k), None);
+            let words = outputs.iter().flat_map(|&o| o * (k / per_word)..(o + 1) * (k / per_word));
+            let checked = rows_with_codes(&w, &outputs, words.map(|i| codes.at(i)).collect());
+            let (want, _) = quantised_oracle(&checked, &x.floats((t - 1) * k, k), None);
             let got: Vec<f64> = outputs.iter().map(|&o| got[o]).collect();
             let times = b.time(copies, |dev, set| {
-                let params = rksc_linear_w4_params { codes: codes.ptr(set * k / 8 * n), ..params };
-                dev.launch(dev.kernels().linear_w4, &params)
+                launch(dev, &rksc_linear_w4_params { codes: codes.ptr(set * k / per_word * n), ..params })
             })?;
-            let bytes = k * n / 2 + 3 * n * groups + 2 * t * k + 4 * t * n;
+            let bytes = w.num_bytes() as usize + 2 * t * k + 4 * t * n;
             Ok(Measured { bytes, flops: 2 * t * k * n, error: error(&got, &want), tolerance: SUM_TOLERANCE, times })
         })?;
     }

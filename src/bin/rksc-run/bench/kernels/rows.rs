@@ -66,6 +66,7 @@ pub(super) fn add_rms_norm(b: &mut Bench) -> anyhow::Result<()> {
                     delta: delta.ptr(0).cast(),
                     weight: weight.ptr(0).cast(),
                     y: y.ptr_mut().cast(),
+                    keep: std::ptr::null_mut(),
                     reference: std::ptr::null(),
                     similarity: std::ptr::null_mut(),
                     num_rows: t as u32,
@@ -83,6 +84,38 @@ pub(super) fn add_rms_norm(b: &mut Bench) -> anyhow::Result<()> {
                 Ok(Measured { bytes, flops: 0, error: error(&got, &want), tolerance: ROUNDED, times })
             })?;
         }
+    }
+    Ok(())
+}
+
+/// bytes: t (exits 8, cosine 4, route 4 read and 4 written)
+pub(super) fn exit_rows(b: &mut Bench) -> anyhow::Result<()> {
+    for &t in b.sizes(&[1, 8, 64], &[3]) {
+        b.case("exit_rows", format!("{t} rows"), DType::F32, |b| {
+            let exits: Vec<u32> = (0..t as u32).flat_map(|row| [row, row + 1]).collect();
+            let similarity: Vec<f32> = (0..t).map(|row| if row % 3 == 0 { 0.9 } else { 0.4 }).collect();
+            let (exits, similarity_buf) = (b.dev.buffer(&exits)?, b.dev.buffer(&similarity)?);
+            let mut route = b.dev.buffer(&vec![f32::INFINITY; t])?;
+            let params = rksc_exit_rows_params {
+                exits: exits.ptr(),
+                similarity: similarity_buf.ptr(),
+                route: route.ptr_mut(),
+                num_rows: t as u32,
+                rule: RKSC_EXIT_ABOVE,
+                every: 0,
+                offset: 0,
+                tau: 0.5,
+                share: 0.0,
+                whole_batch: 0,
+                layer: 4,
+            };
+            b.dev.launch(b.dev.kernels().exit_rows, &params)?;
+            let left = |s: &f32| if *s > 0.5 { 4.0 } else { f32::INFINITY };
+            let want: Vec<f32> = similarity.iter().map(left).collect();
+            let error = if b.dev.to_vec(&route)? == want { 0.0 } else { 1.0 };
+            let times = b.time(1, |dev, _| dev.launch(dev.kernels().exit_rows, &params))?;
+            Ok(Measured { bytes: 20 * t, flops: 0, error, tolerance: 0.0, times })
+        })?;
     }
     Ok(())
 }

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, ValueEnum};
 use rksc::Engine;
-use rksc::config::ModelSource;
 use rksc::gate::step::DecodeExit;
 use rksc::kv::budget::KvPrompt;
 use rksc::report::ProblemResult;
@@ -16,8 +15,8 @@ use super::super::{Table, cpu_model};
 use super::draw;
 use super::methods::{Method, share};
 use super::score::{Arm, Group, Row, Setting};
-use crate::common::{EngineArgs, print_json, read_text};
-use crate::solve::{approaches, compile_pack, text_tasks};
+use crate::common::{EngineArgs, print_json};
+use crate::solve::{compile_pack, text_tasks};
 
 /// Right answers of long chains under KV budgets, against the full cache on the same problems.
 ///
@@ -94,8 +93,6 @@ enum Prompt {
     Evict,
 }
 
-/// The long style that the bundled model was trained in.
-const LONG_STYLE: &str = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/approaches_long.txt"));
 const OTHER_FORMS: [&str; 4] = ["rkv-text", "rkv-alg1", "rkv-layer", "rkv-token"];
 /// Problems that a default takes.
 const ENOUGH: usize = 2000;
@@ -108,15 +105,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(!problems.is_empty(), "--problems: none has an answer to compare with");
     anyhow::ensure!(args.seeds >= 1, "--seeds: must be at least 1");
     let mut engine = args.engine.open()?;
-    let source = args.engine.source();
-    let mut pack = source.prompt_pack(None)?;
-    let lines = match &args.approaches {
-        Some(path) => Some(read_text(path)?),
-        None => (source == ModelSource::Bundled).then(|| LONG_STYLE.to_string()),
-    };
-    if let Some(lines) = lines {
-        pack.approaches = approaches(&lines);
-    }
+    let pack = arms::long_pack(&args.engine.source(), args.approaches.as_deref())?;
     let tasks = text_tasks(&compile_pack(&args.engine, &engine, pack, "")?, &problems)?;
     let config = SolverConfig {
         num_branches: 1,
@@ -204,13 +193,13 @@ fn name(method: &str, seed: Option<u64>, percent: Option<f64>) -> String {
 /// What follows from the rows, in plain words.
 fn verdicts(args: &Args, rows: &[Row]) -> Vec<String> {
     let mut out = Vec::new();
-    let full = rows[0].right as f64 / rows[0].problems.max(1) as f64;
+    let full = rows[0].paired.share();
     for (percent, claim) in CLAIMS {
         let Some(r) = rows.iter().find(|r| r.method == "rkv" && r.percent == Some(percent)) else { continue };
         let of_full = |difference: f64| (full + difference) / full;
-        let [lo, hi] = r.difference_interval.map(of_full);
+        let [lo, hi] = r.paired.difference_interval.map(of_full);
         let verdict = match claim {
-            c if of_full(r.difference) >= c => "met",
+            c if of_full(r.paired.difference) >= c => "met",
             c if hi >= c => "not met, though the interval reaches it",
             _ => "not met",
         };
@@ -218,7 +207,7 @@ fn verdicts(args: &Args, rows: &[Row]) -> Vec<String> {
             "the paper's {:.0} % of the full cache at {percent} % (other models, other problems): here {:.1} % ({:.1} to \
              {:.1}): {verdict}",
             claim * 100.0,
-            of_full(r.difference) * 100.0,
+            of_full(r.paired.difference) * 100.0,
             lo * 100.0,
             hi * 100.0
         ));
@@ -238,10 +227,11 @@ fn default_of(args: &Args, rows: &[Row], method: &str) -> String {
     let mut tested: Vec<&Row> = rows.iter().filter(|r| r.method == method).collect();
     tested.sort_by_key(|r| std::cmp::Reverse(r.budget));
     // Of several draws the worst counts.
-    let bound =
-        |budget| tested.iter().filter(|r| r.budget == budget).map(|r| r.loss_bound * 100.0).fold(f64::MIN, f64::max);
+    let bound = |budget| {
+        tested.iter().filter(|r| r.budget == budget).map(|r| r.paired.loss_bound * 100.0).fold(f64::MIN, f64::max)
+    };
     let last = tested.iter().take_while(|r| bound(r.budget) <= args.margin).last();
-    let few = rows[0].problems < ENOUGH;
+    let few = rows[0].paired.problems < ENOUGH;
     let choice = match last {
         Some(r) => format!("{} slots, {} %", r.budget.unwrap_or(0), r.percent.unwrap_or(0.0)),
         None => "the full cache".into(),
@@ -252,7 +242,7 @@ fn default_of(args: &Args, rows: &[Row], method: &str) -> String {
         (None, None) => "no budget was tried".into(),
     };
     let caveat = if few {
-        format!("; {} problems do not make a default, it takes {ENOUGH}", rows[0].problems)
+        format!("; {} problems do not make a default, it takes {ENOUGH}", rows[0].paired.problems)
     } else {
         String::new()
     };
@@ -269,7 +259,7 @@ fn json(args: &Args, engine: &Engine, (mean, rows): (f64, &[Row]), verdicts: &[S
             "kv_prompt": if args.kv_prompt == Prompt::Evict { "evict" } else { "pin" }, "kv_sinks": args.kv_sinks,
             "kv_lambda": args.kv_lambda, "kv_window": engine.config().kv_window, "margin": args.margin,
         },
-        "problems": rows[0].problems, "full_mean_tokens": mean, "arms": rows, "verdicts": verdicts,
+        "problems": rows[0].paired.problems, "full_mean_tokens": mean, "arms": rows, "verdicts": verdicts,
     })
 }
 
@@ -291,20 +281,15 @@ fn print((mean, rows): (f64, &[Row]), verdicts: &[String]) -> anyhow::Result<()>
         "unfinished",
     ]);
     for r in rows {
-        let [lo, hi] = r.interval.map(|x| x * 100.0);
         let mut cells = vec![
             name(&r.method, r.seed, r.percent),
             r.budget.zip(r.buffer).map_or("-".into(), |(a, b)| format!("{a} + {b}")),
-            format!("{} of {}", r.right, r.problems),
-            format!("{:.1} ({lo:.1} to {hi:.1})", r.right as f64 / r.problems.max(1) as f64 * 100.0),
         ];
+        cells.extend(r.paired.right_cells());
         if r.budget.is_some() {
-            let [lo, hi] = r.difference_interval.map(|x| x * 100.0);
+            cells.extend(r.paired.change_cells());
             cells.extend([
-                r.right_to_wrong.to_string(),
-                r.wrong_to_right.to_string(),
-                format!("{:+.1} ({lo:+.1} to {hi:+.1})", r.difference * 100.0),
-                format!("{:.2}", r.loss_bound * 100.0),
+                format!("{:.2}", r.paired.loss_bound * 100.0),
                 group(r.never_cut),
                 group(r.cut_after_answer),
                 group(r.cut_before_answer),
@@ -313,7 +298,7 @@ fn print((mean, rows): (f64, &[Row]), verdicts: &[String]) -> anyhow::Result<()>
         } else {
             cells.extend((0..8).map(|_| "-".to_string()));
         }
-        cells.extend([format!("{:.0}", r.tokens_mean), r.unfinished.to_string()]);
+        cells.extend([format!("{:.0}", r.paired.tokens_mean), r.paired.unfinished.to_string()]);
         table.row(cells);
     }
     table.print()?;

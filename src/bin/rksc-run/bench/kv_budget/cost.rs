@@ -2,10 +2,11 @@
 
 use clap::Args as ClapArgs;
 
+use super::super::median;
 use super::super::{Table, cpu_model};
+use super::ShapeArgs;
 use super::chains::{self, Job, Step};
 use super::methods::Method;
-use super::{ShapeArgs, median};
 use crate::common::{human_bytes, print_json};
 
 /// The share of decode time that cuts take: scores, selection, compaction.

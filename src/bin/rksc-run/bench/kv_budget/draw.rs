@@ -6,12 +6,12 @@ use super::score::Row;
 
 /// Accuracy against the budget: a line for each method, a band for the full cache, the paper's claims as points.
 pub(super) fn accuracy(rows: &[Row], note: String, claims: &[(f64, f64)]) -> String {
-    let percent = |r: &Row| r.right as f64 / r.problems.max(1) as f64 * 100.0;
+    let percent = |r: &Row| r.paired.share() * 100.0;
     let full = &rows[0];
     let mut lines: Vec<BudgetLine> = Vec::new();
     for r in rows {
         let Some(budget) = r.percent else { continue };
-        let [lo, hi] = r.interval.map(|x| x * 100.0);
+        let [lo, hi] = r.paired.interval.map(|x| x * 100.0);
         let point = BudgetPoint { budget, value: percent(r), lo, hi };
         let name = r.seed.map_or_else(|| in_words(&r.method), |s| format!("{}, draw {}", in_words(&r.method), s + 1));
         match lines.iter_mut().find(|l| l.name == name) {
@@ -30,7 +30,7 @@ pub(super) fn accuracy(rows: &[Row], note: String, claims: &[(f64, f64)]) -> Str
         x: "KV budget, % of the mean chain (log scale); the prompt is kept besides".into(),
         y: "% of the problems right".into(),
         full: percent(full),
-        full_interval: full.interval.map(|x| x * 100.0),
+        full_interval: full.paired.interval.map(|x| x * 100.0),
         lines,
         claims: claims.collect(),
         claims_words: "arXiv 2505.24133, of other models and other problems:".into(),

@@ -4,9 +4,10 @@ use anyhow::ensure;
 use rksc::engine::EndReason;
 use rksc::kv::budget::KvLimit;
 use rksc::prompts::same_answer;
-use rksc::report::{BranchResult, ProblemResult, wilson};
+use rksc::report::{BranchResult, ProblemResult};
 use rksc::solver::task::Task;
-use rksc::stats::{Z_ONE_SIDED, Z_TWO_SIDED, paired_difference};
+
+use super::super::paired::{Paired, is_right, only_branch};
 
 /// Problems of one kind, and how many of them are right in the arm and with the full cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -40,29 +41,16 @@ pub(super) struct Row {
     pub(super) percent: Option<f64>,
     pub(super) budget: Option<usize>,
     pub(super) buffer: Option<usize>,
-    pub(super) problems: usize,
-    pub(super) right: usize,
-    /// Wilson, 95 %.
-    pub(super) interval: [f64; 2],
-    pub(super) right_to_wrong: usize,
-    pub(super) wrong_to_right: usize,
-    /// Share right less that of the full cache, with Tango's paired 95 % interval.
-    pub(super) difference: f64,
-    pub(super) difference_interval: [f64; 2],
-    /// With 95 % confidence no more than this share is lost: the one-sided bound of the same score test.
-    pub(super) loss_bound: f64,
+    /// Against the full cache.
+    #[serde(flatten)]
+    pub(super) paired: Paired,
     /// The three kinds of problems: never cut, first cut behind the answer's first statement, first cut before it.
     pub(super) never_cut: Group,
     pub(super) cut_after_answer: Group,
     pub(super) cut_before_answer: Group,
-    /// Problems with the very tokens of the full cache.
-    pub(super) same_tokens: usize,
     /// Problems whose tokens differ from the full cache's before the first cut. Where passes are exact there are none.
     pub(super) differ_before_cut: usize,
     pub(super) cuts_mean: f64,
-    pub(super) tokens_mean: f64,
-    /// Chains that reached the token limit.
-    pub(super) unfinished: usize,
     pub(super) memory: Memory,
 }
 
@@ -93,18 +81,12 @@ impl Row {
         setting: Setting,
     ) -> anyhow::Result<Self> {
         let n = results.len();
-        let is_right = |r: &ProblemResult| r.correct == Some(true);
-        let right = results.iter().filter(|r| is_right(r)).count();
-        let flipped =
-            |from| full.iter().zip(results).filter(|(f, r)| is_right(f) == from && is_right(r) != from).count();
-        let (lost, won) = (flipped(true), flipped(false));
         let mut groups = [Group::default(); 3];
         let mut held = Held::default();
-        let (mut same_tokens, mut differ_before_cut) = (0, 0);
+        let mut differ_before_cut = 0;
         for (idx, ((task, result), whole)) in tasks.iter().zip(results).zip(full).enumerate() {
             let (branch, whole_branch) = (only_branch(result)?, only_branch(whole)?);
             held.add(arm.limit.as_ref(), (idx, task.as_ref()), branch, setting)?;
-            same_tokens += usize::from(branch.tokens == whole_branch.tokens);
             // The token behind the last computed one had been chosen before the cut.
             let undisturbed = branch.first_kv_cut.map_or(branch.tokens.len(), |t| (t + 1).min(branch.tokens.len()));
             let before = &branch.tokens[..undisturbed];
@@ -119,8 +101,7 @@ impl Row {
             group.right += usize::from(is_right(result));
             group.right_full += usize::from(is_right(whole));
         }
-        let branches = || results.iter().flat_map(|r| &r.branches);
-        let mean = |f: fn(&BranchResult) -> usize| branches().map(f).sum::<usize>() as f64 / n.max(1) as f64;
+        let cuts: u32 = results.iter().flat_map(|r| &r.branches).map(|b| b.kv_cuts).sum();
         let limit = arm.limit.as_ref().map(|l| l.for_prompt(1, setting.block_size));
         Ok(Self {
             method: arm.method.clone(),
@@ -128,29 +109,15 @@ impl Row {
             percent: arm.percent,
             budget: limit.map(|l| l.budget),
             buffer: limit.map(|l| l.buffer),
-            problems: n,
-            right,
-            interval: wilson(right, n),
-            right_to_wrong: lost,
-            wrong_to_right: won,
-            difference: (won as f64 - lost as f64) / n.max(1) as f64,
-            difference_interval: paired_difference(lost, won, n, Z_TWO_SIDED),
-            loss_bound: -paired_difference(lost, won, n, Z_ONE_SIDED)[0],
+            paired: Paired::new(results, full),
             never_cut: groups[0],
             cut_after_answer: groups[1],
             cut_before_answer: groups[2],
-            same_tokens,
             differ_before_cut,
-            cuts_mean: mean(|b| b.kv_cuts as usize),
-            tokens_mean: mean(|b| b.tokens.len()),
-            unfinished: branches().filter(|b| b.ended == Some(EndReason::Length)).count(),
+            cuts_mean: f64::from(cuts) / n.max(1) as f64,
             memory: held.memory(n),
         })
     }
-}
-
-fn only_branch(result: &ProblemResult) -> anyhow::Result<&BranchResult> {
-    result.branches.first().ok_or_else(|| anyhow::anyhow!("problem {} has no branch", result.id))
 }
 
 /// Whether the answer stands in the text of `tokens`: the one that the full cache ends with, or if it ends with none the

@@ -3,10 +3,10 @@
 use clap::Args as ClapArgs;
 use rksc::Engine;
 
-use super::super::{Table, cpu_model};
+use super::super::{Table, cpu_model, median, spread};
+use super::ShapeArgs;
 use super::chains::{self, Job, Outcome};
 use super::methods::{Method, share};
-use super::{ShapeArgs, median};
 use crate::common::{human_bytes, print_json};
 
 /// Tokens per second in memory for one full chain: the full cache, and budgets of which more chains fit.
@@ -222,11 +222,6 @@ fn print(args: &Args, engine: &Engine, rows: &[Row]) -> anyhow::Result<()> {
         "peak blocks",
         "expected",
     ]);
-    let spread = |v: &[f64], digits: usize| {
-        let (lo, hi) = v.iter().fold((f64::INFINITY, 0.0f64), |(lo, hi), &x| (lo.min(x), hi.max(x)));
-        let middle = format!("{:.digits$}", median(v));
-        if v.len() > 1 { format!("{middle} ({lo:.digits$} to {hi:.digits$})") } else { middle }
-    };
     for r in rows {
         let of_floor: Vec<f64> = r.gain.iter().zip(&r.floor).map(|(g, f)| g / f * 100.0).collect();
         table.row(vec![
