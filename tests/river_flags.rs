@@ -380,3 +380,33 @@ fn a_plan_takes_the_codes_into_account() {
     assert!(String::from_utf8(text).unwrap().contains("weights in codes"));
     assert!(!dir.path().join("cache").exists());
 }
+
+#[test]
+fn calibrate_finds_the_shallowest_tau_that_reaches_its_goal() {
+    let dir = folder();
+    let problems = model_file("problems/dev.jsonl").display().to_string();
+    let base = ["calibrate", "--problems", &problems, "--river", "--river-texts", "3", "--river-tokens", "24"];
+    let of = |flags: &str| {
+        let flags: Vec<&str> = flags.split_whitespace().collect();
+        json_of(dir.path(), &[&base[..], &flags, &["--json", "--out", "found.json"]].concat())
+    };
+    let found = of("--river-taus 0.5,0.9,1.0");
+    let rows = found["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    let depth = |row: &Value| row["mean_depth"].as_f64().unwrap();
+    assert!(depth(&rows[0]) < depth(&rows[1]) && depth(&rows[2]) == 8.0, "{rows:?}");
+    assert_eq!((rows[2]["kl"].as_f64(), rows[2]["agreement"].as_f64()), (Some(0.0), Some(1.0)));
+    assert!(rows[0]["kl"].as_f64().unwrap() > 0.0);
+    assert_eq!(found["correlation"].as_array().unwrap().len(), 7);
+    assert_eq!(found["tau"], json!({"tau": 0.5}));
+    let kept: Value = serde_json::from_str(&read(&dir.path().join("found.json"))).unwrap();
+    assert_eq!(kept["tau"], found["tau"]);
+    // Nothing but the backbone has a divergence of 0.
+    assert_eq!(of("--river-taus 0.5,0.9 --river-kl 0")["tau"], Value::Null);
+    let plain = String::from_utf8(ok(dir.path(), &[&base[..], &["--river-taus", "0.5"]].concat()).stdout).unwrap();
+    assert!(plain.contains("correlation") && plain.contains("use --river tau=0.5"), "{plain}");
+    let out = run(dir.path(), &["calibrate", "--problems", &problems, "--river-texts", "3"]);
+    assert_eq!(out.status.code(), Some(1), "without --river: {}", stderr(&out));
+    let idle = ["calibrate", "--problems", &problems, "--quantiser", "rtn", "--out", "other.json"];
+    fails(dir.path(), &idle, 1, "quantiser", "--river");
+}

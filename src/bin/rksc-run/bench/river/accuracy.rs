@@ -30,7 +30,7 @@ use crate::common::print_json;
 /// KL, AGREE, K, V: the backbone's own chains of the first --forced-problems problems, given token by token to the arm and
 /// to the backbone: nats, share of tokens behind which both expect the same one most, and cosines of all layers' K and V.
 ///
-/// TOKENS/S: chains one at a time, arms in turns, prompts aside; medians over the turns. SPEED-UP: paired within a turn.
+/// TOKENS/S: chains one at a time, arms in turns, prompts included; medians over the turns. SPEED-UP: paired within a turn.
 #[derive(ClapArgs)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -253,7 +253,7 @@ fn print(o: &Outcome) -> anyhow::Result<()> {
     }
     table.print()?;
     let forced = o.curve.rows.first().map_or(0, |r| r.tokens);
-    say!("KL, agree, K and V: over the same {forced} tokens; tokens/s: medians (least to most), prompts aside\n");
+    say!("KL, agree, K and V: over the same {forced} tokens; tokens/s: medians (least to most), prompts included\n");
     let correlation: Vec<String> = o.curve.correlation.iter().map(|r| format!("{r:.3}")).collect();
     say!(
         "correlation of the cosine after each layer with that of the last layer's V, leaving there: {} (the paper's: \

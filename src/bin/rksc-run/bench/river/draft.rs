@@ -20,7 +20,7 @@ use crate::common::print_json;
 /// On greedy chains of problems; with --shape, on random weights (the flags of problems then mean nothing, and --batch,
 /// --prompt-tokens and --tokens say what runs). The command fails where a chain differs from the backbone's.
 ///
-/// ACCEPTED: the share of proposed tokens that stood. TOKENS A PASS: of the backbone. TOKENS/S: arms in turns, prompts aside;
+/// ACCEPTED: the share of proposed tokens that stood. TOKENS A PASS: of the backbone. TOKENS/S: arms in turns, prompts included;
 /// SPEED-UP: paired within a turn.
 #[derive(ClapArgs)]
 pub(crate) struct Args {

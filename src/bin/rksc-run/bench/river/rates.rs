@@ -10,7 +10,7 @@ use super::{Arm, in_turn};
 /// What came of an arm, a number a turn.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub(super) struct Rates {
-    /// Generated tokens over the time of their passes, prompts aside.
+    /// Generated tokens over the time of all passes: the prompt's, and those that run tokens again, among them.
     pub(super) tokens_per_s: Vec<f64>,
     /// Over the first arm's of the same turn.
     pub(super) speed_up: Vec<f64>,
@@ -58,7 +58,7 @@ fn turn(engine: &mut Engine, arm: &Arm, tasks: &[Box<dyn Task>], config: &Solver
     let (mut tokens, mut ms) = (0, 0.0);
     Solver::new(engine, config)?.solve(tasks, &mut |_, result| {
         tokens += result.branches.iter().map(|b| b.tokens.len()).sum::<usize>();
-        ms += result.phase_ms.decode;
+        ms += result.phase_ms.prefill + result.phase_ms.decode;
         Ok(())
     })?;
     Ok(tokens as f64 / ms * 1e3)
