@@ -34,11 +34,9 @@ impl Engine {
             let why = format!("{}: of the model's {num_layers} layers the last is too late", river.min_layer);
             return Err(Error::config("river-first", why));
         }
-        self.river_gate = river.gate(num_layers);
-        if let Some(gate) = &self.river_gate {
-            gate.validate(num_layers)?;
-        }
-        self.river = Some(river);
+        let gate = river.gate(num_layers);
+        gate.iter().try_for_each(|gate| gate.validate(num_layers))?;
+        (self.river, self.river_gate) = (Some(river), gate);
         Ok(())
     }
 

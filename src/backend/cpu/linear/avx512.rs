@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::Job;
+use super::{Job, Output};
 
 /// A multiple of every `N` below, so that threads begin at whole blocks.
 pub(super) const GRAIN: usize = 24;
@@ -266,14 +266,31 @@ unsafe fn sweep<D: Dot, const R: usize, const N: usize>(
                 }
             }
         }
-        let mut sums = [[0.0f32; N]; R];
-        for (acc, sums) in acc.as_flattened().chunks_exact(8).zip(sums.as_flattened_mut().chunks_exact_mut(8)) {
-            sums.copy_from_slice(&reduce8([acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], acc[6], acc[7]]));
-        }
-        for (r, sums) in sums.iter().enumerate().take(num_rows) {
-            // SAFETY: handed on to the caller.
-            unsafe { job.out.store(row + r, job.first_out + out, &sums[..num_outs]) };
-        }
+        // SAFETY: handed on to the caller.
+        unsafe { store_sums(job.out, &acc, (row, num_rows), (job.first_out + out, num_outs)) };
+    }
+}
+
+/// Writes the sums of registers, one a row and output, for the first `num_rows` rows from `row` and `num_outs` outputs from
+/// `first_out`. `R * N` is a multiple of 8.
+///
+/// # Safety
+/// AVX-512 F is there; the calling thread owns these outputs.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn store_sums<const R: usize, const N: usize>(
+    out: &Output<'_>,
+    acc: &[[__m512; N]; R],
+    (row, num_rows): (usize, usize),
+    (first_out, num_outs): (usize, usize),
+) {
+    let mut sums = [[0.0f32; N]; R];
+    for (acc, sums) in acc.as_flattened().chunks_exact(8).zip(sums.as_flattened_mut().chunks_exact_mut(8)) {
+        sums.copy_from_slice(&reduce8([acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], acc[6], acc[7]]));
+    }
+    for (r, sums) in sums.iter().enumerate().take(num_rows) {
+        // SAFETY: handed on to the caller.
+        unsafe { out.store(row + r, first_out, &sums[..num_outs]) };
     }
 }
 

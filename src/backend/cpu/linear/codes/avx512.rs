@@ -10,7 +10,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::{CodeJob, Layout};
-use crate::backend::cpu::linear::avx512::reduce8;
+use crate::backend::cpu::linear::avx512::{reduce8, store_sums};
 use crate::quant::{CodeBits, Zeros};
 
 /// A multiple of every `N` below, so that threads begin at whole blocks.
@@ -322,14 +322,8 @@ unsafe fn sweep<L: Lanes, const T: usize, const R: usize, const N: usize>(
                 block += 1;
             }
         }
-        let mut sums = [[0.0f32; N]; R];
-        for (acc, sums) in acc.as_flattened().chunks_exact(8).zip(sums.as_flattened_mut().chunks_exact_mut(8)) {
-            sums.copy_from_slice(&reduce8([acc[0], acc[1], acc[2], acc[3], acc[4], acc[5], acc[6], acc[7]]));
-        }
-        for (r, sums) in sums.iter().enumerate().take(num_rows) {
-            // SAFETY: handed on to the caller.
-            unsafe { job.out.store(row + r, job.first_out + out, &sums[..num_outs]) };
-        }
+        // SAFETY: handed on to the caller.
+        unsafe { store_sums(job.out, &acc, (row, num_rows), (job.first_out + out, num_outs)) };
     }
 }
 
