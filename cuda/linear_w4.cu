@@ -1,6 +1,5 @@
 // linear_w4.cu -- y = x W^T + bias for up to 16 rows with weights of 4 bits in groups along k. Streams codes, scales and zeros once.
 #include "codes.cuh"
-#include "gemm.cuh"
 
 namespace {
 
@@ -29,7 +28,6 @@ namespace {
 // Oracle    testing::linear_quantised::quantised_oracle.   Bench  rksc-run bench kernels --op linear_w4
 
 constexpr int kMTiles = 2, kHalves = 2 * kMTiles;  // a lane reads outputs g, g + 8, g + 16, g + 24
-constexpr int kChunks = kUnit / 32;                // of a unit: a word of every lane's outputs
 constexpr int kRing = 3;                           // units of a warp under way
 constexpr uint32_t kUnitWords = 16 * kMTiles * (kUnit / 8);
 
@@ -205,29 +203,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) linear_w4_kernel(const __grid_
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) clear(ww.acc[m]);
 
-  uint32_t unit = slice.first + warp, slot = 0;
-#pragma unroll
-  for (int i = 0; i < kRing; ++i) ww.fetch(unit + i * num_warps, i);
-  vec<uint32_t, 4> b[kTiles], next[kTiles];
-  ww.load_rows(next, unit * (kUnit / 2), 0);
-  for (; unit < slice.last; unit += num_warps) {
-    ww.load_groups(unit, 0);
-    // The oldest of kRing groups. Lanes read what others sent for: all have to have waited.
-    cp_async_wait<kRing - 1>();
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) b[n] = next[n];
-      ww.load_rows(next, (j + 1 < kChunks ? unit : unit + num_warps) * (kUnit / 2), (j + 1) % kChunks);
-      if (j > 0 && ((32 * j) & (p.group_size - 1)) == 0) ww.load_groups(unit, j);
-      ww.multiply(b, slot, j);
-    }
-    // All lanes have read the slot.
-    __syncwarp();
-    ww.fetch(unit + kRing * num_warps, slot);
-    slot = slot + 1 == kRing ? 0 : slot + 1;
-  }
+  stream_units<kTiles, kRing>(ww, slice, warp, num_warps, p);
   // The sums go where the rings of all warps are.
   cp_async_wait<0>();
   __syncthreads();
