@@ -16,7 +16,7 @@ import time
 
 # Kernels of the decode and prefill path; the others run once a step or less.
 HOT = [
-    "add_rms_norm", "rope_append", "silu_mul", "linear", "linear_w4", "linear_w8", "paged_attention", "row_stats",
+    "add_rms_norm", "rope_append", "glu", "linear", "linear_w4", "linear_w8", "paged_attention", "row_stats",
     "entropy_probe", "kv_nearest",
 ]
 

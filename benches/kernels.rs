@@ -23,13 +23,13 @@ use rksc::backend::cpu::roof::{MemoryRoof, linear_rate, random_buf, random_matri
 use rksc::backend::cpu::simd::SimdLevel;
 use rksc::backend::cpu::{Cpu, CpuBuf, MAX_GROUP_ROWS};
 use rksc::backend::{
-    AddRmsNorm, Backend, Embed, GatherRows, KvCopyBlocks, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend,
-    RowIds, RowStats, RowStatsOp, SiluMul,
+    Activation, AddRmsNorm, Backend, Embed, GatherRows, Glu, KvCopyBlocks, KvTransfer, Linear, NormOutput,
+    PagedAttention, PassInputs, RopeAppend, RowIds, RowStats, RowStatsOp, Softcap,
 };
 use rksc::batch::{AttentionPlan, SequenceView};
 use rksc::kv::{BlockCopy, KvLayout, SlotTransfer};
 use rksc::report::LatencyMs;
-use rksc::testing::oracle;
+use rksc::testing::oracle::{self, Scoring};
 use rksc::{DType, Result};
 
 const COMPUTE: DType = DType::Bf16;
@@ -143,7 +143,7 @@ fn main() -> anyhow::Result<()> {
         embed(&mut h, rows)?;
         add_rms_norm(&mut h, rows)?;
         rope_append(&mut h, rows)?;
-        silu_mul(&mut h, rows)?;
+        glu(&mut h, rows)?;
         gather_rows(&mut h, rows)?;
     }
     linear(&mut h, &[1, 8, 256])?;
@@ -154,6 +154,7 @@ fn main() -> anyhow::Result<()> {
         attention_prefill(&mut h, heads)?;
         probes::attention_mass(&mut h, heads)?;
     }
+    softcap(&mut h)?;
     row_stats(&mut h)?;
     probes::entropy_probe(&mut h)?;
     probes::branch_similarity(&mut h)?;
@@ -194,15 +195,16 @@ fn embed(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
         .map(|token_ids| PassInputs { token_ids, ..Default::default() })
         .collect();
     let mut x = h.cpu.alloc(DType::F32, rows * HIDDEN)?;
-    h.cpu.embed(Embed { table: &table, inputs: &inputs[0], x: &mut x, hidden: HIDDEN })?;
+    let run = |cpu: &mut Cpu, call: usize, x: &mut CpuBuf| {
+        cpu.embed(Embed { table: &table, inputs: &inputs[call % 64], x, scale: 1.0, hidden: HIDDEN })
+    };
+    run(&mut h.cpu, 0, &mut x)?;
     let mut want = vec![0.0; HIDDEN];
     table.widen_row(inputs[0].token_ids[rows - 1] as usize, &mut want)?;
     let want: Vec<f64> = want.into_iter().map(f64::from).collect();
     ensure!(wide(&x, (rows - 1) * HIDDEN..rows * HIDDEN) == want, "embed: a row differs from the table");
     let bytes = rows * HIDDEN * (2 + 4);
-    h.time("embed", format!("{rows} x {HIDDEN}"), (bytes, 0), |cpu, call| {
-        cpu.embed(Embed { table: &table, inputs: &inputs[call % 64], x: &mut x, hidden: HIDDEN })
-    })?;
+    h.time("embed", format!("{rows} x {HIDDEN}"), (bytes, 0), |cpu, call| run(cpu, call, &mut x))?;
     Ok(())
 }
 
@@ -221,7 +223,8 @@ fn add_rms_norm(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
             rows: 0..rows,
             x,
             delta: Some(&delta),
-            weight: Some(&weight),
+            post_norm: None,
+            output: NormOutput::Normed(&weight),
             y,
             keep: None,
             step_similarity: None,
@@ -302,9 +305,9 @@ fn rope_append(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
             k_cache: &mut k,
             v_cache: &mut v,
             inv_freq: &inv_freq_buf,
+            rotary_dim: dim,
             rope_scale: 1.0,
-            q_norm: None,
-            k_norm: None,
+            qk_norm: None,
             num_q_heads: hq,
             layout: &layout,
         })
@@ -359,8 +362,8 @@ fn kv_transfer(h: &mut Harness) -> anyhow::Result<()> {
     let transfers = (0..n).map(|i| SlotTransfer { src: i, dst: i + n, shift: 5 }).collect();
     let inputs = PassInputs { transfers, ..Default::default() };
     let mut run = |cpu: &mut Cpu, k: &mut CpuBuf| {
-        let (v_cache, layout) = (&mut v, &layout);
-        cpu.kv_transfer(KvTransfer { inputs: &inputs, k_cache: k, v_cache, inv_freq: &inv_freq, layout })
+        let (v_cache, layout, rotary_dim) = (&mut v, &layout, dim);
+        cpu.kv_transfer(KvTransfer { inputs: &inputs, k_cache: k, v_cache, inv_freq: &inv_freq, rotary_dim, layout })
     };
     run(&mut h.cpu, &mut k)?;
     let to = layout.elem(n as usize / 16, 0, 0);
@@ -422,6 +425,8 @@ impl Attention {
                 lse,
                 num_q_heads: hq,
                 sm_scale,
+                window: None,
+                softcap: None,
                 layout,
             })
         };
@@ -434,7 +439,8 @@ impl Attention {
         let k: Vec<&[f64]> = k.iter().map(Vec::as_slice).collect();
         let v: Vec<&[f64]> = v.iter().map(Vec::as_slice).collect();
         let at = row * hq * dim;
-        let (want, _) = oracle::attention(COMPUTE, &wide(&q, at..at + dim), &k, &v, f64::from(sm_scale));
+        let (want, _) =
+            oracle::attention(COMPUTE, &wide(&q, at..at + dim), &k, &v, &Scoring::plain(f64::from(sm_scale)));
         // P is rounded against another maximum than the oracle's.
         let got = wide(&o, at..at + dim);
         let (atol, size) = (1.5 * oracle::eps(COMPUTE), want.iter().fold(0.0f64, |m, x| m.max(x.abs())));
@@ -443,7 +449,7 @@ impl Attention {
         }
         // Every planned tile of K and V once; q and o once. Two products of 2 operations per query element and slot.
         let slot_bytes = 2 * self.layout.num_kv_heads * dim * 2;
-        let bytes = self.inputs.plan.slots_read() * slot_bytes + 2 * self.rows * hq * dim * 2;
+        let bytes = self.inputs.plan.slots_read(None) * slot_bytes + 2 * self.rows * hq * dim * 2;
         let attended: usize = self.inputs.plan.kv_lens.iter().map(|&n| n as usize).sum();
         h.time("paged_attention", shape, (bytes, 4 * attended * hq * dim), |cpu, call| run(cpu, call, &mut o))?;
         Ok(())
@@ -479,21 +485,24 @@ fn attention_prefill(h: &mut Harness, heads: Heads) -> anyhow::Result<()> {
 }
 
 /// bytes: t * inter * (gate 4 + up 4 read, y 2 written)
-fn silu_mul(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
-    if !h.wants("silu_mul") {
+fn glu(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
+    if !h.wants("glu") {
         return Ok(());
     }
     let gate_up = f32s(rows * 2 * INTER, 1);
     let mut y = h.cpu.alloc(COMPUTE, rows * INTER)?;
-    let run = |cpu: &mut Cpu, y: &mut CpuBuf| {
-        cpu.silu_mul(SiluMul { rows: 0..rows, gate_up: &gate_up, y, intermediate: INTER })
-    };
-    run(&mut h.cpu, &mut y)?;
-    let wide_row = wide(&gate_up, (rows - 1) * 2 * INTER..rows * 2 * INTER);
-    let want: Vec<f64> = (0..INTER).map(|i| oracle::silu_mul(wide_row[i], wide_row[INTER + i])).collect();
-    let got = wide(&y, (rows - 1) * INTER..rows * INTER);
-    oracle::assert_close("silu_mul", COMPUTE, 1e-5, &got, &rounded(&want));
-    h.time("silu_mul", format!("{rows} x {INTER}"), (rows * INTER * 10, 0), |cpu, _| run(cpu, &mut y))?;
+    for (name, activation) in [("silu", Activation::Silu), ("gelu-tanh", Activation::GeluTanh)] {
+        let run = |cpu: &mut Cpu, y: &mut CpuBuf| {
+            cpu.glu(Glu { rows: 0..rows, gate_up: &gate_up, y, intermediate: INTER, activation })
+        };
+        run(&mut h.cpu, &mut y)?;
+        let wide_row = wide(&gate_up, (rows - 1) * 2 * INTER..rows * 2 * INTER);
+        let want: Vec<f64> = (0..INTER).map(|i| oracle::glu(activation, wide_row[i], wide_row[INTER + i])).collect();
+        let got = wide(&y, (rows - 1) * INTER..rows * INTER);
+        oracle::assert_close("glu", COMPUTE, 1e-5, &got, &rounded(&want));
+        let shape = format!("{rows} x {INTER}, {name}");
+        h.time("glu", shape, (rows * INTER * 10, 0), |cpu, _| run(cpu, &mut y))?;
+    }
     Ok(())
 }
 
@@ -512,6 +521,22 @@ fn gather_rows(h: &mut Harness, rows: usize) -> anyhow::Result<()> {
     let last = (rows - 1) * HIDDEN..rows * HIDDEN;
     ensure!(wide(&dst, last) == wide(&src, 0..HIDDEN), "gather_rows: a row differs");
     h.time("gather_rows", format!("{rows} x {HIDDEN}"), (rows * HIDDEN * 8, 0), |cpu, _| run(cpu, &mut dst))?;
+    Ok(())
+}
+
+/// bytes: rows * vocab * (4 read + 4 written)
+fn softcap(h: &mut Harness) -> anyhow::Result<()> {
+    if !h.wants("softcap") {
+        return Ok(());
+    }
+    let (rows, cap) = (8, 0.75);
+    let mut logits = f32s(rows * VOCAB, 1);
+    let run = |cpu: &mut Cpu, logits: &mut CpuBuf| cpu.softcap(Softcap { logits, num_rows: rows, vocab: VOCAB, cap });
+    let last = (rows - 1) * VOCAB..rows * VOCAB;
+    let want: Vec<f64> = wide(&logits, last.clone()).iter().map(|&x| oracle::softcap(f64::from(cap), x)).collect();
+    run(&mut h.cpu, &mut logits)?;
+    oracle::assert_close("softcap", DType::F32, 1e-6, &wide(&logits, last), &want);
+    h.time("softcap", format!("{rows} x {VOCAB}"), (8 * rows * VOCAB, 0), |cpu, _| run(cpu, &mut logits))?;
     Ok(())
 }
 

@@ -1,8 +1,8 @@
-// attention.cuh -- what the attention kernels share: the state of an online softmax, paged addressing, the ring of K and V tiles,
-// and the merge of a row group's partial results.
+// attention.cuh -- what the attention kernels share: scores and windows, the state of an online softmax, paged addressing, the ring of
+// K and V tiles, and what a CTA knows of its item.
 //
 // Scores are carried in base 2: s = log2(e) sm_scale q k, so that weights are exp2 of differences and a maximum passes from
-// item to item without a rounding.
+// item to item without a rounding. Capped, s = log2(e) softcap tanh(sm_scale q k / softcap).
 #pragma once
 
 #include <math.h>
@@ -12,8 +12,23 @@
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr uint32_t kAttentionThreads = 128;
-// Items of a group whose weights are held at once in the merge.
-constexpr uint32_t kMergeItems = 16;
+
+// What is done to a product of a query and a key before exp2: capped, and then multiplied by the factor.
+struct ScoreScale {
+  float factor;
+  float inner;  // what goes into tanh for one of the product; 0: no cap
+
+  RKSC_DEVICE static ScoreScale make(float sm_scale, float softcap) {
+    if (softcap > 0.0f) return {softcap * kLog2e, sm_scale / softcap};
+    return {sm_scale * kLog2e, 0.0f};
+  }
+  RKSC_DEVICE float cap(float x) const { return inner > 0.0f ? tanhf(x * inner) : x; }
+};
+
+// The first slot that a row attends to which sees `num_slots` through a window over the newest; window 0: over all.
+RKSC_DEVICE uint32_t window_start(uint32_t num_slots, uint32_t window) {
+  return window != 0 && num_slots > window ? num_slots - window : 0;
+}
 
 // Part of a softmax: out = sum 2^(s - max) v is kept beside it. No slots seen: max -inf, sum 0, out 0.
 struct AttnState {
@@ -131,59 +146,94 @@ struct KvRing {
     }
     cp_async_commit();
   }
-
-  // Clears the vectors of a V tile, of those this thread loaded, that are not finite and lie at or past `first`: some row does not
-  // attend to them, and 0 times them is not 0. What rows that do attend must know is left in `poison`: the lowest such slot, inverted.
-  RKSC_DEVICE void scrub(uint32_t load, uint32_t first, smem<uint32_t> poison) {
-    const smem<T> tile = buffer(load);
-    for (uint32_t idx = threadIdx.x; idx < Shape::kSlots * Shape::kVecs; idx += kAttentionThreads) {
-      const uint32_t slot = idx / Shape::kVecs, at = load / 2 * Shape::kSlots + slot;
-      const smem<T> p = tile + Shape::at(slot, idx % Shape::kVecs);
-      if (at < first || at >= end) continue;
-      if (any_not_finite<T>(load_vec<kVec<T>>(p))) {
-        store_vec(p, vec<T, kVec<T>>{});
-        atomic_max(poison, ~at);
-      }
-    }
-  }
 };
 
 // ---- one item ----------------------------------------------------------------------------------------------------
 
-// What every thread of the CTA knows about its item. Query i is row i / group of the item, head i % group of the kv head.
+// What every thread of the CTA knows about its item. Query i is row i / group of the item, head i % group of the kv head. Slots are
+// counted from the item's first, which open_item moves up to the first tile within a row's window.
 struct ItemView {
   rksc_attention_item item;
   uint32_t index, head, group, num_queries;
-  uint32_t end;        // slots any of its rows attends to, counted from the item's first
-  uint32_t shortest;   // slots all of its rows attend to
+  uint32_t window;     // newest slots that a row attends to; 0: all
+  uint32_t skipped;    // slots that were the item's and lie below the windows of all of its rows
+  uint32_t end;        // slots up to the last that any of its rows attends to
+  uint32_t shortest;   // slots up to the first past some row's own
+  uint32_t highest;    // slots below the window of some row
   smem<uint32_t> rows;    // [num_rows] batch row
-  smem<uint32_t> limits;  // [num_rows] slots the row attends to, from the item's first, at most num_slots
-  smem<uint32_t> poison;  // see KvRing::scrub; 0: none
+  smem<uint32_t> seen;    // [num_rows] slots up to the row's own, before `skipped` were taken off
+  smem<uint32_t> poison;  // [num_rows] 1: the row attends to a slot that `scrub` cleared
+
+  // Row `row` attends to slots [start(row), limit(row)).
+  RKSC_DEVICE uint32_t own(uint32_t row) const {
+    const uint32_t slots = seen[row];
+    return slots > skipped ? slots - skipped : 0;
+  }
+  RKSC_DEVICE uint32_t start(uint32_t row) const { return window_start(own(row), window); }
+  RKSC_DEVICE uint32_t limit(uint32_t row) const {
+    const uint32_t slots = own(row);
+    return slots < item.num_slots ? slots : item.num_slots;
+  }
 
   // Row of `q`, `o` and `lse` seen as [T * Hq, ...].
   RKSC_DEVICE uint64_t output(uint32_t query, uint32_t num_q_heads) const {
     return static_cast<uint64_t>(rows[query / group]) * num_q_heads + head * group + query % group;
   }
+  // Row of the partials seen as [partials * Hq, ...].
+  RKSC_DEVICE uint64_t partial(uint32_t query, uint32_t num_q_heads) const {
+    return static_cast<uint64_t>(item.partial_start + query / group) * num_q_heads + head * group + query % group;
+  }
   RKSC_DEVICE bool poisoned(uint32_t query) const {
-    const uint32_t mark = poison[0];
-    return mark != 0 && limits[query / group] > ~mark;
+    const uint32_t mark = poison[query / group];
+    return mark != 0;
   }
 };
 
-// Reads the item's rows. Each warp finds the bounds for itself, so the barrier behind is for `rows`, `limits` and `poison` alone.
+// Clears the vectors of a V tile, of those this thread loaded, that are not finite in slots that some row does not attend to: 0 times
+// them is not 0. Rows that do attend are marked.
+template <typename T, int kHeadDim>
+RKSC_DEVICE void scrub(const KvRing<T, kHeadDim>& ring, uint32_t load, const ItemView& view) {
+  using Shape = TileShape<T, kHeadDim>;
+  const smem<T> tile = ring.buffer(load);
+  for (uint32_t idx = threadIdx.x; idx < Shape::kSlots * Shape::kVecs; idx += kAttentionThreads) {
+    const uint32_t slot = idx / Shape::kVecs, at = load / 2 * Shape::kSlots + slot;
+    const smem<T> p = tile + Shape::at(slot, idx % Shape::kVecs);
+    if ((at < view.shortest && at >= view.highest) || at >= ring.end) continue;
+    if (!any_not_finite<T>(load_vec<kVec<T>>(p))) continue;
+    store_vec(p, vec<T, kVec<T>>{});
+    for (uint32_t row = 0; row < view.item.num_rows; ++row) {
+      if (at >= view.start(row) && at < view.limit(row)) atomic_max(view.poison + row, 1u);
+    }
+  }
+}
+
+// Whether some row does not attend to a slot of [first, first + count).
+RKSC_DEVICE bool masked(const ItemView& view, uint32_t first, uint32_t count) {
+  return first + count > view.shortest || first < view.highest;
+}
+
+// Reads the item's rows. Each warp finds the bounds for itself, so the barrier behind is for `rows`, `seen` and `poison` alone.
+template <bool kLimited>
 RKSC_DEVICE void open_item(const rksc_paged_attention_params& p, ItemView& view) {
   const gptr<const uint32_t> row_order = global<const uint32_t>(p.row_order), kv_lens = global<const uint32_t>(p.kv_lens);
-  const rksc_attention_item& item = view.item;
-  uint32_t longest = 0, shortest = item.num_slots;
+  rksc_attention_item& item = view.item;
+  view.window = kLimited ? p.window : 0;
+  uint32_t longest = 0, shortest = item.num_slots, lowest = item.num_slots, highest = 0;
   for (uint32_t row = threadIdx.x % 32; row < item.num_rows; row += 32) {
     const uint32_t kv_len = kv_lens[item.row_start + row];
-    const uint32_t past = kv_len > item.slot_start ? kv_len - item.slot_start : 0;
-    const uint32_t limit = past < item.num_slots ? past : item.num_slots;
+    const uint32_t seen = kv_len > item.slot_start ? kv_len - item.slot_start : 0;
+    const uint32_t limit = seen < item.num_slots ? seen : item.num_slots;
     longest = limit > longest ? limit : longest;
     shortest = limit < shortest ? limit : shortest;
+    if constexpr (kLimited) {
+      const uint32_t start = window_start(seen, p.window);
+      if (seen > 0) lowest = start < lowest ? start : lowest;
+      highest = start > highest ? start : highest;
+    }
     if (threadIdx.x < 32) {
-      view.limits[row] = limit;
+      view.seen[row] = seen;
       view.rows[row] = row_order[item.row_start + row];
+      view.poison[row] = 0;
     }
   }
 #pragma unroll
@@ -191,10 +241,24 @@ RKSC_DEVICE void open_item(const rksc_paged_attention_params& p, ItemView& view)
     const uint32_t a = __shfl_xor_sync(kFullMask, longest, step), b = __shfl_xor_sync(kFullMask, shortest, step);
     longest = a > longest ? a : longest;
     shortest = b < shortest ? b : shortest;
+    if constexpr (kLimited) {
+      const uint32_t c = __shfl_xor_sync(kFullMask, lowest, step), d = __shfl_xor_sync(kFullMask, highest, step);
+      lowest = c < lowest ? c : lowest;
+      highest = d > highest ? d : highest;
+    }
   }
-  if (threadIdx.x == 0) view.poison[0] = 0;
-  view.end = longest;
-  view.shortest = shortest;
+  view.skipped = 0;
+  if constexpr (kLimited) {
+    // Whole tiles, and nothing of an item that no row attends to.
+    view.skipped = lowest < longest ? lowest / RKSC_TILE_SLOTS * RKSC_TILE_SLOTS : item.num_slots;
+    item.slot_start += view.skipped;
+    item.num_slots -= view.skipped;
+    item.block_start += view.skipped / p.block_size;
+  }
+  const auto left = [&view](uint32_t slots) { return slots > view.skipped ? slots - view.skipped : 0; };
+  view.end = left(longest);
+  view.shortest = left(shortest);
+  view.highest = left(highest);
 }
 
 // Four elements of a query's unnormalised output go where they belong: normalised to o, or as they are to the item's partials.
@@ -215,165 +279,16 @@ RKSC_DEVICE void emit(const rksc_paged_attention_params& p, const ItemView& view
     store_vec(global<T>(p.o) + (at * dim + elem), rounded);
     if (elem == 0) global<float>(p.lse)[at] = attn_lse(state);
   } else {
-    const uint64_t at = static_cast<uint64_t>(view.item.partial_start + query / view.group) * p.num_q_heads +
-                        view.head * view.group + query % view.group;
+    const uint64_t at = view.partial(query, p.num_q_heads);
     store_vec(global<float>(p.partial_o) + (at * dim + elem), out);
     if (elem == 0) store_vec(global<float>(p.partial_ml) + at * 2, vec<float, 2>{{state.max, state.sum}});
   }
 }
 
-// ---- merge -------------------------------------------------------------------------------------------------------
-
-// Shared memory of the merge: weights and sums of [64 queries][kMergeItems], and the outputs between rounds of items.
-template <int kHeadDim>
-constexpr uint32_t kMergeBytes = RKSC_ATTENTION_MAX_ROWS * (2 * kMergeItems + kHeadDim) * 4;
-
-// True in the CTA that is the last of its group's items for this kv head; its partials and theirs may then be read. The counter is back
-// at zero for the next launch.
-RKSC_DEVICE bool arrive_last(const rksc_paged_attention_params& p, const ItemView& view, uint32_t num_items, smem<uint32_t> flag) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const gptr<uint32_t> counter = global<uint32_t>(p.arrivals) + (static_cast<uint64_t>(view.item.group) * p.num_kv_heads + view.head);
-    const bool last = atomic_add(counter, 1u) == num_items - 1;
-    if (last) counter[0] = 0;
-    flag[0] = last ? 1 : 0;
-  }
-  __syncthreads();
-  const uint32_t last = flag[0];
-  if (last != 0) __threadfence();
-  return last != 0;
-}
-
-// One round's items of the group, and what the rounds so far came to.
-struct MergeMemory {
-  smem<uint32_t> first, count, partial;  // [kMergeItems] item's rows, from the group's first; its partial of row `first`
-  smem<uint32_t> rows;                   // [64] batch row
-  smem<float> max, sum, alpha;           // [64] per query; alpha takes the rounds before to the new maximum
-  smem<float> weights, sums, out;        // [64][kMergeItems] twice, [64][D]
-};
-
-// The round's weights, from the partials' maxima and sums.
-RKSC_DEVICE void merge_weights(const rksc_paged_attention_params& p, const MergeMemory& mem, uint32_t head, uint32_t group,
-                               uint32_t num_queries, uint32_t num_items, bool first_round) {
-  const gptr<const float> ml = global<const float>(p.partial_ml);
-  // All pairs at once: the loads do not wait for each other.
-#pragma unroll 4
-  for (uint32_t pair = threadIdx.x; pair < num_queries * kMergeItems; pair += kAttentionThreads) {
-    const uint32_t query = pair / kMergeItems, i = pair % kMergeItems, row = query / group;
-    vec<float, 2> state{{-INFINITY, 0.0f}};
-    if (i < num_items && row - mem.first[i] < mem.count[i]) {
-      const uint64_t at = static_cast<uint64_t>(mem.partial[i] + row - mem.first[i]) * p.num_q_heads + head * group + query % group;
-      state = load_vec<2>(ml + at * 2);
-    }
-    mem.weights[pair] = state[0];
-    mem.sums[pair] = state[1];
-  }
-  __syncthreads();
-  if (threadIdx.x < num_queries) {
-    const uint32_t query = threadIdx.x;
-    AttnState before{-INFINITY, 0.0f};
-    if (!first_round) before = {mem.max[query], mem.sum[query]};
-    float joint = before.max;
-    for (uint32_t i = 0; i < num_items; ++i) {
-      const float max = mem.weights[query * kMergeItems + i];
-      joint = fmaxf(joint, max);
-    }
-    const float alpha = attn_weight(before.max, joint);
-    float sum = before.sum * alpha;
-    for (uint32_t i = 0; i < num_items; ++i) {
-      const float max = mem.weights[query * kMergeItems + i], part = mem.sums[query * kMergeItems + i];
-      const float w = attn_weight(max, joint);
-      sum += w * part;
-      mem.weights[query * kMergeItems + i] = w;
-    }
-    mem.max[query] = joint;
-    mem.sum[query] = sum;
-    mem.alpha[query] = alpha;
-  }
-  __syncthreads();
-}
-
-// Adds the round's outputs in item order, and after the last round writes o. Four quarter rows times four items are in flight per
-// thread: the tail of the launch is the latency of these loads.
-template <typename T, int kHeadDim>
-RKSC_DEVICE void merge_outputs(const rksc_paged_attention_params& p, const MergeMemory& mem, uint32_t head, uint32_t group,
-                               uint32_t num_queries, uint32_t num_items, bool first_round, bool last_round) {
-  constexpr uint32_t kQuads = kHeadDim / 4, kUnits = 4, kAhead = 4;
-  const gptr<const float> partial_o = global<const float>(p.partial_o);
-  for (uint32_t start = threadIdx.x; start < num_queries * kQuads; start += kUnits * kAttentionThreads) {
-    vec<float, 4> acc[kUnits] = {};
-    for (uint32_t i0 = 0; i0 < num_items; i0 += kAhead) {
-      vec<float, 4> part[kUnits][kAhead] = {};
-      float weight[kUnits][kAhead] = {};
-#pragma unroll
-      for (uint32_t u = 0; u < kUnits; ++u) {
-        const uint32_t unit = start + u * kAttentionThreads, query = unit / kQuads;
-#pragma unroll
-        for (uint32_t a = 0; a < kAhead; ++a) {
-          const uint32_t i = i0 + a;
-          if (query >= num_queries || i >= num_items) continue;
-          weight[u][a] = mem.weights[query * kMergeItems + i];
-          if (weight[u][a] == 0.0f) continue;  // no such row in the item, or nothing to add
-          const uint64_t at =
-              static_cast<uint64_t>(mem.partial[i] + query / group - mem.first[i]) * p.num_q_heads + head * group + query % group;
-          part[u][a] = load_vec<4>(partial_o + (at * kHeadDim + unit % kQuads * 4));
-        }
-      }
-#pragma unroll
-      for (uint32_t u = 0; u < kUnits; ++u) {
-#pragma unroll
-        for (uint32_t a = 0; a < kAhead; ++a) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[u][e] += weight[u][a] * part[u][a][e];
-        }
-      }
-    }
-#pragma unroll
-    for (uint32_t u = 0; u < kUnits; ++u) {
-      const uint32_t unit = start + u * kAttentionThreads, query = unit / kQuads, elem = unit % kQuads * 4;
-      if (query >= num_queries) continue;
-      if (!first_round) {
-        const vec<float, 4> before = load_vec<4>(mem.out + (query * kHeadDim + elem));
-        const float alpha = mem.alpha[query];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[u][e] += alpha * before[e];
-      }
-      if (!last_round) {
-        store_vec(mem.out + (query * kHeadDim + elem), acc[u]);
-        continue;
-      }
-      const AttnState state{mem.max[query], mem.sum[query]};
-      const float scale = state.sum != 0.0f ? 1.0f / state.sum : 0.0f;
-      const uint64_t at = static_cast<uint64_t>(mem.rows[query / group]) * p.num_q_heads + head * group + query % group;
-      vec<T, 4> rounded;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rounded[e] = from_float<T>(acc[u][e] * scale);
-      store_vec(global<T>(p.o) + (at * kHeadDim + elem), rounded);
-      if (elem == 0) global<float>(p.lse)[at] = attn_lse(state);
-    }
-  }
-}
-
-// Merges the group's partials for one kv head, in item order, kMergeItems at a time.
-template <typename T, int kHeadDim>
-RKSC_DEVICE void merge_group(const rksc_paged_attention_params& p, const MergeMemory& mem, const rksc_attention_group& group,
-                             uint32_t head, uint32_t group_heads) {
-  const gptr<const rksc_attention_item> items = global<const rksc_attention_item>(p.items) + group.item_start;
-  if (threadIdx.x < group.num_rows) mem.rows[threadIdx.x] = global<const uint32_t>(p.row_order)[group.row_start + threadIdx.x];
-  const uint32_t num_queries = group.num_rows * group_heads;
-  for (uint32_t start = 0; start < group.num_items; start += kMergeItems) {
-    const uint32_t left = group.num_items - start, n = left < kMergeItems ? left : kMergeItems;
-    if (threadIdx.x < n) {
-      const rksc_attention_item item = items[start + threadIdx.x];
-      mem.first[threadIdx.x] = item.row_start - group.row_start;
-      mem.count[threadIdx.x] = item.num_rows;
-      mem.partial[threadIdx.x] = item.partial_start;
-    }
-    __syncthreads();
-    merge_weights(p, mem, head, group_heads, num_queries, n, start == 0);
-    merge_outputs<T, kHeadDim>(p, mem, head, group_heads, num_queries, n, start == 0, left <= kMergeItems);
-    // The next round overwrites the table and the weights.
-    __syncthreads();
+// The partials of an item that none of its rows attends to: the merge reads no outputs of weight 0.
+RKSC_DEVICE void emit_nothing(const rksc_paged_attention_params& p, const ItemView& view) {
+  for (uint32_t query = threadIdx.x; query < view.num_queries; query += kAttentionThreads) {
+    const uint64_t at = view.partial(query, p.num_q_heads);
+    store_vec(global<float>(p.partial_ml) + at * 2, vec<float, 2>{{-INFINITY, 0.0f}});
   }
 }

@@ -1,6 +1,7 @@
 // attention_mass.cu -- how much attention each slot of a sequence received from the sequence's rows of this step.
 //
-// Formula   mass[h, j] = sum over rows t that attend to slot j, and query heads of kv head h, of exp(sm_scale q k_j - lse)
+// Formula   mass[h, j] = sum over rows t that attend to slot j, and query heads of kv head h, of exp(s_j - lse);
+//           s_j = sm_scale q k_j or, capped, softcap tanh(sm_scale q k_j / softcap)
 // Args      see rksc_attention_mass_params
 //   q       [T, Hq, D]                        T    read once per tile of slots
 //   k       [num_blocks, Hkv, block_size, D]  T    read once
@@ -10,8 +11,8 @@
 // Work      CTA = (64 slots, kv head, sequence); K of the tile stays in shared memory while the queries pass, 16 at a time. Thread:
 //           one slot, four queries at once, one of two interleaved halves of the passes' queries; the halves join at the end.
 // Numerics  f32 throughout; a slot's sum runs over queries in order, within each half. Rows before the first that attends to a tile are
-//           passed over; of a slot past a row's end nothing is read, be it NaN.
-// Traffic   Hkv * kv_len * D * sizeof(T) of K; the queries again for every tile, from L2.
+//           passed over, as are those from the first on that has left it behind; a slot that a row does not attend to may be NaN.
+// Traffic   Hkv * kv_len * D * sizeof(T) of K, of the tiles that some row attends to; the queries again for every tile, from L2.
 // Bound     decode: memory. Long chunks: f32 arithmetic (an op for compression and reports, not for every step).
 // Limits    D % 8 == 0, D <= 256; block_size 16 or 32; Hq % Hkv == 0; 16-byte aligned q and k; at most 65535 sequences and heads.
 // Oracle    testing::attention.   Bench  rksc-run bench kernels --op attention_mass
@@ -63,22 +64,31 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const KvView<T> cache = KvView<T>::make(p.k_cache, p.num_kv_heads, head, p.block_size, dim);
   const gptr<const uint32_t> blocks = global<const uint32_t>(p.blocks) + sequence.block_start;
 
-  for (uint32_t idx = threadIdx.x; idx < kSlots * vecs; idx += kAttentionThreads) {
-    const uint32_t slot = idx / vecs, c = idx % vecs, at = first_slot + slot;
-    const bool valid = slot < num_slots;
-    uint32_t block = 0;
-    if (valid) block = blocks[at / p.block_size];
-    cp_async_16<T>(k + (slot * stride + c * kVec<T>), cache.at(block, at % p.block_size * dim + c * kVec<T>), valid);
-  }
-  cp_async_commit();
-
-  const uint32_t slot = threadIdx.x % kSlots, half = threadIdx.x / kSlots;
-  // Row i attends to kv_len - (num_rows - 1 - i) slots.
+  // Row i sees kv_len - (num_rows - 1 - i) slots.
   const uint32_t shortest = sequence.kv_len - (sequence.num_rows - 1);
   const uint32_t first_row = first_slot >= shortest ? first_slot + 1 - shortest : 0;
-  const float scale = p.sm_scale * kLog2e;
+  uint32_t num_rows = sequence.num_rows;
+  if (p.window != 0) {
+    // A row that sees so many slots has left the tile behind.
+    const uint64_t past = static_cast<uint64_t>(first_slot) + num_slots + p.window;
+    const uint64_t rows = past > shortest ? past - shortest : 0;
+    num_rows = rows < num_rows ? static_cast<uint32_t>(rows) : num_rows;
+  }
+  if (first_row < num_rows) {
+    for (uint32_t idx = threadIdx.x; idx < kSlots * vecs; idx += kAttentionThreads) {
+      const uint32_t slot = idx / vecs, c = idx % vecs, at = first_slot + slot;
+      const bool valid = slot < num_slots;
+      uint32_t block = 0;
+      if (valid) block = blocks[at / p.block_size];
+      cp_async_16<T>(k + (slot * stride + c * kVec<T>), cache.at(block, at % p.block_size * dim + c * kVec<T>), valid);
+    }
+    cp_async_commit();
+  }
+
+  const uint32_t slot = threadIdx.x % kSlots, half = threadIdx.x / kSlots;
+  const uint32_t num_queries = num_rows * group;
+  const ScoreScale scale = ScoreScale::make(p.sm_scale, p.softcap);
   float mass = 0.0f;
-  const uint32_t num_queries = sequence.num_rows * group;
   for (uint32_t start = first_row * group; start < num_queries; start += kPass) {
     for (uint32_t idx = threadIdx.x; idx < kPass * vecs; idx += kAttentionThreads) {
       const uint32_t i = idx / vecs, c = idx % vecs;
@@ -110,14 +120,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
       for (uint32_t a = 0; a < kTogether; ++a) {
         const float base = lse[first + a];
         const uint32_t limit = limits[first + a];
-        if (first_slot + slot < limit) mass += exp2_fast(fmaf(s[a], scale, -base));
+        const bool attended = first_slot + slot < limit && first_slot + slot >= window_start(limit, p.window);
+        if (attended) mass += exp2_fast(fmaf(scale.cap(s[a]), scale.factor, -base));
       }
     }
     // The next pass overwrites the queries.
     __syncthreads();
   }
-  // Where no query attends there was no pass, and K must not land after the CTA has gone.
-  cp_async_wait<0>();
   if (half == 1) halves[slot] = mass;
   __syncthreads();
   if (half == 0 && slot < num_slots) {
@@ -137,6 +146,7 @@ extern "C" int32_t RKSC_FN(attention_mass)(const rksc_attention_mass_params* p, 
   RKSC_REQUIRE(p->num_kv_heads > 0 && p->num_q_heads % p->num_kv_heads == 0);
   RKSC_REQUIRE(p->block_size == 16 || p->block_size == 32);
   RKSC_REQUIRE(p->head_dim > 0 && p->head_dim % 8 == 0 && p->head_dim <= 256);
+  RKSC_REQUIRE(p->softcap >= 0.0f && p->softcap < INFINITY);
   RKSC_REQUIRE(p->num_sequences <= 65535 && p->num_kv_heads <= 65535);
   if (p->num_sequences == 0 || p->max_kv_len == 0) return 0;
   const dim3 grid(div_up(p->max_kv_len, kSlots), p->num_kv_heads, p->num_sequences);

@@ -37,6 +37,24 @@ RKSC_DEVICE uint32_t add2(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Products of two pairs, each rounded once.
+template <typename T>
+RKSC_DEVICE uint32_t mul2(uint32_t a, uint32_t b) {
+#ifdef RKSC_EMULATED
+  const auto half = [](uint32_t v, int shift) { return to_float(T{static_cast<uint16_t>(v >> shift)}); };
+  return pack2<T>(half(a, 0) * half(b, 0), half(a, 16) * half(b, 16));
+#else
+  uint32_t product;
+  if constexpr (std::is_same_v<T, f16>) {
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  } else {
+    // a * b - 0: sm_80 has no multiplication of bf16 pairs.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  }
+  return product;
+#endif
+}
+
 // A warp's units of k, every num_warps-th of the slice, through its ring of kRing units: codes are sent for kRing units ahead, rows of
 // x one chunk ahead, a group's scales where it begins.
 template <int kTiles, int kRing, typename Warp, typename Params>

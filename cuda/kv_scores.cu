@@ -14,6 +14,9 @@ RKSC_DEVICE uint32_t ordered(float x) {
 }
 RKSC_DEVICE float from_ordered(uint32_t x) { return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
 
+// tanh grows with its argument: the largest of a group is capped, and stays the largest.
+RKSC_DEVICE float capped(float x, float softcap) { return softcap > 0.0f ? softcap * tanhf(x / softcap) : x; }
+
 // best[j * 64 + slot] = max over the group of q k sm_scale, ordered. `best` starts at 0.
 template <typename T>
 RKSC_DEVICE void group_logits(const ScoresPlan& plan, uint32_t head, smem<const T> keys, uint32_t stride, smem<uint32_t> best) {
@@ -91,7 +94,8 @@ RKSC_DEVICE void group_logits<float>(const ScoresPlan& plan, uint32_t head, smem
 }
 
 // kv_prepare
-//   inv_norm[v] = 1 / (|K_v| + 1e-8); tile_keys = sum over the tile of K_v inv_norm[v]; logits[j, v] = max_g q_jg K_v sm_scale;
+//   inv_norm[v] = 1 / (|K_v| + 1e-8); tile_keys = sum over the tile of K_v inv_norm[v]; logits[j, v] = max_g q_jg K_v sm_scale, or
+//   softcap tanh of it / softcap;
 //   tile_max, tile_sum: softmax statistics of each query over the tile's candidates; protected_links = 0
 //
 //   queries [num_queries, Hq, D] T, k_cache [num_blocks, Hkv, block_size, D] T, blocks, positions: read; the rest: ScoresPlan, written
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(kScoreThreads) kv_prepare_kernel(const __grid_
     for (uint32_t half = 0; half < 2; ++half) {
       const uint32_t row = half * 32 + lane;
       const uint32_t bits = best[j * kTileSlots + row];
-      x[half] = tile * kTileSlots + row < plan.num_candidates ? from_ordered(bits) : -INFINITY;
+      x[half] = tile * kTileSlots + row < plan.num_candidates ? capped(from_ordered(bits), p.softcap) : -INFINITY;
       logits[tile * kTileSlots + row] = x[half];
       max = fmaxf(max, x[half]);
     }
@@ -354,7 +358,7 @@ extern "C" int32_t RKSC_FN(kv_scores)(const rksc_kv_scores_params* p, rksc_strea
   RKSC_REQUIRE(p->num_kv_heads <= 65535);
   // Below 0 a key would be similar to itself, and to the zeros past the last slot.
   RKSC_REQUIRE(p->positions == nullptr || p->position_stride >= p->num_slots);
-  RKSC_REQUIRE(p->threshold >= 0.0f);
+  RKSC_REQUIRE(p->threshold >= 0.0f && p->softcap >= 0.0f && p->softcap < INFINITY);
   if (p->num_slots == p->window || p->num_kv_heads == 0) return 0;
   RKSC_REQUIRE(p->num_q_heads >= p->num_kv_heads && p->num_q_heads % p->num_kv_heads == 0);
   ScoresPlan plan = {};

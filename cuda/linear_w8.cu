@@ -4,11 +4,12 @@
 namespace {
 
 // linear_w8
-//   y[t, n] = sum over groups j of scale[n, j] * sum_(k in j) x[t, k] (code[n, k] - 128) + bias[n]
+//   y[t, n] = sum over groups j of scale[n, j] * sum_(k in j) x[t, k] number(code[n, k]) + bias[n]
+//   number(c) = c - 128, or the E4M3 number that c is
 //
 //   x       [num_rows, in]      T    read   (through L1; from L2 once an SM)
 //   codes   [out, in / 4]       u32  read   once; k ascending from the low byte
-//   scales  [out, in / group]   f16  read   once
+//   scales  [out, in / group]        read   once; f16, of E4M3 numbers f32
 //   bias    [out]               f32  read, may be null
 //   route   [num_rows]          f32  read, may be null
 //   y       [num_rows, out]     f32  write
@@ -16,10 +17,11 @@ namespace {
 // Work      CTA = 32 outputs x a slice of k; warp = units of 128 k, CTA's warps in turn, each through a ring of its own in shared memory.
 //           A lane's two words hold k0 + 8t .. k0 + 8t + 7 of an output, as its 16 bytes of x do: the first four k serve as one k-step of
 //           mma.m16n8k16 and the last four as the next, as in linear.cu.
-// Numerics  mma multiplies x by code - 128, which T holds exactly: no weight is rounded. f32 sums of 32 k are scaled by fmaf in f32.
+// Numerics  mma multiplies x by number(code), which T holds exactly: no weight is rounded. f32 sums of 32 k are scaled by fmaf in f32.
 //           Order of k fixed by (in, out): a row's bits do not depend on the other rows.
-// Traffic   out * in bytes + 2 out * in / group, + num_rows * in from L2 per SM; slices as in linear.cu.
-// Bound     memory: per word of four codes and lane 6 (f16) to 8 (bf16) instructions to make them numbers. Not measured.
+// Traffic   out * in bytes + 2 (4) out * in / group, + num_rows * in from L2 per SM; slices as in linear.cu.
+// Bound     memory: per word of four codes and lane 6 (f16) to 8 (bf16) instructions to make them numbers, 10 where they are E4M3.
+//           Not measured.
 // Limits    T bf16 or f16; num_rows <= 16; group 32, 64 or 128; in % group == 0, in > 0; x, codes aligned to 16 bytes; workspace where
 //           the plan has slices. out any.
 // Oracle    testing::linear_quantised::quantised_oracle.   Bench  rksc-run bench kernels --op linear_w8
@@ -39,6 +41,16 @@ RKSC_DEVICE uint32_t spread(uint32_t word) {
 #endif
 }
 
+// The same, each at the top.
+template <int i>
+RKSC_DEVICE uint32_t spread_to_top(uint32_t word) {
+#ifdef RKSC_EMULATED
+  return spread<i>(word) << 8;
+#else
+  return __byte_perm(word, 0, i == 0 ? 0x1404 : 0x3424);
+#endif
+}
+
 // Codes less 128, a pair.
 template <typename T>
 RKSC_DEVICE uint32_t centred(uint32_t codes) {
@@ -51,11 +63,32 @@ RKSC_DEVICE uint32_t centred(uint32_t codes) {
   }
 }
 
-template <typename T, int kTiles>
+// E4M3 numbers at the top of the halves, a pair. Their exponent and mantissa moved to where T has them are 2^-8 (f16) or 2^-120 (bf16)
+// of the number, subnormal ones included.
+template <typename T>
+RKSC_DEVICE uint32_t widen_e4m3(uint32_t tops) {
+  constexpr bool kHalf = std::is_same_v<T, f16>;
+  const uint32_t rest = (tops >> (kHalf ? 1 : 4)) & (kHalf ? 0x3f803f80u : 0x07f007f0u);
+  return mul2<T>(mask_or(tops, 0x80008000u, rest), kHalf ? 0x5c005c00u : 0x7b807b80u);
+}
+
+// Numbers 2i and 2i + 1 of a word.
+template <typename T, bool kE4m3, int i>
+RKSC_DEVICE uint32_t numbers(uint32_t word) {
+  if constexpr (kE4m3) {
+    return widen_e4m3<T>(spread_to_top<i>(word));
+  } else {
+    return centred<T>(spread<i>(word));
+  }
+}
+
+template <typename T, int kTiles, bool kE4m3>
 struct W8Warp {
+  using Scale = std::conditional_t<kE4m3, float, f16>;
+
   gptr<const uint32_t> codes[kHalves];  // 16 bytes of each output's units that this lane sends for, and those 16 words on
   gptr<const uint32_t> x[kTiles];       // this lane's words of rows g, g + 8
-  gptr<const f16> scales;
+  gptr<const Scale> scales;
   uint32_t first_group[kHalves];  // of each output
   smem<uint32_t> ring;            // [kRing, 32 outputs, 32 words]
   uint32_t g, t, swizzle;
@@ -79,7 +112,7 @@ struct W8Warp {
     }
     cp_async_commit();
   }
-  // Chunk j of the unit that starts at word `start`. Rows end in zeros: the codes fetched for k past the end count as -128.
+  // Chunk j of the unit that starts at word `start`. Rows end in zeros: the codes fetched for k past the end count as -128, or as 0.
   RKSC_DEVICE void load_rows(vec<uint32_t, 4> (&b)[kTiles], uint32_t start, int j) {
     const int32_t left = num_x_words - static_cast<int32_t>(start);
 #pragma unroll
@@ -89,7 +122,7 @@ struct W8Warp {
     const uint32_t group = min((unit * kUnit + 32 * j) >> group_shift, groups_per_row - 1);
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      const f16 of_group = scales[first_group[h] + group];
+      const Scale of_group = scales[first_group[h] + group];
       scale[h] = to_float(of_group);
     }
   }
@@ -104,8 +137,8 @@ struct W8Warp {
       clear(part);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        const FragA a{{centred<T>(spread<0>(low[step])), centred<T>(spread<0>(high[step])), centred<T>(spread<1>(low[step])),
-                       centred<T>(spread<1>(high[step]))}};
+        const FragA a{{numbers<T, kE4m3, 0>(low[step]), numbers<T, kE4m3, 0>(high[step]), numbers<T, kE4m3, 1>(low[step]),
+                       numbers<T, kE4m3, 1>(high[step])}};
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) mma_m16n8k16<T>(part[n], a, FragB{{b[n][2 * step], b[n][2 * step + 1]}});
       }
@@ -118,17 +151,17 @@ struct W8Warp {
   }
 };
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kE4m3>
 __global__ void __launch_bounds__(kMaxWarps * 32) linear_w8_kernel(const __grid_constant__ rksc_linear_w8_params p) {
   if (rows_on_side(p) == 0) return;
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
   const Slice slice = slice_of(p.in_features);
-  W8Warp<T, kTiles> ww;
+  W8Warp<T, kTiles, kE4m3> ww;
   ww.g = lane / 4;
   ww.t = lane % 4;
   ww.swizzle = 4 * (ww.g % 2) + 2 * (ww.g / 2 % 2);
   ww.ring = dynamic_shared<uint32_t>(0) + warp * (kRing * kUnitWords);
-  ww.scales = global<const f16>(p.scales);
+  ww.scales = global<const typename W8Warp<T, kTiles, kE4m3>::Scale>(p.scales);
   ww.last_unit = slice.last;
   ww.group_shift = p.group_size == 32 ? 5 : p.group_size == 64 ? 6 : 7;
   ww.groups_per_row = p.in_features >> ww.group_shift;
@@ -156,12 +189,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32) linear_w8_kernel(const __grid_
   finish_tile(ww.acc, skinny_output(p));
 }
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kE4m3>
 int32_t launch_linear_w8(const rksc_linear_w8_params& p, rksc_stream stream) {
   const SkinnyPlan plan = skinny_plan(p.in_features, p.out_features, true);
   RKSC_REQUIRE(plan.num_slices == 1 || p.workspace != nullptr);
   const uint32_t ring_bytes = plan.num_warps * kRing * kUnitWords * 4, sums = sums_bytes<kMTiles, kTiles>(plan.num_warps);
-  return launch(linear_w8_kernel<T, kTiles>, dim3(plan.num_tiles, plan.num_slices), dim3(plan.num_warps * 32),
+  return launch(linear_w8_kernel<T, kTiles, kE4m3>, dim3(plan.num_tiles, plan.num_slices), dim3(plan.num_warps * 32),
                 ring_bytes > sums ? ring_bytes : sums, stream, p);
 }
 
@@ -174,10 +207,14 @@ extern "C" int32_t RKSC_FN(linear_w8)(const rksc_linear_w8_params* p, rksc_strea
   RKSC_REQUIRE(skinny_rows_fit(*p));
   RKSC_REQUIRE(p->group_size == 32 || p->group_size == 64 || p->group_size == 128);
   RKSC_REQUIRE(p->in_features > 0 && p->in_features % p->group_size == 0);
+  RKSC_REQUIRE(p->number <= RKSC_NUMBER_E4M3);
   // Scales are indexed in 32 bits.
   RKSC_REQUIRE(static_cast<uint64_t>(p->out_features) * (p->in_features / p->group_size) <= UINT32_MAX);
   if (p->num_rows == 0 || p->out_features == 0) return 0;
   return RKSC_DISPATCH_DTYPE_16(p->dtype, T, [&] {
-    return p->num_rows <= 8 ? launch_linear_w8<T, 1>(*p, stream) : launch_linear_w8<T, 2>(*p, stream);
+    if (p->number == RKSC_NUMBER_E4M3) {
+      return p->num_rows <= 8 ? launch_linear_w8<T, 1, true>(*p, stream) : launch_linear_w8<T, 2, true>(*p, stream);
+    }
+    return p->num_rows <= 8 ? launch_linear_w8<T, 1, false>(*p, stream) : launch_linear_w8<T, 2, false>(*p, stream);
   });
 }

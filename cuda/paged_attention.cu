@@ -1,6 +1,7 @@
 // paged_attention.cu -- attention of every row over the slots its plan names: prefill, decode and shared segments in one launch.
 //
-// Formula   o[t,h] = sum_j p_j v_j / sum_j p_j,  p_j = exp(sm_scale q[t,h] k_j - max),  lse[t,h] = ln sum_j exp(sm_scale q k_j)
+// Formula   o[t,h] = sum_j p_j v_j / sum_j p_j,  p_j = exp(s_j - max),  lse[t,h] = ln sum_j exp(s_j),  over the row's window of slots;
+//           s_j = sm_scale q[t,h] k_j or, capped, softcap tanh(sm_scale q[t,h] k_j / softcap)
 // Args      see rksc_paged_attention_params
 //   q, o    [T, Hq, D]                       T    read once per item / written once
 //   k, v    [num_blocks, Hkv, block_size, D] T    an item's slots are read once, whatever the number of rows that share them
@@ -11,16 +12,19 @@
 //           of 4 shared buffers (K 0, V 0, K 1, ...), three loads ahead of use. The warps divide queries x slots at run time: up to 16
 //           queries 1 x 4 (each warp a quarter of the slots of a tile), up to 32 2 x 2, else 4 x 1. So a decode row without company
 //           keeps four warps busy, and a full query tile wastes nothing. Warps with the same queries merge in shared memory.
-//           A group with several items: each writes partials, the last to arrive merges them in item order.
+//           A group with several items: each writes partials, the last to arrive merges them in item order. With a window an item
+//           begins at the first tile that one of its rows attends to; one without any says so, and its outputs are not merged.
 //           f32: CUDA cores, see paged_attention_f32.cuh.
 // Numerics  scores f32, from the tensor cores unscaled; the scale and log2(e) are folded into one fused multiply-add before exp2. P is
 //           rounded to T unnormalised; its sum is taken in f32 before rounding. o is normalised and rounded once. The order of
-//           every sum is fixed by the plan. Slots past a row's kv_len have weight 0 and their V is not looked at: it may be NaN.
+//           every sum is fixed by the plan. Slots past a row's kv_len or below its window have weight 0 and their V is not looked at:
+//           it may be NaN. Windows and caps are kernels of their own (kLimited), so that the others have no part in them.
 //           A row without slots: o = 0, lse = -inf.
-// Traffic   2 * sum over items of slots * Hkv * D * sizeof(T), + 2 T Hq D sizeof(T), + 2 * 4 * partials Hq (D + 2).
+// Traffic   2 * sum over items of slots from that tile on * Hkv * D * sizeof(T), + 2 T Hq D sizeof(T), + 2 * 4 * partials Hq (D + 2).
 // Bound     decode: memory (2 flops per byte and query that shares). Prefill and wide sharing: tensor cores.
-// Limits    D of 32, 64, 80, 96, 128, 256; block_size 16 or 32; Hq % Hkv == 0; group <= 64; sm_scale > 0; 16-byte aligned buffers.
+// Limits    D of 32, 64, 80, 96, 128, 256; block_size 16 or 32; Hq % Hkv == 0; group <= 64; sm_scale > 0; softcap >= 0; 16-byte aligned buffers.
 // Oracle    testing::attention.   Bench  rksc-run bench kernels --op paged_attention
+#include "attention_merge.cuh"
 #include "paged_attention_f32.cuh"
 
 namespace {
@@ -94,19 +98,30 @@ struct WarpAttention {
     }
   }
 
-  // Scores to weights in p, and the state to its new maximum. `limit`: slots of the warp's share that queries g and g + 8 attend to,
-  // looked at where `masked`.
-  RKSC_DEVICE void softmax(FragC (&s)[2 * kChunks], float scale, bool masked, const uint32_t (&limit)[2]) {
-    if (masked) {
-      const uint32_t column = threadIdx.x % 4 * 2;
+  RKSC_DEVICE static void cap(FragC (&s)[2 * kChunks], ScoreScale scale) {
 #pragma unroll
-      for (int i = 0; i < 2 * kChunks; ++i) {
+    for (int i = 0; i < 2 * kChunks; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (column + i * 8 + e % 2 >= limit[e / 2]) s[i].v[e] = -INFINITY;
-        }
+      for (int e = 0; e < 4; ++e) s[i].v[e] = scale.cap(s[i].v[e]);
+    }
+  }
+
+  // Leaves the slots out that queries g and g + 8 do not attend to: those of the warp's share from `limit` on, and those below `start`.
+  template <bool kLimited>
+  RKSC_DEVICE static void mask(FragC (&s)[2 * kChunks], const uint32_t (&start)[2], const uint32_t (&limit)[2]) {
+    const uint32_t column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2 * kChunks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t slot = column + i * 8 + e % 2;
+        if (slot >= limit[e / 2] || (kLimited && slot < start[e / 2])) s[i].v[e] = -INFINITY;
       }
     }
+  }
+
+  // Scores to weights in p, and the state to its new maximum.
+  RKSC_DEVICE void softmax(FragC (&s)[2 * kChunks], float scale) {
     float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -184,19 +199,22 @@ struct WarpAttention {
 };
 
 // All tiles of the item; leaves the warps' states in shared memory, behind a barrier.
-template <typename T, int kHeadDim, int kChunks>
-RKSC_DEVICE void attend(KvRing<T, kHeadDim>& ring, const ItemView& view, WarpPlace place, smem<const T> query, float scale,
+template <typename T, int kHeadDim, int kChunks, bool kLimited>
+RKSC_DEVICE void attend(KvRing<T, kHeadDim>& ring, const ItemView& view, WarpPlace place, smem<const T> query, ScoreScale scale,
                         smem<float> dump) {
   using Shape = TileShape<T, kHeadDim>;
   WarpAttention<T, kHeadDim, kChunks> warp;
   const bool any = place.tile * 16 < view.num_queries;
-  uint32_t limits[2] = {0, 0};
+  uint32_t starts[2] = {0, 0}, limits[2] = {0, 0};
   uint32_t longest = 0;
   if (any) {
     // Queries past the last are zero vectors with its limit: computed, not written.
     const uint32_t last = view.num_queries - 1, query0 = place.tile * 16 + threadIdx.x % 32 / 4, query1 = query0 + 8;
-    limits[0] = view.limits[(query0 < last ? query0 : last) / view.group];
-    limits[1] = view.limits[(query1 < last ? query1 : last) / view.group];
+    const uint32_t row0 = (query0 < last ? query0 : last) / view.group, row1 = (query1 < last ? query1 : last) / view.group;
+    starts[0] = view.start(row0);
+    starts[1] = view.start(row1);
+    limits[0] = view.limit(row0);
+    limits[1] = view.limit(row1);
     longest = limits[0] > limits[1] ? limits[0] : limits[1];
   }
 #pragma unroll
@@ -218,12 +236,16 @@ RKSC_DEVICE void attend(KvRing<T, kHeadDim>& ring, const ItemView& view, WarpPla
     if (active) {
       FragC s[2 * kChunks];
       warp.scores(s, query, place.tile, ring.buffer(2 * tile), share);
-      const uint32_t left[2] = {limits[0] > first ? limits[0] - first : 0, limits[1] > first ? limits[1] - first : 0};
-      warp.softmax(s, scale, first + kChunks * 16 > view.shortest, left);
+      if constexpr (kLimited) warp.cap(s, scale);
+      if (masked(view, first, kChunks * 16)) {
+        const auto left = [first](uint32_t slot) { return slot > first ? slot - first : 0; };
+        warp.template mask<kLimited>(s, {left(starts[0]), left(starts[1])}, {left(limits[0]), left(limits[1])});
+      }
+      warp.softmax(s, scale.factor);
     }
     // The same for V.
     cp_async_wait<Shape::kBuffers - 2>();
-    if ((tile + 1) * RKSC_TILE_SLOTS > view.shortest) ring.scrub(2 * tile + 1, view.shortest, view.poison);
+    if (masked(view, tile * RKSC_TILE_SLOTS, RKSC_TILE_SLOTS)) scrub(ring, 2 * tile + 1, view);
     __syncthreads();
     ring.issue(2 * tile + Shape::kBuffers);
     if (active) warp.mix(ring.buffer(2 * tile + 1), share);
@@ -262,7 +284,7 @@ RKSC_DEVICE void join_warps(const rksc_paged_attention_params& p, const ItemView
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kLimited>
 RKSC_DEVICE void run_item(const rksc_paged_attention_params& p, const ItemView& view, KvRing<T, kHeadDim>& ring) {
   using Shape = TileShape<T, kHeadDim>;
   // The queries pass through the buffer that is filled last, or stay behind the ring.
@@ -280,13 +302,13 @@ RKSC_DEVICE void run_item(const rksc_paged_attention_params& p, const ItemView& 
   cp_async_wait<Shape::kBuffers - 1>();
   __syncthreads();
   const smem<float> dump = dynamic_shared<float>(0);
-  const float scale = p.sm_scale * kLog2e;
+  const ScoreScale scale = ScoreScale::make(p.sm_scale, kLimited ? p.softcap : 0.0f);
   if (place.parts == 4) {
-    attend<T, kHeadDim, 1>(ring, view, place, query, scale, dump);
+    attend<T, kHeadDim, 1, kLimited>(ring, view, place, query, scale, dump);
   } else if (place.parts == 2) {
-    attend<T, kHeadDim, 2>(ring, view, place, query, scale, dump);
+    attend<T, kHeadDim, 2, kLimited>(ring, view, place, query, scale, dump);
   } else {
-    attend<T, kHeadDim, 4>(ring, view, place, query, scale, dump);
+    attend<T, kHeadDim, 4, kLimited>(ring, view, place, query, scale, dump);
   }
   join_warps<T, kHeadDim>(p, view, place.parts, dump);
 }
@@ -304,19 +326,39 @@ constexpr uint32_t shared_bytes() {
   return bytes > kMergeBytes<kHeadDim> ? bytes : kMergeBytes<kHeadDim>;
 }
 // What sm_86, sm_89 and sm_120 give a CTA, less the static part.
-static_assert(shared_bytes<bf16, 256>() + 1536 <= 99 * 1024 && shared_bytes<float, 256>() + 1536 <= 99 * 1024);
+static_assert(shared_bytes<bf16, 256>() + 1792 <= 99 * 1024 && shared_bytes<float, 256>() + 1792 <= 99 * 1024);
 
 // CTAs that fit an SM by shared memory on the larger GPUs; bounds the registers (65536 / (128 * n)).
 template <typename T, int kHeadDim>
 constexpr int kCtasPerSm = sizeof(T) == 4 ? 2 : kHeadDim <= 64 ? 4 : kHeadDim <= 128 ? 3 : 2;
 
-template <typename T, int kHeadDim>
+// Opens the ring of K and V and runs the item.
+template <typename T, int kHeadDim, bool kLimited>
+RKSC_DEVICE void attend_item(const rksc_paged_attention_params& p, const ItemView& view) {
+  KvRing<T, kHeadDim> ring;
+  ring.memory = dynamic_shared<T>(0);
+  ring.k = KvView<T>::make(p.k_cache, p.num_kv_heads, view.head, p.block_size, kHeadDim);
+  ring.v = KvView<T>::make(p.v_cache, p.num_kv_heads, view.head, p.block_size, kHeadDim);
+  ring.blocks = global<const uint32_t>(p.blocks) + view.item.block_start;
+  ring.block_shift = p.block_size == 16 ? 4 : 5;
+  ring.end = view.end;
+  ring.begin();
+  __syncthreads();
+  if constexpr (TileShape<T, kHeadDim>::kTensor) {
+    run_item<T, kHeadDim, kLimited>(p, view, ring);
+  } else {
+    run_item_f32<kHeadDim, kLimited>(p, view, ring);
+  }
+}
+
+// kLimited: with a window, a cap, or both.
+template <typename T, int kHeadDim, bool kLimited>
 __global__ void __launch_bounds__(kAttentionThreads, kCtasPerSm<T, kHeadDim>)
     paged_attention_kernel(const __grid_constant__ rksc_paged_attention_params p) {
-  using Shape = TileShape<T, kHeadDim>;
   RKSC_SHARED(uint32_t, rows, RKSC_ATTENTION_MAX_ROWS);
-  RKSC_SHARED(uint32_t, limits, RKSC_ATTENTION_MAX_ROWS);
-  RKSC_SHARED(uint32_t, marks, 2);
+  RKSC_SHARED(uint32_t, seen, RKSC_ATTENTION_MAX_ROWS);
+  RKSC_SHARED(uint32_t, poison, RKSC_ATTENTION_MAX_ROWS);
+  RKSC_SHARED(uint32_t, arrived_last, 1);
   RKSC_SHARED(uint32_t, table, 3 * kMergeItems);
   RKSC_SHARED(float, states, 3 * RKSC_ATTENTION_MAX_ROWS);
 
@@ -330,28 +372,19 @@ __global__ void __launch_bounds__(kAttentionThreads, kCtasPerSm<T, kHeadDim>)
   view.group = p.num_q_heads / p.num_kv_heads;
   view.num_queries = view.item.num_rows * view.group;
   view.rows = rows;
-  view.limits = limits;
-  view.poison = marks;
-  open_item(p, view);
+  view.seen = seen;
+  view.poison = poison;
+  open_item<kLimited>(p, view);
 
-  KvRing<T, kHeadDim> ring;
-  ring.memory = dynamic_shared<T>(0);
-  ring.k = KvView<T>::make(p.k_cache, p.num_kv_heads, view.head, p.block_size, kHeadDim);
-  ring.v = KvView<T>::make(p.v_cache, p.num_kv_heads, view.head, p.block_size, kHeadDim);
-  ring.blocks = global<const uint32_t>(p.blocks) + view.item.block_start;
-  ring.block_shift = p.block_size == 16 ? 4 : 5;
-  ring.end = view.end;
-  ring.begin();
-  __syncthreads();
-  if constexpr (Shape::kTensor) {
-    run_item<T, kHeadDim>(p, view, ring);
+  if (kLimited && view.end == 0 && view.item.partial_start != RKSC_NO_PARTIAL) {
+    emit_nothing(p, view);
   } else {
-    run_item_f32<kHeadDim>(p, view, ring);
+    attend_item<T, kHeadDim, kLimited>(p, view);
   }
   if (view.item.partial_start == RKSC_NO_PARTIAL) return;
 
   const rksc_attention_group group = global<const rksc_attention_group>(p.groups)[view.item.group];
-  if (!arrive_last(p, view, group.num_items, marks + 1)) return;
+  if (!arrive_last(p, view, group.num_items, arrived_last)) return;
   MergeMemory mem;
   mem.first = table;
   mem.count = table + kMergeItems;
@@ -374,12 +407,14 @@ extern "C" int32_t RKSC_FN(paged_attention)(const rksc_paged_attention_params* p
   RKSC_REQUIRE(p->num_kv_heads > 0 && p->num_q_heads % p->num_kv_heads == 0);
   RKSC_REQUIRE(p->num_q_heads / p->num_kv_heads <= RKSC_ATTENTION_MAX_ROWS);
   RKSC_REQUIRE(p->block_size == 16 || p->block_size == 32);
-  RKSC_REQUIRE(p->sm_scale > 0.0f);
+  RKSC_REQUIRE(p->sm_scale > 0.0f && p->softcap >= 0.0f && p->softcap < INFINITY);
   RKSC_REQUIRE(static_cast<uint64_t>(p->max_items) * p->num_kv_heads < (1ull << 31));
   if (p->max_items == 0) return 0;
+  const bool limited = p->window != 0 || p->softcap > 0.0f;
   return RKSC_DISPATCH_DTYPE(p->dtype, T, [&] {
     return RKSC_DISPATCH_HEAD_DIM(p->head_dim, kHeadDim, [&] {
-      return launch(paged_attention_kernel<T, kHeadDim>, dim3(p->max_items * p->num_kv_heads), dim3(kAttentionThreads),
+      const auto kernel = limited ? paged_attention_kernel<T, kHeadDim, true> : paged_attention_kernel<T, kHeadDim, false>;
+      return launch(kernel, dim3(p->max_items * p->num_kv_heads), dim3(kAttentionThreads),
                     shared_bytes<T, kHeadDim>(), stream, *p);
     });
   });

@@ -8,14 +8,14 @@ constexpr uint32_t kF32Queries = 4;  // of a warp
 constexpr uint32_t kF32Slots = RKSC_TILE_SLOTS / 2;
 
 // A warp's queries and what they have seen so far.
-template <int kHeadDim>
+template <int kHeadDim, bool kLimited>
 struct WarpAttentionF32 {
   using Shape = TileShape<float, kHeadDim>;
   static constexpr uint32_t kQuads = kHeadDim / 4;
   static constexpr uint32_t kLanes = kQuads > 16 ? 32 : kQuads;             // lanes to a query in PV
   static constexpr uint32_t kOwn = kF32Queries * kLanes / 32;               // queries of a lane there
   static constexpr uint32_t kPieces = (kQuads + 31) / 32;                   // quads of a lane and query
-  uint32_t limits[kF32Queries];
+  uint32_t limits[kF32Queries], starts[kLimited ? kF32Queries : 1];
   float max[kF32Queries], sum[kF32Queries];  // sums of this lane's slots
   vec<float, 4> out[kOwn][kPieces];
 
@@ -31,7 +31,8 @@ struct WarpAttentionF32 {
     for (uint32_t r = 0; r < kF32Queries; ++r) {
       // Queries past the last are zero vectors with its limit: computed, not written.
       const uint32_t last = view.num_queries - 1, query = first_query + r < last ? first_query + r : last;
-      limits[r] = view.limits[query / view.group];
+      limits[r] = view.limit(query / view.group);
+      if constexpr (kLimited) starts[r] = view.start(query / view.group);
       max[r] = -INFINITY;
       sum[r] = 0.0f;
     }
@@ -43,7 +44,7 @@ struct WarpAttentionF32 {
   }
 
   // Weights of the tile at `first_slot` to `weights`, [slot][query]: every lane needs all of them. alpha: factors for `out`.
-  RKSC_DEVICE void weigh(smem<const float> query, smem<const float> k, smem<float> weights, uint32_t first_slot, float scale,
+  RKSC_DEVICE void weigh(smem<const float> query, smem<const float> k, smem<float> weights, uint32_t first_slot, ScoreScale scale,
                          float (&alpha)[kF32Queries]) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     vec<float, 4> s[kF32Queries] = {};  // four partial sums: shorter chains, smaller error
@@ -59,8 +60,13 @@ struct WarpAttentionF32 {
     vec<float, kF32Queries> w;
 #pragma unroll
     for (uint32_t r = 0; r < kF32Queries; ++r) {
-      const float score = ((s[r][0] + s[r][1]) + (s[r][2] + s[r][3])) * scale;
-      const float x = first_slot + lane < limits[r] ? score : -INFINITY;
+      float product = (s[r][0] + s[r][1]) + (s[r][2] + s[r][3]);
+      bool attended = first_slot + lane < limits[r];
+      if constexpr (kLimited) {
+        product = scale.cap(product);
+        attended = attended && first_slot + lane >= starts[r];
+      }
+      const float x = attended ? product * scale.factor : -INFINITY;
       const float now = fmaxf(max[r], warp_max(x));
       // Nothing seen yet: weights 2^-inf = 0 against any finite number.
       const float shift = now == -INFINITY ? 0.0f : now;
@@ -118,11 +124,11 @@ struct WarpAttentionF32 {
   }
 };
 
-template <int kHeadDim>
+template <int kHeadDim, bool kLimited>
 RKSC_DEVICE void run_item_f32(const rksc_paged_attention_params& p, const ItemView& view, KvRing<float, kHeadDim>& ring) {
   using Shape = TileShape<float, kHeadDim>;
   const uint32_t warp = threadIdx.x / 32;
-  const float scale = p.sm_scale * kLog2e;
+  const ScoreScale scale = ScoreScale::make(p.sm_scale, kLimited ? p.softcap : 0.0f);
   const smem<float> query = ring.memory + Shape::kBuffers * Shape::kElems;
   const smem<float> weights = query + (Shape::kQueries * Shape::kStride + warp * kF32Queries * kF32Slots);
   for (uint32_t first = 0; first < view.num_queries; first += Shape::kQueries) {
@@ -135,7 +141,7 @@ RKSC_DEVICE void run_item_f32(const rksc_paged_attention_params& p, const ItemVi
     cp_async_commit();
     ring.begin();
     ring.issue(0);
-    WarpAttentionF32<kHeadDim> state;
+    WarpAttentionF32<kHeadDim, kLimited> state;
     state.begin(view, first + warp * kF32Queries);
     const uint32_t num_tiles = ring.num_tiles();
     for (uint32_t tile = 0; tile < num_tiles; ++tile) {
@@ -147,7 +153,7 @@ RKSC_DEVICE void run_item_f32(const rksc_paged_attention_params& p, const ItemVi
       state.weigh(query, ring.buffer(2 * tile), weights, tile * kF32Slots, scale, alpha);
       // The same for V, and the next K.
       cp_async_wait<0>();
-      if ((tile + 1) * kF32Slots > view.shortest) ring.scrub(2 * tile + 1, view.shortest, view.poison);
+      if (masked(view, tile * kF32Slots, kF32Slots)) scrub(ring, 2 * tile + 1, view);
       __syncthreads();
       ring.issue(2 * tile + 2);
       state.mix(ring.buffer(2 * tile + 1), weights, alpha);

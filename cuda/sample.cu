@@ -1,4 +1,4 @@
-// sample.cu -- from logits rows to tokens: penalties, bans, temperature, top-k, min-p, top-p, one seeded draw a row.
+// sample.cu -- from logits rows to tokens: biases, penalties, temperature, top-k, min-p, top-p, one seeded draw a row.
 //
 // No sort. A token weighs exp((x - max) / temperature) in units of 2^-kUnitBits, made with integers alone (weight_of), so
 // that sums are exact: they depend neither on the order of additions nor on the GPU. All of top-k, top-p and the draw ask for
@@ -369,7 +369,7 @@ RKSC_DEVICE uint32_t draw(const Row& row, const Extremes& e, const rksc_sample_p
 //   the first top_k with w >= min_p; of them the shortest head with at least top_p of their mass; of it the first token whose
 //   running mass exceeds uniform(seed, path, position) times the mass
 //
-//   logits  [num_rows, vocab] f32   read; changed where a row has penalties or bans
+//   logits  [num_rows, vocab] f32   read; changed where a row has penalties or biases
 //   rows    [num_rows], history     read
 //   saved   [ids in history] f32    scratch
 //   sampled [num_rows]              write: the token and its logit as it came in
@@ -382,7 +382,7 @@ RKSC_DEVICE uint32_t draw(const Row& row, const Extremes& e, const rksc_sample_p
 // Bound     one SM's instructions and shared atomics: about 60 instructions and 1 to 3 atomics a logit in the histogram's pass,
 //           10 in the others. 152064 logits: 0.1 ms expected on an H100-class SM (derived, not measured), rows in parallel;
 //           penalties add about 15 passes over the history.
-// Limits    0 < vocab <= 2^19; saved where a row has penalties or bans.
+// Limits    0 < vocab <= 2^19; saved where a row has penalties or biases.
 // Oracle    testing::sample, sampler::sample.   Bench  rksc-run bench kernels --op sample
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ rksc_sample_params p) {
   const uint64_t start = static_cast<uint64_t>(blockIdx.x) * p.vocab;

@@ -1,4 +1,4 @@
-// sample_row.cuh -- what sample.cu does to a logits row before it weighs anything: reading it, its extremes, penalties and bans.
+// sample_row.cuh -- what sample.cu does to a logits row before it weighs anything: reading it, its extremes, biases and penalties.
 #pragma once
 
 #include "common.cuh"
@@ -133,7 +133,7 @@ RKSC_DEVICE bool has_penalties(const rksc_sample_row& r) {
   return r.repetition_penalty != 1.0f || r.presence_penalty != 0.0f || r.frequency_penalty != 0.0f;
 }
 
-RKSC_DEVICE bool changes_logits(const rksc_sample_row& r) { return has_penalties(r) || r.num_banned != 0; }
+RKSC_DEVICE bool changes_logits(const rksc_sample_row& r) { return has_penalties(r) || r.num_bias != 0; }
 
 RKSC_DEVICE float penalised(float x, uint32_t uses, const rksc_sample_row& r) {
   // Rounded step by step, never fused: the host does the same.
@@ -179,20 +179,15 @@ RKSC_DEVICE void apply_history(const Row& row, const rksc_sample_params& p) {
   const rksc_sample_row r = request(p);
   gptr<const uint32_t> history = global<const uint32_t>(p.history);
   gptr<float> saved = global<float>(p.saved);
-  for (uint32_t i = threadIdx.x; i < r.num_banned; i += kThreads) {
-    const uint32_t token = history[r.banned_start + i];
-    if (token < row.vocab) saved[r.banned_start + i] = row.x[token];
+  for (uint32_t i = threadIdx.x; i < r.num_bias; i += kThreads) {
+    const uint32_t at = r.bias_start + i, token = history[at];
+    if (token >= row.vocab) continue;
+    saved[at] = row.x[token];
+    row.x[token] = __fadd_rn(row.x[token], __uint_as_float(history[at + r.num_bias]));
   }
-  // Saved before anything changes.
+  // Biases are added before penalties look at the sum, or anybody at the row.
   __syncthreads();
   if (has_penalties(r)) penalise(row, r, history, saved);
-  for (uint32_t i = threadIdx.x; i < r.num_banned; i += kThreads) {
-    const uint32_t token = history[r.banned_start + i];
-    // A token may be banned twice: equal writes.
-    if (token < row.vocab) row.x[token] = -INFINITY;
-  }
-  // Logits are final.
-  __syncthreads();
 }
 
 // The logit of `token` as it came in.
@@ -205,11 +200,11 @@ RKSC_DEVICE float logit_before(const Row& row, const rksc_sample_params& p, uint
   // Zero before it is raised.
   __syncthreads();
   const uint32_t past = has_penalties(r) ? r.num_prompt + r.num_generated : 0;
-  for (uint32_t i = threadIdx.x; i < past + r.num_banned; i += kThreads) {
-    const uint32_t at = i < past ? r.history_start + i : r.banned_start + (i - past);
+  for (uint32_t i = threadIdx.x; i < past + r.num_bias; i += kThreads) {
+    const uint32_t at = i < past ? r.history_start + i : r.bias_start + (i - past);
     if (history[at] == token) atomic_max(counter + kSavedAt, at + 1);
   }
-  // Whichever of the token's places was named last: all hold the same.
+  // The token's last place: its bias, which was added first, or any of its penalties, which all hold the same.
   __syncthreads();
   const uint32_t found = counter[kSavedAt];
   return found != 0 ? saved[found - 1] : row.x[token];

@@ -45,29 +45,32 @@ enum rksc_dtype { RKSC_F32 = 0, RKSC_BF16 = 1, RKSC_F16 = 2 };
 /* partial_start of a work item that writes its rows' results itself. */
 #define RKSC_NO_PARTIAL 0xffffffffu
 
-/* ---- embed: x[t] = table[ids[t]], widened to f32 ------------------------------------------------------------- */
+/* ---- embed: x[t] = table[ids[t]] * scale, widened to f32 ----------------------------------------------------- */
 typedef struct rksc_embed_params {
   const void* table;   /* [vocab, hidden] dtype */
   const uint32_t* ids; /* [T] */
   float* x;            /* [T, hidden] */
   uint32_t num_rows, hidden, vocab, dtype;
+  float scale; /* 1 keeps every bit */
+  uint32_t reserved;
 } rksc_embed_params;
-RKSC_LAYOUT(rksc_embed_params, 40);
+RKSC_LAYOUT(rksc_embed_params, 48);
 int32_t RKSC_FN(embed)(const rksc_embed_params* p, rksc_stream stream);
 
-/* ---- add_rms_norm: x += delta; y = x * rsqrt(mean(x^2) + eps) * weight; optional cosine before/after ------------ */
+/* ---- add_rms_norm: x += delta, itself normed or not; y = x, normed or not; optional cosine before/after --------- */
 typedef struct rksc_add_rms_norm_params {
   float* x;               /* [T, hidden], updated in place */
   const float* delta;     /* [T, hidden], or null: x stays */
-  const float* weight;    /* [hidden], or null: stop after the addition, y untouched */
-  void* y;                /* [T, hidden] dtype */
+  const float* post_norm; /* [hidden] weight of the norm that delta takes before it is added, or null; null without delta */
+  const float* weight;    /* [hidden] weight of the norm of x that makes y, or null: y is x rounded */
+  void* y;                /* [T, hidden] dtype, or null: not wanted */
   float* keep;            /* [T, hidden] receives x after the addition; null: not wanted */
   const float* reference; /* [T, hidden] what the cosine is taken against, not keep; null: x before the addition */
   float* similarity;      /* [T] cos(reference, x after), 0 where a norm is 0; null: not wanted */
   uint32_t num_rows, hidden, dtype;
   float eps;
 } rksc_add_rms_norm_params;
-RKSC_LAYOUT(rksc_add_rms_norm_params, 72);
+RKSC_LAYOUT(rksc_add_rms_norm_params, 80);
 int32_t RKSC_FN(add_rms_norm)(const rksc_add_rms_norm_params* p, rksc_stream stream);
 
 /* ---- exit_rows: which rows use the second weight set from the next layer on -------------------------------------- */
@@ -124,23 +127,38 @@ typedef struct rksc_linear_w4_params {
 RKSC_LAYOUT(rksc_linear_w4_params, 104);
 int32_t RKSC_FN(linear_w4)(const rksc_linear_w4_params* p, rksc_stream stream);
 
-/* ---- linear_w8: the same with weights of 8 bits: w[n, k] = (code - 128) * scale per group of k ---------------------- */
+/* ---- linear_w8: the same with weights of 8 bits: w[n, k] = number(code) * scale per group of k ---------------------- */
+enum rksc_number { RKSC_NUMBER_INTEGER = 0 /* code - 128; scales f16 */, RKSC_NUMBER_E4M3 = 1 /* no NaN; scales f32 */ };
 typedef struct rksc_linear_w8_params {
   const void* x;          /* [T, in] bf16 or f16 */
   const uint32_t* codes;  /* [out, in / 4]: k ascending from the low byte */
-  const uint16_t* scales; /* [out, in / group] f16 */
+  const void* scales;     /* [out, in / group] as number says */
   const float* bias;      /* [out], or null */
   float* y;               /* [T, out] */
   void* workspace;        /* rksc_linear_workspace_bytes (0: null will do); zeroed once, left with its counters zero, fit for any shape */
   const float* route;     /* [T], or null: all rows; see linear */
-  uint32_t num_rows, in_features, out_features, group_size, dtype;
+  uint32_t num_rows, in_features, out_features, group_size, number, dtype;
   uint32_t y_stride;      /* floats from one row of y to the next; at least out */
-  uint32_t layer, side;
+  uint32_t layer, side, reserved;
 } rksc_linear_w8_params;
-RKSC_LAYOUT(rksc_linear_w8_params, 88);
+RKSC_LAYOUT(rksc_linear_w8_params, 96);
 int32_t RKSC_FN(linear_w8)(const rksc_linear_w8_params* p, rksc_stream stream);
 
-/* ---- rope_append: split qkv, per-head q/k norm if given, RoPE (half-split), q out, k and v to their slots ------------ */
+/* ---- gather_columns: dst[t, k] = src[t, columns[k]]: rows of x as codes with columns in another order want them ------ */
+typedef struct rksc_gather_columns_params {
+  const void* src;         /* [T, width] bf16 or f16 */
+  const uint32_t* columns; /* [width], each below width */
+  void* dst;               /* [T, width] dtype */
+  uint32_t num_rows, width, dtype, reserved;
+} rksc_gather_columns_params;
+RKSC_LAYOUT(rksc_gather_columns_params, 40);
+int32_t RKSC_FN(gather_columns)(const rksc_gather_columns_params* p, rksc_stream stream);
+
+/* ---- rope_append: split qkv, q/k norm if given, RoPE (half-split), q out, k and v to their slots --------------------- */
+enum rksc_norm_span {
+  RKSC_NORM_HEAD = 0, /* each head by its own mean square; weights [D] */
+  RKSC_NORM_ROW = 1   /* all of a row's q heads by one mean square, and all of its k heads; weights [Hq * D] and [Hkv * D] */
+};
 typedef struct rksc_rope_append_params {
   const float* qkv;          /* [T, (Hq + 2 Hkv) * D]: q heads, k heads, v heads */
   void* q;                   /* [T, Hq, D] dtype */
@@ -150,13 +168,14 @@ typedef struct rksc_rope_append_params {
   const uint32_t* positions; /* [T]: what RoPE uses; never derived from the slot */
   const uint32_t* slots;     /* [T], or RKSC_NO_SLOT */
   const uint32_t* ring_rows; /* [T] row of query_ring, no two alike, or RKSC_NO_SLOT; null: none */
-  const float* inv_freq;     /* [D / 2] radians per position; the angle is the f32 product */
-  const float* q_norm;       /* [D], or null */
-  const float* k_norm;       /* [D], or null */
-  uint32_t num_rows, num_q_heads, num_kv_heads, head_dim, block_size, dtype;
+  const float* inv_freq;     /* [rotary_dim / 2] radians per position; the angle is the f32 product */
+  const float* q_norm;       /* weight as norm_span says, or null */
+  const float* k_norm;       /* the same; null where q_norm is */
+  uint32_t num_rows, num_q_heads, num_kv_heads, head_dim;
+  uint32_t rotary_dim; /* elements of a head that turn, from element 0; the others pass */
+  uint32_t block_size, dtype, norm_span;
   float rope_scale; /* multiplies cos and sin */
-  float q_norm_eps, k_norm_eps;
-  uint32_t reserved;
+  float norm_eps;
 } rksc_rope_append_params;
 RKSC_LAYOUT(rksc_rope_append_params, 128);
 int32_t RKSC_FN(rope_append)(const rksc_rope_append_params* p, rksc_stream stream);
@@ -184,8 +203,10 @@ typedef struct rksc_kv_transfer_params {
   const rksc_slot_transfer* transfers; /* [num_transfers] */
   void* k_cache;                       /* one layer */
   void* v_cache;                       /* one layer */
-  const float* inv_freq;               /* [D / 2] radians per position; the angle is the f32 product */
-  uint32_t num_transfers, num_kv_heads, block_size, head_dim, dtype, reserved;
+  const float* inv_freq;               /* [rotary_dim / 2] radians per position; the angle is the f32 product */
+  uint32_t num_transfers, num_kv_heads, block_size, head_dim;
+  uint32_t rotary_dim; /* as in rope_append */
+  uint32_t dtype;
 } rksc_kv_transfer_params;
 RKSC_LAYOUT(rksc_kv_transfer_params, 56);
 int32_t RKSC_FN(kv_transfer)(const rksc_kv_transfer_params* p, rksc_stream stream);
@@ -209,29 +230,31 @@ typedef struct rksc_paged_attention_params {
   const void* k_cache;                /* one layer */
   const void* v_cache;                /* one layer */
   void* o;                            /* [T, Hq, D] dtype */
-  float* lse;                         /* [T, Hq] ln sum exp of the scaled scores */
+  float* lse;                         /* [T, Hq] ln sum exp of the scores */
   const uint32_t* row_order;          /* [ordered rows] batch row */
-  const uint32_t* kv_lens;            /* [ordered rows] slots attended to; slots at or past it do not count */
+  const uint32_t* kv_lens;            /* [ordered rows] slots up to the row's own; slots at or past it do not count */
   const uint32_t* blocks;             /* block ids of all items */
   const rksc_attention_item* items;   /* [max_items], of which the first *num_items count */
   const rksc_attention_group* groups; /* [number of groups] */
   const uint32_t* num_items;          /* read on the device, so that one graph serves many steps */
   float* partial_o;                   /* [partials, Hq, D] unnormalised */
-  float* partial_ml;                  /* [partials, Hq, 2] running maximum of log2(e) sm_scale q k, and sum */
+  float* partial_ml;                  /* [partials, Hq, 2] running maximum of log2(e) times the scores, and sum */
   uint32_t* arrivals;                 /* [groups, Hkv]; zeroed once, left zeroed */
   uint32_t max_items;                 /* grid size: an upper bound of *num_items */
   uint32_t num_q_heads, num_kv_heads, head_dim, block_size, dtype;
   float sm_scale;
+  uint32_t window;                    /* newest slots of kv_lens that a row attends to; 0: all */
+  float softcap;                      /* scores are softcap * tanh(sm_scale q k / softcap); 0: sm_scale q k */
   uint32_t reserved;
 } rksc_paged_attention_params;
-RKSC_LAYOUT(rksc_paged_attention_params, 144);
+RKSC_LAYOUT(rksc_paged_attention_params, 152);
 int32_t RKSC_FN(paged_attention)(const rksc_paged_attention_params* p, rksc_stream stream);
 
-/* ---- attention_mass: exp(q k sm_scale - lse) summed over a sequence's rows and the group ------------------------- */
+/* ---- attention_mass: exp(score - lse) summed over a sequence's rows and the group ------------------------- */
 typedef struct rksc_mass_sequence {
   uint32_t row_start, num_rows; /* its rows in q and lse */
   uint32_t block_start;         /* its table in blocks */
-  uint32_t kv_len;              /* slots its last row attends to; each earlier row one fewer */
+  uint32_t kv_len;              /* slots up to its last row's own; each earlier row one fewer */
   uint32_t mass_start;          /* its first slot in mass, in units of Hkv: mass[(mass_start * Hkv) + head * kv_len + slot] */
 } rksc_mass_sequence;
 typedef struct rksc_attention_mass_params {
@@ -244,18 +267,24 @@ typedef struct rksc_attention_mass_params {
   uint32_t num_sequences, max_kv_len;
   uint32_t num_q_heads, num_kv_heads, head_dim, block_size, dtype;
   float sm_scale;
+  uint32_t window; /* as in paged_attention */
+  float softcap;
 } rksc_attention_mass_params;
-RKSC_LAYOUT(rksc_attention_mass_params, 80);
+RKSC_LAYOUT(rksc_attention_mass_params, 88);
 int32_t RKSC_FN(attention_mass)(const rksc_attention_mass_params* p, rksc_stream stream);
 
-/* ---- silu_mul: y = silu(gate) * up ------------------------------------------------------------------------------ */
-typedef struct rksc_silu_mul_params {
+/* ---- glu: y = activation(gate) * up ----------------------------------------------------------------------------- */
+enum rksc_activation {
+  RKSC_SILU = 0,     /* g / (1 + e^-g) */
+  RKSC_GELU_TANH = 1 /* g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) */
+};
+typedef struct rksc_glu_params {
   const float* gate_up; /* [T, 2 * intermediate]: gate, then up */
   void* y;              /* [T, intermediate] dtype */
-  uint32_t num_rows, intermediate, dtype, reserved;
-} rksc_silu_mul_params;
-RKSC_LAYOUT(rksc_silu_mul_params, 32);
-int32_t RKSC_FN(silu_mul)(const rksc_silu_mul_params* p, rksc_stream stream);
+  uint32_t num_rows, intermediate, activation, dtype;
+} rksc_glu_params;
+RKSC_LAYOUT(rksc_glu_params, 32);
+int32_t RKSC_FN(glu)(const rksc_glu_params* p, rksc_stream stream);
 
 /* ---- gather_rows: dst[i] = src[rows[i]] ------------------------------------------------------------------------- */
 typedef struct rksc_gather_rows_params {
@@ -266,6 +295,16 @@ typedef struct rksc_gather_rows_params {
 } rksc_gather_rows_params;
 RKSC_LAYOUT(rksc_gather_rows_params, 32);
 int32_t RKSC_FN(gather_rows)(const rksc_gather_rows_params* p, rksc_stream stream);
+
+/* ---- softcap: logits = cap * tanh(logits / cap), in place --------------------------------------------------------- */
+typedef struct rksc_softcap_params {
+  float* logits; /* [num_rows, vocab] */
+  uint32_t num_rows, vocab;
+  float cap; /* above 0 */
+  uint32_t reserved;
+} rksc_softcap_params;
+RKSC_LAYOUT(rksc_softcap_params, 24);
+int32_t RKSC_FN(softcap)(const rksc_softcap_params* p, rksc_stream stream);
 
 /* ---- row_stats: one sweep over logits --------------------------------------------------------------------------- */
 typedef struct rksc_statistics {
@@ -284,7 +323,7 @@ RKSC_LAYOUT(rksc_row_stats_params, 32);
 int32_t RKSC_FN(row_stats)(const rksc_row_stats_params* p, rksc_stream stream);
 size_t RKSC_FN(row_stats_workspace_bytes)(uint32_t num_rows, uint32_t vocab);
 
-/* ---- sample: penalties, temperature, top-k, min-p, top-p, one seeded draw per row -------------------------------- */
+/* ---- sample: biases, penalties, temperature, top-k, min-p, top-p, one seeded draw per row -------------------------------- */
 typedef struct rksc_sample_row {
   uint64_t seed, path, position; /* the key of the draw: nothing else influences it */
   float temperature;             /* 0: the largest logit */
@@ -293,18 +332,18 @@ typedef struct rksc_sample_row {
   uint32_t top_k;                    /* 0: all */
   uint32_t history_start;            /* the row's tokens in history: prompt, then generated */
   uint32_t num_prompt, num_generated;
-  uint32_t banned_start, num_banned; /* tokens in history that may not be taken */
+  uint32_t bias_start, num_bias;     /* tokens in history, no two alike and behind the row's own, then as many f32: added first */
 } rksc_sample_row;
 RKSC_LAYOUT(rksc_sample_row, 72);
 typedef struct rksc_sampled {
   uint32_t token;
-  float logit; /* as it was before penalties */
+  float logit; /* as it came in */
 } rksc_sampled;
 typedef struct rksc_sample_params {
-  float* logits;               /* [num_rows, vocab]; scratch afterwards where a row has penalties or bans */
+  float* logits;               /* [num_rows, vocab]; scratch afterwards where a row has penalties or biases */
   const rksc_sample_row* rows; /* [num_rows] */
-  const uint32_t* history;     /* token ids; rows with penalties or bans share no part of it */
-  float* saved;                /* [ids in history] scratch: logits before penalties; null where no row has penalties or bans */
+  const uint32_t* history;     /* token ids; rows with penalties or biases share no part of it */
+  float* saved;                /* [ids in history] scratch: logits as they came; null where no row has penalties or biases */
   rksc_sampled* sampled;       /* [num_rows] */
   uint32_t num_rows, vocab;
 } rksc_sample_params;
@@ -367,8 +406,10 @@ typedef struct rksc_kv_scores_params {
   float lambda;             /* at 1, and without redundancy, keys are not compared */
   float threshold;
   uint32_t position_stride; /* slots from one head to the next in positions */
+  float softcap;            /* as in paged_attention */
+  uint32_t reserved;
 } rksc_kv_scores_params;
-RKSC_LAYOUT(rksc_kv_scores_params, 120);
+RKSC_LAYOUT(rksc_kv_scores_params, 128);
 int32_t RKSC_FN(kv_scores)(const rksc_kv_scores_params* p, rksc_stream stream);
 size_t RKSC_FN(kv_scores_workspace_bytes)(uint32_t num_slots, uint32_t num_queries, uint32_t num_q_heads, uint32_t num_kv_heads,
                                           uint32_t head_dim);

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::calibrate::Calibration;
+use crate::chat::ChatTemplate;
 use crate::config::ModelSource;
 use crate::error::{Error, Result};
 use crate::model::family::{GenerationConfig, ModelConfig};
@@ -12,6 +13,9 @@ use crate::tokenizer::Tokenizer;
 
 /// What a calibration beside a model is called.
 pub const CALIBRATION_FILE: &str = "calibration.json";
+
+/// For a chat model that brings no pack.
+const CHAT_PACK: &str = include_str!("../models/chat-pack/prompts.json");
 
 impl ModelSource {
     /// The model's tokenizer. Random weights have none.
@@ -39,18 +43,36 @@ impl ModelSource {
         Ok(ids)
     }
 
-    /// The prompt pack beside the model, or the one at `path`.
+    /// The model's chat template, by its name where it has several, or the one at `path`. `None` where there is none.
+    pub fn chat_template(&self, path: Option<&Path>, name: Option<&str>) -> Result<Option<ChatTemplate>> {
+        match (path, self) {
+            (Some(path), Self::Dir(dir)) => ChatTemplate::from_file(path, Some(dir)).map(Some),
+            (Some(path), _) => ChatTemplate::from_file(path, None).map(Some),
+            (None, Self::Dir(dir)) => ChatTemplate::from_dir(dir, name),
+            #[cfg(feature = "bundled-model")]
+            (None, Self::Bundled) if name.is_none_or(|n| n == "default") => crate::bundled::chat_template(),
+            (None, _) => Ok(None),
+        }
+    }
+
+    /// The prompt pack at `path`, or the one beside the model. A chat model without one has the built-in pack, which its
+    /// template says.
     pub fn prompt_pack(&self, path: Option<&Path>) -> Result<PromptPack> {
         match (path, self) {
             (Some(path), _) => PromptPack::from_file(path),
             (None, Self::Dir(dir)) => {
                 let path: PathBuf = dir.join("prompts.json");
                 if path.exists() {
-                    PromptPack::from_file(&path)
-                } else {
-                    let why = format!("{} has no prompts.json; give a prompt pack with --prompts FILE", dir.display());
-                    Err(Error::config("prompts", why))
+                    return PromptPack::from_file(&path);
                 }
+                if self.chat_template(None, None)?.is_some() {
+                    return PromptPack::from_bytes(Path::new("<chat prompts.json>"), CHAT_PACK.as_bytes());
+                }
+                let why = format!(
+                    "{} has neither prompts.json nor a chat template; give a prompt pack with --prompts FILE",
+                    dir.display()
+                );
+                Err(Error::config("prompts", why))
             }
             #[cfg(feature = "bundled-model")]
             (None, Self::Bundled) => {

@@ -3,22 +3,23 @@
 //!
 //! | op | does | shapes |
 //! |---|---|---|
-//! | `embed` | gather rows | ids \[T\] -> x \[T, hidden\] |
-//! | `add_rms_norm` | residual add + RMSNorm, optional step similarity | \[T, hidden\] |
+//! | `embed` | gather rows, scaled | ids \[T\] -> x \[T, hidden\] |
+//! | `add_rms_norm` | residual add, RMSNorm before and after it, optional step similarity | \[T, hidden\] |
 //! | `exit_rows` | which rows use the second weight set from the next layer on | cosines \[T\] -> route \[T\] |
 //! | `linear` | y = x W^T (+ b), with one of two weight sets a row | \[T, in\] -> \[T, out\] |
 //! | `rope_append` | q/k norm, RoPE, write k and v to their slots, keep some rows' q | qkv \[T, (Hq + 2 Hkv) D\] -> q, KV cache |
 //! | `kv_copy_blocks` | copy-on-write of block heads | pairs of block ids |
 //! | `kv_transfer` | K and V of slots for other positions, K turned by the difference | pairs of slots |
 //! | `paged_attention` | plan-driven prefill, decode and shared segments | q -> o \[T, Hq, D\], lse \[T, Hq\] |
-//! | `silu_mul` | SwiGLU gate | \[T, 2 inter\] -> \[T, inter\] |
+//! | `glu` | gated MLP: SwiGLU or GeGLU | \[T, 2 inter\] -> \[T, inter\] |
 //! | `gather_rows` | stable selection of rows between segments | \[T, hidden\] -> \[T', hidden\] |
 //! | `logits` | final norm + unembedding of chosen rows | \[R, hidden\] -> \[R, vocab\] |
+//! | `softcap` | logits drawn into (-cap, cap) by tanh | \[R, vocab\] |
 //! | `row_stats` | one sweep over logits: max, lse, entropy, top-1 p, margin | \[R, vocab\] -> \[R\] |
-//! | `sample` | penalties, temperature, top-k, min-p, top-p, one seeded draw | \[R, vocab\] -> \[R\] |
+//! | `sample` | biases, penalties, temperature, top-k, min-p, top-p, one seeded draw | \[R, vocab\] -> \[R\] |
 //! | `entropy_probe` | norm + unembedding + statistics of inner-layer rows, logits never written | \[R, hidden\] -> \[R\] |
 //! | `branch_similarity` | layer-weighted cosines to the root and pairwise, cluster labels | \[L, B, hidden\] -> \[B, B\] |
-//! | `attention_mass` | exp(q k sm_scale - lse), summed over rows and group | q, K, lse -> \[Hkv, kv_len\] |
+//! | `attention_mass` | exp(score - lse), summed over rows and group | q, K, lse -> \[Hkv, kv_len\] |
 //! | `kv_scores` | R-KV: how much the last queries look at a slot, how redundant its key is | q ring, K -> \[Hkv, n - window\] |
 //! | `kv_compact` | moves kept slots down in place, each kv head its own set | K, V, keep \[Hkv, num_keep\] |
 //!
@@ -29,11 +30,11 @@
 //!
 //! *Rounding points, the same in every backend and modelled by the oracle:* the residual stream, norm inputs, scores,
 //! softmax sums, logits and the outputs of `linear` are f32; rounded once to the compute type are norm outputs, q, k,
-//! v, the unnormalised P before PV, the attention output and the SwiGLU output.
+//! v, the unnormalised P before PV, the attention output and the output of `glu`.
 
 use std::ops::Range;
 
-use crate::batch::AttentionPlan;
+use crate::batch::{AttentionPlan, TILE_SLOTS, window_start};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::gate::Scope;
@@ -110,7 +111,7 @@ pub struct Counters {
     pub launches: u64,
     /// Bytes of weights that the ops had to read, each matrix once a call.
     pub weight_bytes: u64,
-    /// Bytes of K and V read by attention, each planned tile once a segment, and of K by `attention_mass` and `kv_scores`.
+    /// Bytes of K and V read by attention, each planned tile once a segment and not below a window, and of K by `attention_mass` and `kv_scores`.
     pub kv_read_bytes: u64,
     /// Bytes of K and V written by `rope_append`, `kv_copy_blocks`, `kv_transfer` and `kv_compact`.
     pub kv_write_bytes: u64,
@@ -187,10 +188,12 @@ pub trait Backend: Send + 'static {
     fn kv_transfer(&mut self, p: KvTransfer<'_, Self>) -> Result<()>;
     /// See [`PagedAttention`].
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()>;
-    /// See [`SiluMul`].
-    fn silu_mul(&mut self, p: SiluMul<'_, Self>) -> Result<()>;
+    /// See [`Glu`].
+    fn glu(&mut self, p: Glu<'_, Self>) -> Result<()>;
     /// See [`GatherRows`].
     fn gather_rows(&mut self, p: GatherRows<'_, Self>) -> Result<()>;
+    /// See [`Softcap`].
+    fn softcap(&mut self, p: Softcap<'_, Self>) -> Result<()>;
     /// See [`RowStatsOp`].
     fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()>;
     /// See [`Sample`]. Counts one read-back.
@@ -210,7 +213,7 @@ pub trait Backend: Send + 'static {
     fn forget_recordings(&mut self) -> Result<()>;
 }
 
-/// `x[t] = table[ids[t]]`, widened to f32.
+/// `x[t] = table[ids[t]] * scale`, widened to f32 first.
 pub struct Embed<'a, B: Backend + ?Sized> {
     /// Embedding table `[vocab, hidden]`.
     pub table: &'a B::Matrix,
@@ -218,11 +221,14 @@ pub struct Embed<'a, B: Backend + ?Sized> {
     pub inputs: &'a B::Inputs,
     /// Residual stream `[T, hidden]` f32, written.
     pub x: &'a mut B::Buf,
+    /// 1 keeps every bit of the table.
+    pub scale: f32,
     /// Row width.
     pub hidden: usize,
 }
 
-/// `x[t] += delta[t]`, then `y[t] = x[t] * rsqrt(mean(x[t]^2) + eps) * weight`, rounded once to the compute type.
+/// `x[t] += delta[t]`, then what follows reads of `x[t]`, rounded once to the compute type. A norm is
+/// `x * rsqrt(mean(x^2) + eps) * weight`.
 pub struct AddRmsNorm<'a, B: Backend + ?Sized> {
     /// Rows of `x`, `delta` and `y` to work on.
     pub rows: Range<usize>,
@@ -230,9 +236,11 @@ pub struct AddRmsNorm<'a, B: Backend + ?Sized> {
     pub x: &'a mut B::Buf,
     /// What to add first `[T, hidden]` f32; `None` leaves `x` as it is.
     pub delta: Option<&'a B::Buf>,
-    /// Norm weight `[hidden]` f32; `None` stops after the addition.
-    pub weight: Option<&'a B::Buf>,
-    /// Normed rows `[T, hidden]` in the compute type; untouched when `weight` is `None`.
+    /// Weight `[hidden]` f32 of a norm that `delta` takes, in f32, before it is added; without `delta` nothing.
+    pub post_norm: Option<&'a B::Buf>,
+    /// What `y` becomes.
+    pub output: NormOutput<'a, B>,
+    /// `[T, hidden]` compute type, written as `output` says.
     pub y: &'a mut B::Buf,
     /// `[T, hidden]` f32, receives `x` as it is after the addition.
     pub keep: Option<&'a mut B::Buf>,
@@ -240,8 +248,18 @@ pub struct AddRmsNorm<'a, B: Backend + ?Sized> {
     pub step_similarity: Option<StepSimilarity<'a, B>>,
     /// Row width.
     pub hidden: usize,
-    /// Added to the mean square.
+    /// Added to each mean square.
     pub eps: f32,
+}
+
+/// What [`AddRmsNorm`] makes of `x` after the addition.
+pub enum NormOutput<'a, B: Backend + ?Sized> {
+    /// Nothing: `y` is not touched.
+    None,
+    /// `x` as it is.
+    Rounded,
+    /// `x` normed with this weight `[hidden]` f32.
+    Normed(&'a B::Buf),
 }
 
 /// Cosines of rows to what they were; 0 where a norm is 0.
@@ -314,8 +332,9 @@ pub struct River<'a, B: Backend + ?Sized> {
     pub layer: u32,
 }
 
-/// Splits fused qkv rows, applies the optional per-head q/k RMSNorm and RoPE, and rounds once to the compute type:
-/// q goes to `q`, k and v to their slots. The rotation pairs element i with i + head_dim/2 (half-split, as transformers).
+/// Splits fused qkv rows, applies the optional q/k RMSNorm, then RoPE, and rounds once to the compute type: q goes to
+/// `q`, k and v to their slots. The rotation pairs element i with i + rotary_dim/2 (half-split, as transformers); a head's
+/// elements from `rotary_dim` on pass, not multiplied by `rope_scale` either.
 pub struct RopeAppend<'a, B: Backend + ?Sized> {
     /// Rows of `qkv`, `q`, and of the inputs' `positions` and `slots`, to work on.
     pub rows: Range<usize>,
@@ -331,18 +350,39 @@ pub struct RopeAppend<'a, B: Backend + ?Sized> {
     pub k_cache: &'a mut B::Buf,
     /// V of one layer, written at the rows' slots.
     pub v_cache: &'a mut B::Buf,
-    /// Rotation frequencies `[D / 2]` f32, radians per position.
+    /// Rotation frequencies `[rotary_dim / 2]` f32, radians per position.
     pub inv_freq: &'a B::Buf,
+    /// Elements of a head that turn: even, from 2 to `D`.
+    pub rotary_dim: usize,
     /// Multiplies cos and sin (1 except for YaRN-like scaling).
     pub rope_scale: f32,
-    /// Per-head q norm weight `[D]` f32 and eps, for families that have it.
-    pub q_norm: Option<(&'a B::Buf, f32)>,
-    /// Per-head k norm weight `[D]` f32 and eps.
-    pub k_norm: Option<(&'a B::Buf, f32)>,
+    /// For families that have it.
+    pub qk_norm: Option<QkNorm<'a, B>>,
     /// Query heads.
     pub num_q_heads: usize,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
+}
+
+/// Norms of q and k in [`RopeAppend`]: `x * rsqrt(mean(x^2) + eps) * weight`; v takes none.
+pub struct QkNorm<'a, B: Backend + ?Sized> {
+    /// Weight of q, f32, `[D]` or `[Hq * D]` as `span` says.
+    pub q: &'a B::Buf,
+    /// Weight of k, f32, `[D]` or `[Hkv * D]`.
+    pub k: &'a B::Buf,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// What the mean runs over.
+    pub span: NormSpan,
+}
+
+/// What a q or k norm runs over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum NormSpan {
+    /// Each head for itself.
+    Head,
+    /// All of a row's q heads together, and all of its k heads.
+    Row,
 }
 
 /// Copies block heads within one layer. Destinations are distinct, and no destination is a source.
@@ -366,14 +406,16 @@ pub struct KvTransfer<'a, B: Backend + ?Sized> {
     pub k_cache: &'a mut B::Buf,
     /// V of one layer.
     pub v_cache: &'a mut B::Buf,
-    /// Rotation frequencies `[D / 2]` f32, radians per position.
+    /// Rotation frequencies `[rotary_dim / 2]` f32, radians per position.
     pub inv_freq: &'a B::Buf,
+    /// Elements of a head that turn, as in [`RopeAppend`]; the others are copied.
+    pub rotary_dim: usize,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
 }
 
 /// Attention of every row over the slots its plan names, with online softmax over 64-slot tiles anchored at the row's
-/// slot 0 and folded left to right. Slots at or past a row's `kv_len` do not influence it.
+/// slot 0 and folded left to right. Slots at or past a row's `kv_len` do not influence it, nor do those below its window.
 pub struct PagedAttention<'a, B: Backend + ?Sized> {
     /// Their `plan` says who reads which tiles for whom; it covers every row once.
     pub inputs: &'a B::Inputs,
@@ -385,18 +427,23 @@ pub struct PagedAttention<'a, B: Backend + ?Sized> {
     pub v_cache: &'a B::Buf,
     /// `[T, Hq, D]` compute type, written.
     pub o: &'a mut B::Buf,
-    /// `[T, Hq]` f32, ln sum exp of the scaled scores, written.
+    /// `[T, Hq]` f32, ln sum exp of the scores, scaled and capped, of the slots attended to, written.
     pub lse: &'a mut B::Buf,
     /// Query heads.
     pub num_q_heads: usize,
     /// 1 / sqrt(head_dim), or what the family says.
     pub sm_scale: f32,
+    /// A row of `kv_len` n attends to slots `[n - window, n)`, its own among them; `None`: to all. At least 1. Slots are
+    /// positions as long as nothing was cut from the sequence.
+    pub window: Option<usize>,
+    /// Scores are `softcap * tanh(sm_scale q k / softcap)`; `None`: `sm_scale q k`. Above 0.
+    pub softcap: Option<f32>,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
 }
 
-/// `y[t, i] = silu(gu[t, i]) * gu[t, inter + i]`, rounded once to the compute type.
-pub struct SiluMul<'a, B: Backend + ?Sized> {
+/// `y[t, i] = activation(gu[t, i]) * gu[t, inter + i]`, rounded once to the compute type.
+pub struct Glu<'a, B: Backend + ?Sized> {
     /// Rows to work on.
     pub rows: Range<usize>,
     /// `[T, 2 * inter]` f32: gate, then up.
@@ -405,6 +452,17 @@ pub struct SiluMul<'a, B: Backend + ?Sized> {
     pub y: &'a mut B::Buf,
     /// Row width of `y`.
     pub intermediate: usize,
+    /// What the gate goes through.
+    pub activation: Activation,
+}
+
+/// The function of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum Activation {
+    /// `g / (1 + e^-g)`.
+    Silu,
+    /// GELU in its form with tanh: `g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))`.
+    GeluTanh,
 }
 
 /// `dst[dst_row + i] = src[rows[i]]` for f32 rows.
@@ -429,6 +487,18 @@ pub enum RowIds<'a, B: Backend + ?Sized> {
     Queried(&'a B::Inputs, Range<usize>),
 }
 
+/// `logits = cap * tanh(logits / cap)`, in place. A NaN stays one; an infinity becomes `cap`.
+pub struct Softcap<'a, B: Backend + ?Sized> {
+    /// `[num_rows, vocab]` f32, updated.
+    pub logits: &'a mut B::Buf,
+    /// Rows to work on, from row 0.
+    pub num_rows: usize,
+    /// Row width.
+    pub vocab: usize,
+    /// The bound, above 0.
+    pub cap: f32,
+}
+
 /// One sweep over each logits row. Results stay on the device until [`Backend::read_stats`].
 pub struct RowStatsOp<'a, B: Backend + ?Sized> {
     /// `[num_rows, vocab]` f32.
@@ -441,7 +511,7 @@ pub struct RowStatsOp<'a, B: Backend + ?Sized> {
 
 /// One draw per row of `logits`, from row 0.
 pub struct Sample<'a, B: Backend + ?Sized> {
-    /// `[num_rows, vocab]` f32; scratch afterwards where a row has penalties or banned tokens.
+    /// `[num_rows, vocab]` f32; scratch afterwards where a row has penalties or biases.
     pub logits: &'a mut B::Buf,
     /// Row width.
     pub vocab: usize,
@@ -456,8 +526,8 @@ pub struct Sample<'a, B: Backend + ?Sized> {
 pub struct SampleRow<'a> {
     /// Temperature, truncations, penalties, seed.
     pub params: &'a SamplingParams,
-    /// Tokens that may not be taken.
-    pub banned: &'a [u32],
+    /// Added to logits before anything else: token, bias; no two of one token. Minus infinity bans it.
+    pub bias: &'a [(u32, f32)],
     /// The branch's tokens before generation.
     pub prompt: &'a [u32],
     /// Those since.
@@ -514,8 +584,8 @@ pub struct Similarity {
     pub labels: Vec<u32>,
 }
 
-/// The attention each cached slot received from a sequence's rows: `exp(q k sm_scale - lse)`, summed over the rows and
-/// the query heads of a kv head.
+/// The attention each cached slot received from a sequence's rows: `exp(score - lse)`, summed over the rows that attend
+/// to it and the query heads of a kv head.
 pub struct AttentionMass<'a, B: Backend + ?Sized> {
     /// `[T, Hq, D]` compute type, after RoPE.
     pub q: &'a B::Buf,
@@ -531,6 +601,10 @@ pub struct AttentionMass<'a, B: Backend + ?Sized> {
     pub num_q_heads: usize,
     /// As in `paged_attention`.
     pub sm_scale: f32,
+    /// As in `paged_attention`; what all rows have left behind has no mass.
+    pub window: Option<usize>,
+    /// As in `paged_attention`.
+    pub softcap: Option<f32>,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
     /// On the host, written: `[Hkv, kv_len]` of each sequence, one behind the other.
@@ -544,8 +618,20 @@ pub struct MassSequence {
     pub rows: Range<usize>,
     /// Where its table begins in `blocks`.
     pub block_start: usize,
-    /// Slots its last row attends to; each earlier row one fewer.
+    /// Slots up to its last row's own; each earlier row one fewer.
     pub kv_len: usize,
+}
+
+impl MassSequence {
+    /// Where the first tile begins that some row attends to.
+    fn first_slot(&self, window: Option<usize>) -> usize {
+        window_start((self.kv_len + 1).saturating_sub(self.rows.len()), window) / TILE_SLOTS * TILE_SLOTS
+    }
+
+    /// Slots of the tiles that some row attends to.
+    fn slots_read(&self, window: Option<usize>) -> usize {
+        self.kv_len - self.first_slot(window).min(self.kv_len)
+    }
 }
 
 /// Which of the three published forms of R-KV scores slots.
@@ -591,6 +677,8 @@ pub struct KvScores<'a, B: Backend + ?Sized> {
     pub num_q_heads: usize,
     /// As in `paged_attention`.
     pub sm_scale: f32,
+    /// As in `paged_attention`.
+    pub softcap: Option<f32>,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
     /// f32; `[Hkv, num_slots - window]` is written from element `scores_start` on.

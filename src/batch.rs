@@ -13,6 +13,11 @@ use crate::kv::BlockCopy;
 /// Slots per attention tile. The grid is anchored at slot 0 of a sequence and never moves.
 pub const TILE_SLOTS: usize = 64;
 
+/// The first slot that a row attends to which sees `kv_len` slots through a window over the newest; `None`: over all.
+pub(crate) fn window_start(kv_len: usize, window: Option<usize>) -> usize {
+    window.map_or(0, |w| kv_len.saturating_sub(w))
+}
+
 /// One step's input, in row order: each sequence's new tokens are contiguous rows.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::chat::ChatTemplate;
 use crate::error::Result;
 use crate::model::family::{GenerationConfig, ModelConfig};
 use crate::model::weights::WeightStore;
@@ -15,6 +16,8 @@ static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../models/tinymath/mo
 const CONFIG: &[u8] = include_bytes!("../models/tinymath/config.json");
 const GENERATION_CONFIG: &[u8] = include_bytes!("../models/tinymath/generation_config.json");
 const TOKENIZER: &[u8] = include_bytes!("../models/tinymath/tokenizer.json");
+
+const TOKENIZER_CONFIG: &[u8] = include_bytes!("../models/tinymath/tokenizer_config.json");
 
 /// What reports call the model.
 pub const NAME: &str = "tinymath (bundled)";
@@ -42,6 +45,11 @@ pub fn generation_config() -> Result<GenerationConfig> {
 /// Its weights, used where they lie in the program.
 pub fn weights() -> Result<WeightStore> {
     WeightStore::from_static(&WEIGHTS.0)
+}
+
+/// Its chat template.
+pub fn chat_template() -> Result<Option<ChatTemplate>> {
+    ChatTemplate::from_tokenizer_config(Path::new("<bundled tokenizer_config.json>"), TOKENIZER_CONFIG)
 }
 
 /// Its tokenizer.

@@ -64,6 +64,9 @@ pub struct EngineConfig {
     pub simd: String,
     /// CPU threads; 0 takes one per core.
     pub threads: usize,
+    /// Positions to open the model for; `None` takes what its config.json says. More than the model was trained for picks
+    /// the frequencies of the rule that its config.json has for long contexts ([`Rope`](crate::model::family::Rope)).
+    pub max_context: Option<usize>,
     /// Bytes of KV cache; `None` takes a quarter of the free memory, at most 64 contexts' worth.
     pub kv_cache_memory: Option<u64>,
     /// Tokens per KV block: 16 or 32.
@@ -98,6 +101,7 @@ impl Default for EngineConfig {
             device: "auto".into(),
             simd: "auto".into(),
             threads: 0,
+            max_context: None,
             kv_cache_memory: None,
             block_size: 16,
             max_batch_tokens: 2048,

@@ -350,6 +350,8 @@ impl Engine {
     pub fn start(&mut self, branch: BranchId, params: GenerateParams) -> Result<()> {
         params.sampling.validate()?;
         self.check_tokens(&params.end_tokens)?;
+        let biased: Vec<u32> = params.sampling.logit_bias.iter().map(|(token, _)| *token).collect();
+        self.check_tokens(&biased)?;
         let b = self.tree.get(branch)?;
         let new = params.max_new_tokens.min(self.model.max_position_embeddings.saturating_sub(b.tokens.len()));
         self.check_fits(b.tokens.len() + new, self.slots_behind(b, self.slots_once_run(b), new))?;
@@ -493,7 +495,7 @@ impl Engine {
     /// nothing while there are any.
     pub fn set_gates(&mut self, gates: &[GateSpec]) -> Result<()> {
         for gate in gates {
-            gate.validate(self.model.num_layers)?;
+            self.check_gate(gate)?;
             if gate.effect.needs_clusters() {
                 return Err(Error::config("gate", "effect: an alias needs its branches named"));
             }

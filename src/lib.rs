@@ -18,6 +18,7 @@ pub mod batch;
 #[cfg(feature = "bundled-model")]
 pub mod bundled;
 pub mod calibrate;
+pub mod chat;
 pub mod config;
 pub mod dtype;
 pub mod engine;

@@ -18,12 +18,13 @@ mod river;
 pub mod weights;
 
 use std::ops::Range;
+use std::path::Path;
 
 use crate::backend::{
-    AddRmsNorm, Backend, Counters, Embed, KvCopyBlocks, KvTransfer, Linear, PagedAttention, River, RopeAppend,
-    RowStats, Sampled, SiluMul, Similarity,
+    AddRmsNorm, Backend, Counters, Embed, Glu, KvCopyBlocks, KvTransfer, Linear, NormOutput, PagedAttention, QkNorm,
+    River, RopeAppend, RowStats, Sampled, Similarity,
 };
-use crate::batch::Batch;
+use crate::batch::{AttentionPlan, Batch};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::gate::Effect;
@@ -34,7 +35,7 @@ use crate::tree::RowAnswer;
 use capture::Capture;
 use cuts::QueryRings;
 pub(crate) use cuts::{QueryRing, SlotScoring};
-use family::ModelConfig;
+use family::{ModelConfig, Rope};
 pub(crate) use gating::PassGate;
 use gating::{Exit, Watch};
 use live::LiveRows;
@@ -43,6 +44,13 @@ pub(crate) use load::workspace_bytes;
 use river::Routes;
 pub(crate) use river::route_bytes;
 use weights::WeightStore;
+
+/// The config.json and the tensors of a Hugging Face folder, fused tensors in their parts.
+pub fn open(dir: &Path) -> Result<(ModelConfig, WeightStore)> {
+    let (config, mut store) = (ModelConfig::from_dir(dir)?, WeightStore::open(dir)?);
+    store.split_fused(&config)?;
+    Ok((config, store))
+}
 
 /// What to read from one row once its logits exist.
 #[derive(Clone, Debug, Default)]
@@ -61,8 +69,8 @@ pub(crate) struct RowQuery {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Draw {
     pub(crate) params: SamplingParams,
-    /// Tokens that may not be taken yet.
-    pub(crate) banned: Vec<u32>,
+    /// Added to logits: token, bias. Minus infinity for those that may not be taken yet.
+    pub(crate) bias: Vec<(u32, f32)>,
     pub(crate) prompt: Vec<u32>,
     pub(crate) generated: Vec<u32>,
     pub(crate) key: DrawKey,
@@ -168,13 +176,34 @@ pub(crate) trait Runner: Send {
 }
 
 struct Layer<B: Backend> {
-    attn_norm: B::Buf,
+    /// As [`LayerNorms`](family::LayerNorms) has them.
+    attn_in: Option<B::Buf>,
+    attn_out: Option<B::Buf>,
+    mlp_in: Option<B::Buf>,
+    mlp_out: Option<B::Buf>,
     w: Projections<B>,
     qkv_bias: Option<B::Buf>,
-    q_norm: Option<B::Buf>,
-    k_norm: Option<B::Buf>,
+    /// Of q and of k.
+    qk_norm: Option<(B::Buf, B::Buf)>,
     o_bias: Option<B::Buf>,
-    mlp_norm: B::Buf,
+    gate_up_bias: Option<B::Buf>,
+    down_bias: Option<B::Buf>,
+}
+
+/// How the layers of one kind rotate q and k.
+struct Rotation<B: Backend> {
+    /// `[rotary_dim / 2]`.
+    inv_freq: B::Buf,
+    rotary_dim: usize,
+    /// Multiplies cosines and sines.
+    scale: f32,
+}
+
+impl<B: Backend> Rotation<B> {
+    fn new(backend: &mut B, rope: &Rope, context: usize) -> Result<Self> {
+        let inv_freq = backend.upload(&rope.inv_freq(context))?;
+        Ok(Self { inv_freq, rotary_dim: rope.rotary_dim, scale: rope.scale() })
+    }
 }
 
 /// The matrices of a layer: what there may be a second set of.
@@ -202,8 +231,9 @@ pub(crate) struct Model<B: Backend> {
     no_norm: Option<B::Buf>,
     /// `None` when tied to `embed`.
     lm_head: Option<B::Matrix>,
-    /// `[head_dim / 2]`.
-    inv_freq: B::Buf,
+    rope: Rotation<B>,
+    /// Of layers with a window, where they rotate otherwise.
+    local_rope: Option<Rotation<B>>,
     /// K and V of each layer.
     kv: Vec<(B::Buf, B::Buf)>,
     /// Last queries of branches under a KV budget; `None` until there is one.
@@ -263,14 +293,16 @@ impl<B: Backend> Model<B> {
             false => Some(load.matrix(&[("lm_head.weight", config.vocab_size)], config.hidden)?),
         };
         let layers = (0..config.num_layers).map(|i| load.layer(i)).collect::<Result<Vec<_>>>()?;
-        let final_norm = load.vector("model.norm.weight", config.hidden)?;
+        let final_norm = load.norm("model.norm.weight", config.hidden)?;
         let kv_elems = options.layout.num_blocks * options.layout.block_elems();
         let kv = (0..config.num_layers)
             .map(|_| Ok((backend.alloc(options.compute, kv_elems)?, backend.alloc(options.compute, kv_elems)?)))
             .collect::<Result<Vec<_>>>()?;
         let ws = Workspace::new(&backend, &config, &options)?;
+        let mut rotation = |rope: &Rope| Rotation::new(&mut backend, rope, config.max_position_embeddings);
         Ok(Self {
-            inv_freq: backend.upload(&config.inv_freq())?,
+            rope: rotation(&config.rope)?,
+            local_rope: config.local_rope.as_ref().map(rotation).transpose()?,
             compute: options.compute,
             layout: options.layout,
             max_rows: options.max_rows,
@@ -307,12 +339,12 @@ impl<B: Backend> Model<B> {
         let live = LiveRows::new(batch);
         self.prepare_gates(gates)?;
         let (inputs, query_ids) = live.inputs(asked, self.layout.block_size, self.max_group_rows);
-        let slots_read = inputs.plan.slots_read();
+        let slots_read = mean_slots_read(&inputs.plan, &self.config);
         let mut pass = Pass {
             live,
             inputs: self.backend.stage(inputs)?,
             query_ids,
-            delta_pending: false,
+            pending: None,
             answers: vec![None; queries.len()],
             fates: vec![Fate::Done; batch.seqs.len()],
             layers: vec![Vec::new(); if gates.is_empty() { 0 } else { batch.seqs.len() }],
@@ -331,8 +363,8 @@ impl<B: Backend> Model<B> {
         let repeatable = on_device && batch.copies.is_empty() && !reads && queries.len() <= self.ws.chunk;
         self.backend.begin_pass(&pass.inputs, repeatable.then(|| river::variant(gates)))?;
         self.enter_backbone(gates, &pass)?;
-        let hidden = self.config.hidden;
-        self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden })?;
+        let (hidden, scale) = (self.config.hidden, self.config.embed_scale());
+        self.backend.embed(Embed { table: &self.embed, inputs: &pass.inputs, x: &mut self.ws.x, hidden, scale })?;
         for layer_idx in 0..self.config.num_layers {
             layer_rows += pass.live.num_rows() as u64;
             self.decoder_layer(layer_idx, batch, gates, &mut pass)?;
@@ -373,6 +405,11 @@ impl<B: Backend> Model<B> {
             river.map(|(w, routes)| River { w: of(w), route: &routes.route, layer: layer_idx as u32 + 1 })
         };
         let (k_cache, v_cache) = &mut self.kv[layer_idx];
+        let window = config.window(layer_idx);
+        let rope = match &self.local_rope {
+            Some(local) if config.is_local(layer_idx) => local,
+            _ => &self.rope,
+        };
 
         // Attention half: qkv, RoPE and KV write.
         capture(backend, LayerInput::Qkv, &ws.h)?;
@@ -392,17 +429,17 @@ impl<B: Backend> Model<B> {
             query_ring: rings.as_mut().map(|r| &mut r.layers[layer_idx]),
             k_cache,
             v_cache,
-            inv_freq: &self.inv_freq,
-            rope_scale: 1.0,
-            q_norm: layer.q_norm.as_ref().map(|w| (w, eps)),
-            k_norm: layer.k_norm.as_ref().map(|w| (w, eps)),
+            inv_freq: &rope.inv_freq,
+            rotary_dim: rope.rotary_dim,
+            rope_scale: rope.scale,
+            qk_norm: layer.qk_norm.as_ref().zip(config.family.qk_norm).map(|((q, k), span)| QkNorm { q, k, eps, span }),
             num_q_heads: config.num_q_heads,
             layout,
         })?;
         // Before the copies: what is transferred may stand in a block that a fork copies.
         if pass.live.has_transfers() {
-            let (inputs, inv_freq) = (&pass.inputs, &self.inv_freq);
-            backend.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq, layout })?;
+            let (inputs, inv_freq, rotary_dim) = (&pass.inputs, &rope.inv_freq, rope.rotary_dim);
+            backend.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq, rotary_dim, layout })?;
         }
         if !batch.copies.is_empty() {
             backend.kv_copy_blocks(KvCopyBlocks { inputs: &pass.inputs, k_cache, v_cache, layout })?;
@@ -415,7 +452,9 @@ impl<B: Backend> Model<B> {
             o: &mut ws.o,
             lse: &mut ws.lse,
             num_q_heads: config.num_q_heads,
-            sm_scale: config.sm_scale(),
+            sm_scale: config.sm_scale,
+            window,
+            softcap: config.attn_softcap,
             layout,
         })?;
         if batch.measures_mass && layer_idx == mass::layer(config) {
@@ -434,7 +473,8 @@ impl<B: Backend> Model<B> {
             rows: rows.clone(),
             x: &mut ws.x,
             delta: Some(&ws.delta),
-            weight: Some(&layer.mlp_norm),
+            post_norm: layer.attn_out.as_ref(),
+            output: normed_by(&layer.mlp_in),
             y: &mut ws.h,
             keep: None,
             step_similarity: None,
@@ -443,23 +483,25 @@ impl<B: Backend> Model<B> {
         })?;
         capture(backend, LayerInput::GateUp, &ws.h)?;
         let (x, gate_up, river) = (&ws.h, &layer.w.gate_up, second(|w| &w.gate_up));
-        backend.linear(Linear { rows: rows.clone(), x, w: gate_up, river, bias: None, y: &mut ws.gate_up })?;
-        backend.silu_mul(SiluMul {
+        let bias = layer.gate_up_bias.as_ref();
+        backend.linear(Linear { rows: rows.clone(), x, w: gate_up, river, bias, y: &mut ws.gate_up })?;
+        backend.glu(Glu {
             rows: rows.clone(),
             gate_up: &ws.gate_up,
             y: &mut ws.act,
             intermediate: config.intermediate,
+            activation: config.activation,
         })?;
         capture(backend, LayerInput::Down, &ws.act)?;
         let (x, down, river) = (&ws.act, &layer.w.down, second(|w| &w.down));
-        backend.linear(Linear { rows, x, w: down, river, bias: None, y: &mut ws.delta })
+        backend.linear(Linear { rows, x, w: down, river, bias: layer.down_bias.as_ref(), y: &mut ws.delta })
     }
 
     /// The addition that the layer before left open, the norm in front of attention, and between the two what gates want
     /// of the residual stream that stands there.
     fn begin_layer(&mut self, layer_idx: usize, gates: &[PassGate<'_>], pass: &mut Pass<B>) -> Result<()> {
         let after = layer_idx as u32;
-        let delta = std::mem::replace(&mut pass.delta_pending, true);
+        let pending = pass.pending.replace(layer_idx);
         let (keep, compare) = (river::compares(gates, after + 1), river::compares(gates, after));
         let compare = compare && pass.compared != Some(after);
         let Self { backend, config, ws, routes, .. } = self;
@@ -470,8 +512,9 @@ impl<B: Backend> Model<B> {
         backend.add_rms_norm(AddRmsNorm {
             rows: 0..pass.live.num_rows(),
             x: &mut ws.x,
-            delta: delta.then_some(&ws.delta),
-            weight: Some(&self.layers[layer_idx].attn_norm),
+            delta: pending.is_some().then_some(&ws.delta),
+            post_norm: pending.and_then(|before| self.layers[before].mlp_out.as_ref()),
+            output: normed_by(&self.layers[layer_idx].attn_in),
             y: &mut ws.h,
             keep,
             step_similarity,
@@ -484,9 +527,7 @@ impl<B: Backend> Model<B> {
     /// Adds the last block's output to the residual stream, if that is still to be done, and compares where `compared`
     /// names the layer that is to be compared with its beginning.
     fn flush_delta(&mut self, pass: &mut Pass<B>, compared: Option<u32>) -> Result<()> {
-        if pass.live.is_empty() || !std::mem::take(&mut pass.delta_pending) {
-            return Ok(());
-        }
+        let Some(pending) = pass.pending.take().filter(|_| !pass.live.is_empty()) else { return Ok(()) };
         let Self { backend, config, ws, routes, .. } = self;
         let step_similarity =
             compared.zip(routes.as_mut()).and_then(|(after, routes)| routes.around(after, false, true).1);
@@ -495,7 +536,8 @@ impl<B: Backend> Model<B> {
             rows: 0..pass.live.num_rows(),
             x: &mut ws.x,
             delta: Some(&ws.delta),
-            weight: None,
+            post_norm: self.layers[pending].mlp_out.as_ref(),
+            output: NormOutput::None,
             y: &mut ws.h,
             keep: None,
             step_similarity,
@@ -585,6 +627,19 @@ impl<B: Backend> Runner for Model<B> {
     }
 }
 
+/// Slots that attention reads in a layer, in the mean over the layers: windows differ.
+fn mean_slots_read(plan: &AttentionPlan, config: &ModelConfig) -> usize {
+    if !config.has_windows() {
+        return plan.slots_read(None);
+    }
+    (0..config.num_layers).map(|layer| plan.slots_read(config.window(layer))).sum::<usize>() / config.num_layers
+}
+
+/// What a block reads: the residual stream through its norm, or as it is where the family has none there.
+fn normed_by<B: Backend>(norm: &Option<B::Buf>) -> NormOutput<'_, B> {
+    norm.as_ref().map_or(NormOutput::Rounded, NormOutput::Normed)
+}
+
 /// What changes in the course of one pass.
 struct Pass<B: Backend> {
     live: LiveRows,
@@ -592,8 +647,8 @@ struct Pass<B: Backend> {
     inputs: B::Inputs,
     /// Which query each of the inputs' `query_rows` answers.
     query_ids: Vec<usize>,
-    /// `delta` holds a block's output that `x` has not received yet.
-    delta_pending: bool,
+    /// The layer whose MLP's output stands in `delta` and has not been added to `x` yet.
+    pending: Option<usize>,
     answers: Vec<Option<RowAnswer>>,
     fates: Vec<Fate>,
     /// What the probed layers said, one list a sequence.

@@ -7,6 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+mod turns;
+
+pub use turns::ChatTurns;
+
 /// The texts of a task. `{question}`, `{number}`, `{approach}` and `{solution}` are filled in where they appear.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,6 +46,10 @@ pub struct PromptPack {
     /// Elicits the answer behind a step, for `--decode-exit trial`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trial: Option<String>,
+    /// For a chat model: the texts are what a user says, and the model's template makes turns of them. The spellings of
+    /// yes and no are then alternatives, of which one at least must be a token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat: Option<ChatTurns>,
 }
 
 impl PromptPack {
@@ -71,6 +79,9 @@ impl PromptPack {
             if list.is_empty() {
                 return Err(format!("field {field}: needs at least one entry"));
             }
+        }
+        if self.chat.is_some() && !self.begin.is_empty() {
+            return Err("field begin: the chat template opens every prompt; leave the field out".into());
         }
         if self.stops.iter().any(String::is_empty) {
             return Err("field stops: an empty string would end everything".into());
@@ -170,6 +181,7 @@ mod tests {
             step_delimiter: "\n".into(),
             stops: vec![],
             trial: None,
+            chat: None,
         }
     }
 
@@ -203,5 +215,6 @@ mod tests {
         assert!(complaint(|p| p.answer_pattern = "x".into()).contains("group"));
         assert!(complaint(|p| p.stops.push(String::new())).contains("field stops"));
         assert!(complaint(|p| p.trial = Some(String::new())).contains("field trial"));
+        assert!(complaint(|p| p.chat = Some(ChatTurns::default())).contains("field begin"));
     }
 }

@@ -1,12 +1,14 @@
-//! Weights in codes of 4 or 8 bits: what they look like, and how a dense matrix becomes one.
+//! Weights in codes of 4 or 8 bits: what they look like, how a dense matrix becomes one, and how checkpoints that are
+//! stored in codes are read.
 //!
 //! ```text
 //! w[n, k] = (code[n, k] - zero[n, k / group]) * scale[n, k / group]
 //! ```
 //!
-//! Rows are groups of 32, 64 or 128 neighbours along k that share a scale and a zero, so that files of other quantisers
-//! (GPTQ, AWQ) fit as they are.
+//! Rows are groups of 32, 64 or 128 neighbours along k that share a scale and a zero, so that the codes of other
+//! quantisers (GPTQ, AWQ, FP8) fit as they are; see [`CheckpointFormat`].
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -16,6 +18,8 @@ use crate::error::{Error, Result};
 use crate::model::weights::{Tensor, TensorData};
 
 mod cache;
+mod checkpoint;
+mod e4m3;
 mod factor;
 mod file;
 mod gptq;
@@ -29,18 +33,22 @@ mod summary;
 mod weights;
 
 pub use cache::{Origin, QuantFile};
+pub(crate) use checkpoint::check_dense;
+pub use checkpoint::{CheckpointFormat, Survey};
 pub use hessian::{Hessians, LayerInput};
 pub use options::{QuantOptions, Quantiser};
 pub use summary::KindSummary;
 pub use weights::QuantWeights;
 
-/// Bits of one code.
+/// What one code is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 pub enum CodeBits {
-    /// 0 to 15.
+    /// A whole number from 0 to 15.
     W4,
-    /// 0 to 255.
+    /// A whole number from 0 to 255.
     W8,
+    /// A floating-point number of 8 bits: E4M3 without infinities (`e4m3fn`), at most 448. Its scales are f32.
+    F8,
 }
 
 impl CodeBits {
@@ -48,7 +56,7 @@ impl CodeBits {
     pub const fn per_word(self) -> usize {
         match self {
             Self::W4 => 8,
-            Self::W8 => 4,
+            Self::W8 | Self::F8 => 4,
         }
     }
 
@@ -61,12 +69,72 @@ impl CodeBits {
     pub const fn max_code(self) -> u32 {
         (1 << self.bits()) - 1
     }
+
+    /// The number that a code is.
+    pub fn number(self, code: u32) -> f32 {
+        match self {
+            Self::W4 | Self::W8 => code as f32,
+            Self::F8 => e4m3::widen(code as u8),
+        }
+    }
+
+    /// What a group without a zero of its own takes for zero: the middle of the codes, but for numbers with a sign.
+    pub const fn middle(self) -> f32 {
+        match self {
+            Self::W4 => 8.0,
+            Self::W8 => 128.0,
+            Self::F8 => 0.0,
+        }
+    }
+
+    /// Bytes of a scale: f16, or f32 for [`F8`](Self::F8).
+    pub const fn scale_bytes(self) -> usize {
+        match self {
+            Self::W4 | Self::W8 => 2,
+            Self::F8 => 4,
+        }
+    }
+}
+
+/// What the groups of a matrix are multiplied by, `[out, in / group]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scales<'a> {
+    /// Of whole numbers.
+    F16(&'a [f16]),
+    /// Of [`CodeBits::F8`].
+    F32(&'a [f32]),
+}
+
+impl<'a> Scales<'a> {
+    /// The scale of a group, counted over all rows.
+    pub fn get(self, group: usize) -> f32 {
+        match self {
+            Self::F16(scales) => scales[group].to_f32(),
+            Self::F32(scales) => scales[group],
+        }
+    }
+
+    /// Those of some groups.
+    pub fn groups(self, groups: Range<usize>) -> Self {
+        match self {
+            Self::F16(scales) => Self::F16(&scales[groups]),
+            Self::F32(scales) => Self::F32(&scales[groups]),
+        }
+    }
+
+    /// As they lie.
+    pub fn bytes(self) -> &'a [u8] {
+        match self {
+            Self::F16(scales) => bytemuck::cast_slice(scales),
+            Self::F32(scales) => bytemuck::cast_slice(scales),
+        }
+    }
 }
 
 /// What the groups of a matrix take for zero.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Zeros<'a> {
-    /// The middle of the codes everywhere: 8 or 128.
+    /// [`CodeBits::middle`] everywhere.
     None,
     /// One code a group, `[out, in / group]`; at most 127.
     Integer(&'a [u8]),
@@ -102,10 +170,13 @@ pub struct QuantTensor {
     pub zero_kind: ZeroKind,
     /// `[out, in / codes per word]` u32, k ascending from the low bits.
     pub codes: TensorData,
-    /// `[out, in / group]` f16.
+    /// `[out, in / group]` f16, or f32 for [`CodeBits::F8`].
     pub scales: TensorData,
     /// `[out, in / group]` u8 or f16, as `zero_kind` says; empty for none.
     pub zeros: TensorData,
+    /// Which column of the matrix each column of the codes is, where they stand in another order: GPTQ's `desc_act`
+    /// brings the columns of a group together. Every column once.
+    pub columns: Option<Arc<[u32]>>,
 }
 
 /// Some rows of a weight matrix, as they are stored.
@@ -150,7 +221,7 @@ impl QuantTensor {
         let code_bytes = self.out_features * self.in_features / self.bits.per_word() * 4;
         for (what, data, bytes) in [
             ("codes", &self.codes, code_bytes),
-            ("scales", &self.scales, 2 * groups),
+            ("scales", &self.scales, self.bits.scale_bytes() * groups),
             ("zeros", &self.zeros, zero_bytes),
         ] {
             let data = data.bytes();
@@ -161,7 +232,12 @@ impl QuantTensor {
                 return refuse(format!("{bytes} aligned bytes of {what}"), got);
             }
         }
-        Ok(())
+        match &self.columns {
+            Some(columns) if !is_permutation(columns, self.in_features) => {
+                refuse(format!("each of {} columns once", self.in_features), "another order of columns".into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Groups of all rows.
@@ -176,8 +252,12 @@ impl QuantTensor {
     }
 
     /// `[out, in / group]`.
-    pub fn scales(&self) -> &[f16] {
-        bytemuck::cast_slice(&self.scales.bytes()[..2 * self.num_groups()])
+    pub fn scales(&self) -> Scales<'_> {
+        let bytes = &self.scales.bytes()[..self.bits.scale_bytes() * self.num_groups()];
+        match self.bits {
+            CodeBits::W4 | CodeBits::W8 => Scales::F16(bytemuck::cast_slice(bytes)),
+            CodeBits::F8 => Scales::F32(bytemuck::cast_slice(bytes)),
+        }
     }
 
     /// `[out, in / group]`.
@@ -198,10 +278,10 @@ impl QuantTensor {
             Zeros::Integer(z) => z.len(),
             Zeros::Fractional(z) => 2 * z.len(),
         };
-        (4 * self.codes().len() + 2 * self.scales().len() + zeros) as u64
+        (4 * self.codes().len() + self.scales().bytes().len() + zeros) as u64
     }
 
-    /// The matrix `[out, in]` that the codes stand for, in f32.
+    /// The matrix `[out, in]` that the codes stand for, in f32, its columns in their own order.
     pub fn dequantise(&self) -> Vec<f32> {
         let (per_word, bits) = (self.bits.per_word(), self.bits.bits());
         let (codes, scales, zeros) = (self.codes(), self.scales(), self.zeros());
@@ -209,13 +289,21 @@ impl QuantTensor {
             let code = codes[at / per_word] >> (bits * (at % per_word)) & self.bits.max_code();
             let group = at / self.group;
             let zero = match zeros {
-                Zeros::None => (1 << (bits - 1)) as f32,
+                Zeros::None => self.bits.middle(),
                 Zeros::Integer(z) => f32::from(z[group]),
                 Zeros::Fractional(z) => z[group].to_f32(),
             };
-            (code as f32 - zero) * scales[group].to_f32()
+            (self.bits.number(code) - zero) * scales.get(group)
         };
-        (0..self.out_features * self.in_features).map(element).collect()
+        let mut dense: Vec<f32> = (0..self.out_features * self.in_features).map(element).collect();
+        if let Some(columns) = &self.columns {
+            let mut own = vec![0.0; self.in_features];
+            for row in dense.chunks_exact_mut(self.in_features) {
+                own.copy_from_slice(row);
+                columns.iter().zip(&own).for_each(|(&column, &w)| row[column as usize] = w);
+            }
+        }
+        dense
     }
 
     /// The same as a dense tensor of type `dtype`.
@@ -223,5 +311,25 @@ impl QuantTensor {
         let words = self.dequantise().iter().map(|x| x.to_bits()).collect();
         let shape = vec![self.out_features, self.in_features];
         Tensor { name: self.name.clone(), dtype: DType::F32, shape, data: TensorData::Owned(words) }.cast(dtype)
+    }
+}
+
+fn is_permutation(columns: &[u32], len: usize) -> bool {
+    let mut seen = vec![false; len];
+    let mut take = |&column: &u32| seen.get_mut(column as usize).is_some_and(|seen| !std::mem::replace(seen, true));
+    columns.len() == len && columns.iter().all(&mut take)
+}
+
+/// The order of columns of the parts in codes, which is one for all of them: x is brought into it once.
+pub(crate) fn columns_of(parts: &[MatrixPart]) -> Result<Option<&Arc<[u32]>>> {
+    let mut codes = parts.iter().filter_map(|p| if let MatrixPart::Quantised(w) = p { Some(w) } else { None });
+    let Some(first) = codes.next() else { return Ok(None) };
+    match codes.find(|w| w.columns != first.columns) {
+        None => Ok(first.columns.as_ref()),
+        Some(odd) => {
+            let what =
+                format!("{} in another order of columns than {} (desc_act), in one matrix", odd.name, first.name);
+            Err(Error::Unsupported { op: "matrix", what })
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! From a logits row to the next token: penalties, temperature, top-k, top-p, min-p, one seeded draw.
+//! From a logits row to the next token: biases, penalties, temperature, top-k, top-p, min-p, one seeded draw.
 //!
 //! The draw is counter-based: it is a pure function of (seed, branch path, position), so a branch's tokens depend
 //! neither on its neighbours nor on scheduling. Ties go to the lowest token id.
@@ -22,6 +22,8 @@ pub struct SamplingParams {
     pub presence_penalty: f32,
     /// Subtracted per occurrence among the tokens generated before; 0 is off.
     pub frequency_penalty: f32,
+    /// Added to logits before anything else: token, bias; no two of one token. Minus infinity bans it.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Key of the draws.
     pub seed: u64,
 }
@@ -36,6 +38,7 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }
@@ -52,12 +55,17 @@ impl SamplingParams {
         check((0.0..1.0).contains(&self.min_p), "min-p", "in [0, 1)")?;
         check(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite(), "repetition-penalty", "> 0")?;
         check(self.presence_penalty.is_finite(), "presence-penalty", "finite")?;
-        check(self.frequency_penalty.is_finite(), "frequency-penalty", "finite")
+        check(self.frequency_penalty.is_finite(), "frequency-penalty", "finite")?;
+        let mut tokens: Vec<u32> = self.logit_bias.iter().map(|(token, _)| *token).collect();
+        tokens.sort_unstable();
+        check(tokens.windows(2).all(|pair| pair[0] != pair[1]), "logit-bias", "of different tokens")?;
+        let sane = |bias: f32| bias.is_finite() || bias == f32::NEG_INFINITY;
+        check(self.logit_bias.iter().all(|(_, bias)| sane(*bias)), "logit-bias", "finite, or -inf to ban the token")
     }
 
     /// True when the most likely token is always taken, so that no logits need to leave the device.
     pub fn is_argmax(&self) -> bool {
-        self.temperature == 0.0 && !self.has_penalties()
+        self.temperature == 0.0 && !self.has_penalties() && self.logit_bias.is_empty()
     }
 
     fn has_penalties(&self) -> bool {
@@ -74,7 +82,7 @@ pub struct DrawKey {
     pub position: u64,
 }
 
-/// Chooses a token from one row. `prompt` are the branch's tokens before generation, `generated` those since;
+/// Chooses a token from one row, to which biases have been added already. `prompt` are the branch's tokens before generation, `generated` those since;
 /// `logits` is scratch afterwards.
 pub fn sample(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], generated: &[u32], key: DrawKey) -> u32 {
     if params.has_penalties() {

@@ -71,6 +71,18 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// Token ids of `text` as they are behind `context`: some tokenizers begin a text with a space of their own. Where a token
+    /// would reach over the seam, those of `text` alone.
+    pub fn encode_behind(&self, context: &str, text: &str) -> Result<Vec<u32>> {
+        if !context.is_empty() {
+            let before = self.encode(context)?;
+            if let Some(behind) = self.encode(&format!("{context}{text}"))?.strip_prefix(before.as_slice()) {
+                return Ok(behind.to_vec());
+            }
+        }
+        self.encode(text)
+    }
+
     /// Text of `ids`, special tokens included. Ids without a token are skipped, and bytes that are no UTF-8 become
     /// U+FFFD, both as transformers has it.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {

@@ -64,6 +64,20 @@ pub struct GenerateParams {
     pub end_tokens: Vec<u32>,
 }
 
+impl GenerateParams {
+    /// What is added to logits once so many tokens are there: end tokens that would come too early are banned.
+    pub(crate) fn bias(&self, num_generated: usize) -> Vec<(u32, f32)> {
+        if num_generated >= self.min_new_tokens {
+            return self.sampling.logit_bias.clone();
+        }
+        let allowed = self.sampling.logit_bias.iter().filter(|(token, _)| !self.end_tokens.contains(token));
+        let mut banned = self.end_tokens.clone();
+        banned.sort_unstable();
+        banned.dedup();
+        allowed.copied().chain(banned.into_iter().map(|token| (token, f32::NEG_INFINITY))).collect()
+    }
+}
+
 impl Default for GenerateParams {
     fn default() -> Self {
         Self { sampling: SamplingParams::default(), max_new_tokens: 256, min_new_tokens: 0, end_tokens: Vec::new() }

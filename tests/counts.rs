@@ -54,7 +54,7 @@ const KV_TOKEN_BYTES: u64 = 2 * 2 * 32 * BF16;
 /// One layer's matrices: qkv (128 + 64 + 64 rows), o, gate and up, down.
 const LAYER_BYTES: u64 = (256 * 192 + 192 * 128 + 2 * 448 * 192 + 192 * 448) * BF16;
 const UNEMBED_BYTES: u64 = 768 * 192 * BF16;
-/// norm, qkv, rope, attention, o, norm, gate_up, silu, down.
+/// norm, qkv, rope, attention, o, norm, gate_up, glu, down.
 const LAYER_LAUNCHES: u64 = 9;
 /// embed; last addition, row gather, final norm, logits, row statistics.
 const PASS_LAUNCHES: u64 = 1 + 5;

@@ -94,7 +94,7 @@ impl Recorder {
         let norm = cpu.vector(&[tensor("model.norm.weight", &[c.hidden])]).unwrap();
         let mut final_norm = vec![0.0; c.hidden];
         cpu.read_f32(&norm, 0, &mut final_norm).unwrap();
-        let inv_freq = cpu.upload(&c.inv_freq()).unwrap();
+        let inv_freq = cpu.upload(&c.rope.inv_freq(c.max_position_embeddings)).unwrap();
         let buffers = |dtype, widths: [usize; 4]| widths.map(|w| cpu.alloc(dtype, MAX_ROWS * w).unwrap());
         let wide = buffers(DType::F32, [c.hidden, c.hidden, q_width + 2 * kv_width, 2 * c.intermediate]);
         let narrow = buffers(DType::Bf16, [c.hidden, q_width, q_width, c.intermediate]);
@@ -111,7 +111,7 @@ impl Recorder {
         let inputs = self.cpu.stage(inputs).unwrap();
         let hidden = self.config.hidden;
         let [x, ..] = &mut self.wide;
-        self.cpu.embed(Embed { table: &self.embed, inputs: &inputs, x, hidden }).unwrap();
+        self.cpu.embed(Embed { table: &self.embed, inputs: &inputs, x, scale: 1.0, hidden }).unwrap();
         let mut recorded = Vec::new();
         for idx in 0..self.layers.len() {
             self.layer(idx, &inputs, num_rows);
@@ -162,14 +162,15 @@ impl Recorder {
         let (k_cache, v_cache) = (&mut w.kv.0, &mut w.kv.1);
         let (rows, hidden, eps) = (0..num_rows, config.hidden, config.rms_norm_eps);
         macro_rules! norm {
-            ($delta:expr, $weight:expr) => {{
-                let (delta, weight) = ($delta, $weight);
+            ($delta:expr, $output:expr) => {{
+                let (delta, output) = ($delta, $output);
                 let rows = rows.clone();
                 cpu.add_rms_norm(AddRmsNorm {
                     rows,
                     x,
                     delta,
-                    weight,
+                    post_norm: None,
+                    output,
                     y: h,
                     keep: None,
                     step_similarity: None,
@@ -184,7 +185,7 @@ impl Recorder {
                 cpu.linear(Linear { rows: rows.clone(), x: $x, w: &$w, river: None, bias: None, y: $y }).unwrap()
             };
         }
-        norm!(None, Some(&w.attn_norm));
+        norm!(None, NormOutput::Normed(&w.attn_norm));
         linear!(h, w.qkv, qkv);
         let rope = RopeAppend {
             rows: rows.clone(),
@@ -195,23 +196,26 @@ impl Recorder {
             k_cache,
             v_cache,
             inv_freq,
+            rotary_dim: layout.head_dim,
             rope_scale: 1.0,
-            q_norm: None,
-            k_norm: None,
+            qk_norm: None,
             num_q_heads: config.num_q_heads,
             layout,
         };
         cpu.rope_append(rope).unwrap();
-        let (num_q_heads, sm_scale) = (config.num_q_heads, config.sm_scale());
-        let attention = PagedAttention { inputs, q, k_cache, v_cache, o, lse, num_q_heads, sm_scale, layout };
+        let (num_q_heads, sm_scale) = (config.num_q_heads, config.sm_scale);
+        let (window, softcap) = (None, None);
+        let attention =
+            PagedAttention { inputs, q, k_cache, v_cache, o, lse, num_q_heads, sm_scale, window, softcap, layout };
         cpu.paged_attention(attention).unwrap();
         linear!(o, w.o, delta);
-        norm!(Some(&*delta), Some(&w.mlp_norm));
+        norm!(Some(&*delta), NormOutput::Normed(&w.mlp_norm));
         linear!(h, w.gate_up, gate_up);
         let intermediate = config.intermediate;
-        cpu.silu_mul(SiluMul { rows: rows.clone(), gate_up, y: act, intermediate }).unwrap();
+        let activation = Activation::Silu;
+        cpu.glu(Glu { rows: rows.clone(), gate_up, y: act, intermediate, activation }).unwrap();
         linear!(act, w.down, delta);
-        norm!(Some(&*delta), None);
+        norm!(Some(&*delta), NormOutput::None);
     }
 }
 

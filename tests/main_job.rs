@@ -122,6 +122,7 @@ fn other_words() -> PromptPack {
         step_delimiter: "\n".into(),
         stops: vec![],
         trial: None,
+        chat: None,
     }
 }
 

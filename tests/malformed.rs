@@ -109,11 +109,12 @@ fn config_cases() -> Vec<Case> {
         field("eos list with text", "eos_token_id", r#"[1,"x"]"#, "eos_token_id: \"x\""),
         field("negative bos", "bos_token_id", "-1", "bos_token_id: -1"),
         field("fp8", "dtype", "\"float8_e4m3fn\"", "dtype \"float8_e4m3fn\""),
+        field("quantised", "quantization_config", r#"{"quant_method":"gptq"}"#, "quantization_config.bits: missing"),
         field(
-            "quantised",
+            "unknown method",
             "quantization_config",
-            r#"{"quant_method":"gptq"}"#,
-            "quantization_config (gptq; use the bf16",
+            r#"{"quant_method":"quip"}"#,
+            "quant_method: \"quip\" is not read",
         ),
         field("zero window", "sliding_window", "0", "sliding_window: 0"),
         field("sliding layers", "layer_types", r#"["sliding_attention"]"#, "layer_types"),
@@ -480,7 +481,7 @@ fn random_damage_never_panics() {
             WeightStore::open(dir.path()).and_then(|store| store.check_finite()).is_err()
         } else {
             let parsed = ModelConfig::from_bytes(Path::new(CONFIG), &bytes);
-            parsed.map(|config| config.inv_freq().len()).is_err()
+            parsed.map(|config| config.rope.inv_freq(config.max_position_embeddings).len()).is_err()
         };
         refused += usize::from(bad);
     }

@@ -42,6 +42,7 @@ pub(super) fn kv_scores(h: &mut Harness) -> anyhow::Result<()> {
                 threshold,
                 num_q_heads: hq,
                 sm_scale,
+                softcap: None,
                 layout: &layout,
                 scores,
                 scores_start: 0,
@@ -64,6 +65,7 @@ pub(super) fn kv_scores(h: &mut Harness) -> anyhow::Result<()> {
             pool_size: 7,
             variant: RkvVariant::Code,
             sm_scale: f64::from(sm_scale),
+            softcap: None,
             lambda: f64::from(lambda),
             threshold: f64::from(threshold),
         });

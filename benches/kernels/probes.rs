@@ -11,6 +11,7 @@ use rksc::batch::{AttentionPlan, SequenceView};
 use rksc::testing::attention::attention_mass as mass_oracle;
 use rksc::testing::branch_similarity::branch_similarity as similarity_oracle;
 use rksc::testing::entropy_probe::entropy_probe as entropy_oracle;
+use rksc::testing::oracle::Scoring;
 use rksc::{DType, gate};
 
 use super::{COMPUTE, HIDDEN, Harness, Heads, ROTATE_BYTES, VOCAB, f32s, layout, wide};
@@ -136,6 +137,8 @@ pub(super) fn attention_mass(h: &mut Harness, heads: Heads) -> anyhow::Result<()
         lse: &mut lse,
         num_q_heads: hq,
         sm_scale,
+        window: None,
+        softcap: None,
         layout: &layout,
     })?;
     let run = |cpu: &mut Cpu, mass: &mut Vec<f32>| {
@@ -147,6 +150,8 @@ pub(super) fn attention_mass(h: &mut Harness, heads: Heads) -> anyhow::Result<()
             sequences: &sequences,
             num_q_heads: hq,
             sm_scale,
+            window: None,
+            softcap: None,
             layout: &layout,
             mass,
         })
@@ -164,7 +169,7 @@ pub(super) fn attention_mass(h: &mut Harness, heads: Heads) -> anyhow::Result<()
     let queries: Vec<(Vec<f64>, f64)> =
         (0..group).map(|i| (wide(&q, at(i) * dim..(at(i) + 1) * dim), wide(&lse, at(i)..at(i) + 1)[0])).collect();
     let queries: Vec<_> = queries.iter().map(|(q, lse)| (q.as_slice(), *lse, kv_len)).collect();
-    let want = mass_oracle(&queries, &keys, f64::from(sm_scale));
+    let want = mass_oracle(&queries, &keys, &Scoring::plain(f64::from(sm_scale)));
     let off = mass[mass.len() - kv_len..].iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).abs());
     ensure!(off.fold(0.0, f64::max) < 1e-4, "attention_mass: a slot differs");
     let bytes = 2 * branches * kv_len * hkv * dim + 2 * branches * hq * dim;

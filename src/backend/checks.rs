@@ -29,6 +29,15 @@ pub(super) fn similarity(num_layers: usize, num_branches: usize, hidden: usize) 
     })
 }
 
+/// A row attends to its own slot at least, and a cap is one.
+pub(super) fn window_and_softcap(op: &'static str, window: Option<usize>, softcap: Option<f32>) -> Result<()> {
+    if window != Some(0) && softcap.is_none_or(|cap| cap > 0.0 && cap.is_finite()) {
+        return Ok(());
+    }
+    let expected = "a window of a slot at least, a finite soft cap above 0".into();
+    Err(Error::Shape { op, expected, got: format!("window {window:?}, soft cap {softcap:?}") })
+}
+
 /// Every sequence's rows lie below `num_rows` and attend to a slot each, and its table holds its slots. Returns the
 /// slots of all sequences.
 pub(super) fn sequences(
@@ -53,6 +62,23 @@ pub(super) fn sequences(
     Ok(slots)
 }
 
+/// What turns is an even part of an even head.
+pub(super) fn rotary(op: &'static str, rotary_dim: usize, head_dim: usize) -> Result<()> {
+    if rotary_dim > 0 && rotary_dim <= head_dim && rotary_dim.is_multiple_of(2) && head_dim.is_multiple_of(2) {
+        return Ok(());
+    }
+    let expected = format!("an even rotary_dim from 2 to an even head_dim of {head_dim}");
+    Err(Error::Shape { op, expected, got: rotary_dim.to_string() })
+}
+
+/// A cap divides.
+pub(super) fn softcap(cap: f32) -> Result<()> {
+    if cap > 0.0 && cap.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Shape { op: "softcap", expected: "a finite cap above 0".into(), got: cap.to_string() })
+}
+
 /// Ring rows of a pass of `num_rows` rows: none, or one each. Returns how many rows the ring must have for them.
 pub(super) fn ring_rows(ring_rows: &[u32], num_rows: usize) -> Result<usize> {
     if !ring_rows.is_empty() && ring_rows.len() != num_rows {
@@ -73,6 +99,7 @@ pub(super) fn ring_is_there(num_ring_rows: usize, there: bool) -> Result<()> {
 
 /// A table that holds the sequence's slots, a query at least, an odd pooling, a threshold no zero key passes.
 pub(super) fn kv_scores<B: Backend>(p: &KvScores<'_, B>) -> Result<()> {
+    window_and_softcap("kv_scores", None, p.softcap)?;
     let KvLayout { num_kv_heads, block_size, num_blocks, .. } = *p.layout;
     let table = p.blocks.get(..p.num_slots.div_ceil(block_size.max(1)));
     let held = table.is_some_and(|t| t.iter().all(|&b| (b as usize) < num_blocks));

@@ -29,21 +29,21 @@ use attention::mass::AttentionMassArgs;
 use attention::{AttentionScratch, PagedAttentionArgs};
 use branch_similarity::{BranchSimilarityArgs, BranchSimilarityScratch};
 use elem::Elem;
-use elementwise::{SiluMulArgs, Table};
+use elementwise::{EmbedArgs, GluArgs, Table};
 use entropy_probe::{EntropyProbeArgs, EntropyProbeScratch};
 use kv_scores::{KvScoresArgs, KvScoresScratch};
 use linear::{Activations, LinearArgs, LinearScratch, RoutedArgs, RoutedScratch};
 use matrix::{CpuMatrix, Weights};
-use norm::AddRmsNormArgs;
+use norm::{AddRmsNormArgs, Output};
 use pool::ThreadPool;
-use rope::{RopeAppendArgs, RopeScratch};
+use rope::{QkWeights, RopeAppendArgs, RopeScratch};
 use row_stats::RowStatsScratch;
 use simd::SimdLevel;
 
 use super::{
     AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, ExitRows, ExitRule,
-    GatherRows, KvCompact, KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds,
-    RowStats, RowStatsOp, Sample, Sampled, SiluMul, checks,
+    GatherRows, Glu, KvCompact, KvCopyBlocks, KvScores, KvTransfer, Linear, NormOutput, PagedAttention, PassInputs,
+    RopeAppend, RowIds, RowStats, RowStatsOp, Sample, Sampled, Softcap, checks,
 };
 use crate::config::available_memory;
 use crate::dtype::DType;
@@ -317,7 +317,9 @@ impl Backend for Cpu {
             Weights::F16(t) => Table::F16(t),
             Weights::Codes(_) => return Err(Error::Unsupported { op: "embed", what: "a table in codes".into() }),
         };
-        elementwise::embed(self.level, &mut self.pool, table, &p.inputs.token_ids, p.x.f32_mut("embed")?, p.hidden)
+        let (ids, x) = (&p.inputs.token_ids, p.x.f32_mut("embed")?);
+        let args = EmbedArgs { table, ids, scale: p.scale, x, hidden: p.hidden };
+        elementwise::embed(self.level, &mut self.pool, args)
     }
 
     fn add_rms_norm(&mut self, p: AddRmsNorm<'_, Self>) -> Result<()> {
@@ -325,7 +327,12 @@ impl Backend for Cpu {
         let op = "add_rms_norm";
         let x = p.x.f32_mut(op)?;
         let delta = p.delta.map(|d| d.f32(op)).transpose()?;
-        let weight = p.weight.map(|w| w.f32(op)).transpose()?;
+        let post_norm = p.post_norm.map(|w| w.f32(op)).transpose()?;
+        let output = match p.output {
+            NormOutput::None => Output::None,
+            NormOutput::Rounded => Output::Rounded,
+            NormOutput::Normed(weight) => Output::Normed(weight.f32(op)?),
+        };
         let keep = p.keep.map(|k| k.f32_mut(op)).transpose()?;
         let step_similarity = match p.step_similarity {
             Some(s) => Some((s.before.f32(op)?, s.similarity.f32_mut(op)?)),
@@ -333,7 +340,7 @@ impl Backend for Cpu {
         };
         let (rows, hidden, eps) = (p.rows, p.hidden, p.eps);
         with_type!("add_rms_norm", [y = p.y], {
-            let args = AddRmsNormArgs { rows, x, delta, weight, y, keep, step_similarity, hidden, eps };
+            let args = AddRmsNormArgs { rows, x, delta, post_norm, output, y, keep, step_similarity, hidden, eps };
             norm::add_rms_norm(self.level, &mut self.pool, args)
         })
     }
@@ -393,10 +400,10 @@ impl Backend for Cpu {
         let op = "rope_append";
         let bytes = 2 * p.rows.len() * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
         self.launched().kv_write_bytes += bytes as u64;
-        let norm = |n: Option<(&'_ CpuBuf, f32)>| -> Result<Option<(Vec<f32>, f32)>> {
-            n.map(|(w, eps)| Ok((w.f32(op)?.to_vec(), eps))).transpose()
+        let qk_norm = match p.qk_norm {
+            Some(n) => Some(QkWeights { q: n.q.f32(op)?, k: n.k.f32(op)?, eps: n.eps, span: n.span }),
+            None => None,
         };
-        let (q_norm, k_norm) = (norm(p.q_norm)?, norm(p.k_norm)?);
         let (qkv, inv_freq) = (p.qkv.f32(op)?, p.inv_freq.f32(op)?);
         with_type!("rope_append", [q = p.q, k_cache = p.k_cache, v_cache = p.v_cache], {
             let args = RopeAppendArgs {
@@ -410,9 +417,9 @@ impl Backend for Cpu {
                 slots: &p.inputs.slots,
                 ring_rows: &p.inputs.ring_rows,
                 inv_freq,
+                rotary_dim: p.rotary_dim,
                 rope_scale: p.rope_scale,
-                q_norm: q_norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)),
-                k_norm: k_norm.as_ref().map(|(w, eps)| (w.as_slice(), *eps)),
+                qk_norm,
                 num_q_heads: p.num_q_heads,
                 layout: p.layout,
             };
@@ -432,14 +439,17 @@ impl Backend for Cpu {
     fn kv_transfer(&mut self, p: KvTransfer<'_, Self>) -> Result<()> {
         let slot_bytes = 2 * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
         self.launched().kv_write_bytes += (p.inputs.transfers.len() * slot_bytes) as u64;
+        checks::rotary("kv_transfer", p.rotary_dim, p.layout.head_dim)?;
         let inv_freq = p.inv_freq.f32("kv_transfer")?;
+        let half = p.rotary_dim / 2;
+        let inv_freq = inv_freq.get(..half).ok_or_else(|| out_of_range("kv_transfer", 0, half))?;
         with_type!("kv_transfer", [k_cache = p.k_cache, v_cache = p.v_cache], {
             kv_transfer::kv_transfer(&p.inputs.transfers, k_cache, v_cache, inv_freq, p.layout)
         })
     }
 
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {
-        let slots = p.inputs.plan.slots_read();
+        let slots = p.inputs.plan.slots_read(p.window);
         let bytes = 2 * slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
         self.launched().kv_read_bytes += bytes as u64;
         let lse = p.lse.f32_mut("paged_attention")?;
@@ -453,18 +463,21 @@ impl Backend for Cpu {
                 lse,
                 num_q_heads: p.num_q_heads,
                 sm_scale: p.sm_scale,
+                window: p.window,
+                softcap: p.softcap,
                 layout: p.layout,
             };
             attention::paged_attention(self.level, &mut self.pool, &mut self.attention, args)
         })
     }
 
-    fn silu_mul(&mut self, p: SiluMul<'_, Self>) -> Result<()> {
+    fn glu(&mut self, p: Glu<'_, Self>) -> Result<()> {
         self.launched();
-        let gate_up = p.gate_up.f32("silu_mul")?;
-        with_type!("silu_mul", [y = p.y], {
-            let args = SiluMulArgs { rows: p.rows, gate_up, y, intermediate: p.intermediate };
-            elementwise::silu_mul(self.level, &mut self.pool, args)
+        let gate_up = p.gate_up.f32("glu")?;
+        let (rows, intermediate, activation) = (p.rows, p.intermediate, p.activation);
+        with_type!("glu", [y = p.y], {
+            let args = GluArgs { rows, gate_up, y, intermediate, activation };
+            elementwise::glu(self.level, &mut self.pool, args)
         })
     }
 
@@ -484,6 +497,15 @@ impl Backend for Cpu {
         elementwise::gather_rows(&mut self.pool, rows, src, dst, p.width)
     }
 
+    fn softcap(&mut self, p: Softcap<'_, Self>) -> Result<()> {
+        checks::softcap(p.cap)?;
+        self.launched();
+        let len = p.num_rows * p.vocab;
+        let logits = p.logits.f32_mut("softcap")?.get_mut(..len).ok_or_else(|| out_of_range("softcap", 0, len))?;
+        elementwise::softcap(self.level, &mut self.pool, logits, p.vocab, p.cap);
+        Ok(())
+    }
+
     fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()> {
         self.launched();
         let logits = p.logits.f32("row_stats")?;
@@ -500,9 +522,9 @@ impl Backend for Cpu {
             };
             self.logits_row.clear();
             self.logits_row.extend_from_slice(logits);
-            for &banned in row.banned {
-                if let Some(x) = self.logits_row.get_mut(banned as usize) {
-                    *x = f32::NEG_INFINITY;
+            for &(token, bias) in row.bias {
+                if let Some(x) = self.logits_row.get_mut(token as usize) {
+                    *x += bias;
                 }
             }
             let token = sampler::sample(&mut self.logits_row, row.params, row.prompt, row.generated, row.key);
@@ -543,7 +565,7 @@ impl Backend for Cpu {
     }
 
     fn attention_mass(&mut self, p: AttentionMass<'_, Self>) -> Result<()> {
-        let slots: usize = p.sequences.iter().map(|s| s.kv_len).sum();
+        let slots: usize = p.sequences.iter().map(|s| s.slots_read(p.window)).sum();
         let bytes = slots * p.layout.num_kv_heads * p.layout.head_dim * p.layout.dtype.size_bytes();
         let counters = self.launched();
         counters.read_backs += 1;
@@ -558,6 +580,8 @@ impl Backend for Cpu {
                 sequences: p.sequences,
                 num_q_heads: p.num_q_heads,
                 sm_scale: p.sm_scale,
+                window: p.window,
+                softcap: p.softcap,
                 layout: p.layout,
                 mass: p.mass,
             };
@@ -588,6 +612,7 @@ impl Backend for Cpu {
                 threshold: p.threshold,
                 num_q_heads: p.num_q_heads,
                 sm_scale: p.sm_scale,
+                softcap: p.softcap,
                 layout: p.layout,
                 scores,
             };

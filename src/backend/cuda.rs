@@ -90,6 +90,8 @@ struct Padding {
 struct Scratch {
     /// `linear`; zeroed.
     linear: Option<DeviceBuf<u8>>,
+    /// Rows of x in the order of columns of the codes.
+    columns: Option<DeviceBuf<u8>>,
     /// `row_stats`; zeroed.
     row_stats: Option<DeviceBuf<u8>>,
     /// Results of `row_stats` and `entropy_probe`.

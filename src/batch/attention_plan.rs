@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::TILE_SLOTS;
+use super::{TILE_SLOTS, window_start};
 
 /// What the plan needs to know of a sequence.
 #[derive(Clone, Debug)]
@@ -96,9 +96,20 @@ impl AttentionPlan {
         plan
     }
 
-    /// Slots read by all segments, each segment's tiles once: what sharing saves shows here.
-    pub fn slots_read(&self) -> usize {
-        self.segments.iter().map(|s| s.num_slots).sum()
+    /// Slots read by all segments, each segment's tiles once: what sharing saves shows here, and what a window does.
+    pub fn slots_read(&self, window: Option<usize>) -> usize {
+        self.segments.iter().map(|s| s.num_slots - self.slots_below(s, s.rows.clone(), window)).sum()
+    }
+
+    /// Slots at the segment's front, in whole tiles, that lie below the windows of all of the ordered `rows`.
+    pub(crate) fn slots_below(&self, segment: &PlanSegment, rows: Range<usize>, window: Option<usize>) -> usize {
+        if window.is_none() {
+            return 0;
+        }
+        let start = segment.tile_start * TILE_SLOTS;
+        let lens = self.kv_lens[rows].iter().map(|&n| n as usize).filter(|&n| n > start);
+        let first = lens.map(|n| window_start(n, window)).min().unwrap_or(usize::MAX);
+        (first.saturating_sub(start) / TILE_SLOTS * TILE_SLOTS).min(segment.num_slots)
     }
 
     fn close_group(&mut self, pieces: &mut Vec<Piece<'_>>, block_size: usize) {
@@ -208,7 +219,7 @@ mod tests {
         assert_eq!(plan.kv_lens, [98, 100]);
         let shape: Vec<_> = plan.segments.iter().map(|s| (s.rows.clone(), s.tile_start, s.num_slots)).collect();
         assert_eq!(shape, [(0..2, 0, 64), (0..1, 1, 34), (1..2, 1, 36)]);
-        assert_eq!(plan.slots_read(), 134);
+        assert_eq!(plan.slots_read(None), 134);
     }
 
     #[test]
@@ -221,6 +232,20 @@ mod tests {
         let plan = AttentionPlan::new(&[seq(0..1, &c, 130), seq(1..2, &b, 200), seq(2..3, &a, 194)], 16, 64);
         let shape: Vec<_> = plan.segments.iter().map(|s| (s.rows.clone(), s.tile_start, s.num_slots)).collect();
         assert_eq!(shape, [(0..3, 0, 128), (0..2, 2, 64), (0..1, 3, 2), (1..2, 3, 8), (2..3, 2, 2)]);
+    }
+
+    #[test]
+    fn tiles_that_all_rows_have_left_behind_are_not_read() {
+        let root: Vec<u32> = (0..8).collect(); // two tiles
+        let with = |tail: &[u32]| [root.as_slice(), tail].concat();
+        let (a, b) = (with(&[20, 21, 22, 23, 30]), with(&[24]));
+        let plan = AttentionPlan::new(&[seq(0..1, &a, 194), seq(1..2, &b, 130)], 16, 64);
+        let read = |window| plan.slots_read(Some(window));
+        assert_eq!(plan.slots_read(None), 128 + 66 + 2);
+        assert_eq!((read(1), read(2), read(3)), (2 + 2, 2 + 2, 64 + 66 + 2));
+        assert_eq!((read(66), read(67), read(194)), (64 + 66 + 2, 128 + 66 + 2, 128 + 66 + 2));
+        // Of some rows alone.
+        assert_eq!(plan.slots_below(&plan.segments[0], 0..1, Some(67)), 64);
     }
 
     #[test]

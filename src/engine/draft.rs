@@ -123,7 +123,7 @@ pub(super) fn push_draft_queries(b: &Branch, first_row: usize, drafts: usize, qu
         if let Some(draw) = &mut query.draw {
             draw.key.position += i as u64;
             if b.num_generated + i >= params.min_new_tokens {
-                draw.banned.clear();
+                draw.bias.clone_from(&params.sampling.logit_bias);
             }
         }
         queries.push(query);

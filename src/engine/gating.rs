@@ -54,7 +54,7 @@ impl Engine {
 
     /// As [`gate`](Self::gate), with one key a branch: branches of different keys never become one.
     pub fn gate_keyed(&mut self, spec: &GateSpec, branches: &[BranchId], keys: &[u64]) -> Result<()> {
-        spec.validate(self.model.num_layers)?;
+        self.check_gate(spec)?;
         if !keys.is_empty() && keys.len() != branches.len() {
             let why = format!("{} keys for {} branches", keys.len(), branches.len());
             return Err(Error::config("gate", why));
@@ -83,6 +83,19 @@ impl Engine {
             b.similarity = None;
         }
         Ok(())
+    }
+
+    /// Refuses what cannot be done with this model.
+    pub(super) fn check_gate(&self, spec: &GateSpec) -> Result<()> {
+        spec.validate(self.model.num_layers)?;
+        match (spec.statistic, self.model.logit_softcap) {
+            (Statistic::Entropy { .. }, Some(_)) => {
+                let why = "statistic: the logits of this model are capped (final_logit_softcapping), which probes of inner \
+                           layers do not know";
+                Err(Error::config("gate", why))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What the last comparison that the branch took part in found; `None` when there was none.

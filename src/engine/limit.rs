@@ -49,6 +49,11 @@ impl Engine {
     /// nor dropped. A branch that does not pin all its tokens leaves the prefix cache.
     pub fn limit_kv(&mut self, branch: BranchId, budget: KvBudget) -> Result<()> {
         budget.validate(self.config.kv_window)?;
+        if self.model.has_windows() {
+            let why =
+                "this model has layers with a sliding window, which goes by position: a cut would move what it sees";
+            return Err(Error::config("kv-budget", why));
+        }
         self.river.iter().try_for_each(River::check_budget)?;
         let b = self.tree.get(branch)?;
         if b.limited.as_ref().is_some_and(|l| l.is_cut()) {

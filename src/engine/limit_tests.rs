@@ -88,6 +88,7 @@ fn oracle_keeps(
         pool_size: 7,
         variant,
         sm_scale: 1.0 / (head_dim as f64).sqrt(),
+        softcap: None,
         lambda,
         threshold: 0.5,
     });

@@ -26,7 +26,8 @@ use crate::tree::BranchTree;
 const DEFAULT_CONTEXTS: u64 = 64;
 
 impl Engine {
-    /// Loads the model and makes its KV cache. Weights stay mapped; nothing is computed.
+    /// Loads the model and makes its KV cache. Weights stay mapped; nothing is computed, but for the codes of a checkpoint
+    /// that has some: see [`QuantWeights::from_checkpoint`].
     pub fn open(config: EngineConfig) -> Result<Self> {
         config.validate()?;
         let (model, store) = load(&config)?;
@@ -60,7 +61,7 @@ impl Engine {
         Ok(store.fingerprint(&model))
     }
 
-    /// As [`open`](Self::open), for weights that are at hand.
+    /// As [`open`](Self::open), for weights that are at hand; projections that they hold in codes run on these.
     pub fn with_weights(config: EngineConfig, model: ModelConfig, store: &WeightStore) -> Result<Self> {
         Self::with_sets(config, model, (store, None), None)
     }
@@ -89,12 +90,13 @@ impl Engine {
     fn with_sets(
         config: EngineConfig,
         model: ModelConfig,
-        own: Own<'_>,
+        (store, codes): Own<'_>,
         second: Option<SecondSet<'_>>,
     ) -> Result<Self> {
         config.validate()?;
-        let store = own.0;
         let started = Instant::now();
+        let of_checkpoint = if codes.is_none() { QuantWeights::from_checkpoint(&model, store)? } else { None };
+        let own = (store, codes.or(of_checkpoint.as_ref()));
         if config.check_tensors {
             store.check_finite()?;
         }
@@ -108,7 +110,9 @@ impl Engine {
             },
             family: model.family.name.into(),
             num_params: model.num_params() as u64,
-            weight_bytes: store.num_bytes(),
+            weight_bytes: of_checkpoint
+                .as_ref()
+                .map_or_else(|| store.num_bytes(), |codes| codes.model_bytes(&model, store)),
             weight_copy_bytes: runner.weight_copy_bytes(),
             dtype: config.dtype.to_string(),
             device: runner.describe(),
@@ -201,7 +205,11 @@ fn runner<B: Backend>(
     own: Own<'_>,
     second: Option<SecondSet<'_>>,
 ) -> Result<Placed> {
-    let bytes = |(store, codes): Own<'_>| store.num_bytes() + codes.map_or(0, QuantWeights::num_bytes);
+    let bytes = |(store, codes): Own<'_>| match codes {
+        None => store.num_bytes(),
+        Some(codes) if codes.options().is_none() => codes.model_bytes(model, store),
+        Some(codes) => store.num_bytes() + codes.num_bytes(),
+    };
     let second = second.map(|set| match set {
         SecondSet::Dense(store) => (store, None),
         SecondSet::Codes(codes) => (own.0, Some(codes)),
@@ -220,8 +228,16 @@ fn runner<B: Backend>(
 
 /// The model's shape and its weights, from wherever the configuration says.
 pub(crate) fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> {
+    let (model, store) = load_whole(config)?;
+    match config.max_context {
+        Some(positions) => Ok((model.with_context(positions)?, store)),
+        None => Ok((model, store)),
+    }
+}
+
+fn load_whole(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> {
     match &config.model {
-        ModelSource::Dir(dir) => Ok((ModelConfig::from_dir(dir)?, WeightStore::open(dir)?)),
+        ModelSource::Dir(dir) => crate::model::open(dir),
         ModelSource::Random { shape, seed } => {
             let model = ModelConfig::shape(shape)?;
             let store = WeightStore::random(&model, *seed, config.dtype)?;

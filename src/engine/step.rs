@@ -587,7 +587,7 @@ pub(super) fn last_row_query(b: &Branch, row: usize) -> RowQuery {
             let history = |tokens: &[u32]| if needs_history { tokens.to_vec() } else { Vec::new() };
             Some(Draw {
                 params: params.sampling.clone(),
-                banned: if b.num_generated < params.min_new_tokens { params.end_tokens.clone() } else { Vec::new() },
+                bias: params.bias(b.num_generated),
                 prompt: history(&b.tokens[..b.prompt_len]),
                 generated: history(&b.tokens[b.prompt_len..]),
                 key: DrawKey { path: b.path, position: b.tokens.len() as u64 },

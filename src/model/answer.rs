@@ -4,7 +4,8 @@
 use super::gating::Exit;
 use super::{Draw, Model, Pass, RowQuery, Workspace};
 use crate::backend::{
-    AddRmsNorm, Backend, GatherRows, Linear, RowIds, RowStats, RowStatsOp, Sample, SampleRow, Sampled,
+    AddRmsNorm, Backend, GatherRows, Linear, NormOutput, RowIds, RowStats, RowStatsOp, Sample, SampleRow, Sampled,
+    Softcap,
 };
 use crate::error::Result;
 use crate::sampler;
@@ -95,7 +96,8 @@ impl<B: Backend> Model<B> {
             rows: 0..num_rows,
             x: &mut ws.out_x,
             delta: None,
-            weight: Some(weight),
+            post_norm: None,
+            output: NormOutput::Normed(weight),
             y: &mut ws.out_h,
             keep: None,
             step_similarity: None,
@@ -108,6 +110,9 @@ impl<B: Backend> Model<B> {
         let Self { backend, config, ws, .. } = self;
         let w = self.lm_head.as_ref().unwrap_or(&self.embed);
         backend.linear(Linear { rows: 0..num_rows, x: &ws.out_h, w, river: None, bias: None, y: &mut ws.logits })?;
+        if let Some(cap) = config.logit_softcap {
+            backend.softcap(Softcap { logits: &mut ws.logits, num_rows, vocab: config.vocab_size, cap })?;
+        }
         backend.row_stats(RowStatsOp { logits: &ws.logits, num_rows, vocab: config.vocab_size })
     }
 
@@ -183,7 +188,7 @@ impl<B: Backend> Model<B> {
         ws.sampled.extend(ws.stats.iter().map(|s| Sampled { token: s.argmax, logit: s.max }));
         let needs_draw = |(&id, s): (&usize, &RowStats)| {
             let draw = queries[id].draw.as_ref();
-            draw.is_some_and(|d| !d.params.is_argmax() || d.banned.contains(&s.argmax))
+            draw.is_some_and(|d| !d.params.is_argmax() || d.bias.iter().any(|(token, _)| *token == s.argmax))
         };
         if !ids.iter().zip(&ws.stats).any(needs_draw) {
             return Ok(());
@@ -191,7 +196,7 @@ impl<B: Backend> Model<B> {
         let greedy = Draw::default();
         let row = |&id: &usize| {
             let d = queries[id].draw.as_ref().unwrap_or(&greedy);
-            SampleRow { params: &d.params, banned: &d.banned, prompt: &d.prompt, generated: &d.generated, key: d.key }
+            SampleRow { params: &d.params, bias: &d.bias, prompt: &d.prompt, generated: &d.generated, key: d.key }
         };
         let rows: Vec<SampleRow<'_>> = ids.iter().map(row).collect();
         let (logits, sampled) = (&mut ws.logits, &mut ws.sampled);

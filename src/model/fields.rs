@@ -27,7 +27,7 @@ impl Json {
 
     pub(crate) fn fields(&self) -> Result<Fields<'_>> {
         match &self.value {
-            Value::Object(map) => Ok(Fields { path: &self.path, prefix: "", map }),
+            Value::Object(map) => Ok(Fields { path: &self.path, prefix: String::new(), map }),
             other => Err(Error::format(&self.path, format!("{} at the top; it must be an object", kind(other)))),
         }
     }
@@ -68,14 +68,14 @@ pub(crate) fn json_why(bytes: &[u8], e: &serde_json::Error) -> String {
 /// The fields of one object.
 pub(crate) struct Fields<'a> {
     path: &'a Path,
-    prefix: &'a str,
+    /// The way to the object, with a dot behind; empty at the top.
+    prefix: String,
     map: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
     pub(crate) fn bad(&self, field: &str, why: impl std::fmt::Display) -> Error {
-        let dot = if self.prefix.is_empty() { "" } else { "." };
-        Error::format(self.path, format!("{}{dot}{field}: {why}", self.prefix))
+        Error::format(self.path, format!("{}{field}: {why}", self.prefix))
     }
 
     pub(crate) fn missing(&self, field: &str) -> Error {
@@ -83,8 +83,13 @@ impl<'a> Fields<'a> {
     }
 
     /// `null` counts as absent.
-    fn get(&self, field: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, field: &str) -> Option<&'a Value> {
         self.map.get(field).filter(|v| !v.is_null())
+    }
+
+    /// The field is there, be it `null`.
+    pub(crate) fn has(&self, field: &str) -> bool {
+        self.map.contains_key(field)
     }
 
     /// A whole number in `min..=max`. Floats without a fraction do not count.
@@ -104,12 +109,24 @@ impl<'a> Fields<'a> {
         self.opt_count(field, max)?.ok_or_else(|| self.missing(field))
     }
 
+    /// Whether the field is the number -1, which some files write for "all of it".
+    pub(crate) fn is_minus_one(&self, field: &str) -> bool {
+        self.get(field).and_then(Value::as_i64) == Some(-1)
+    }
+
     pub(crate) fn opt_number(&self, field: &str) -> Result<Option<f64>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_f64() {
             Some(x) if x.is_finite() => Ok(Some(x)),
             _ => Err(self.bad(field, format!("{} must be a number", shown(value)))),
         }
+    }
+
+    /// A list of numbers.
+    pub(crate) fn numbers(&self, field: &str) -> Result<Option<Vec<f64>>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let list = value.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+        list.map(Some).ok_or_else(|| self.bad(field, format!("{} must be a list of numbers", shown(value))))
     }
 
     pub(crate) fn flag(&self, field: &str) -> Result<Option<bool>> {
@@ -133,13 +150,41 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.bad(field, format!("{} must be a list of strings", shown(value))))
     }
 
-    pub(crate) fn object<'b>(&self, field: &'b str) -> Result<Option<Fields<'b>>>
-    where
-        'a: 'b,
-    {
+    /// Whether the field says anything: `false`, an empty list and an empty object do not.
+    pub(crate) fn is_set(&self, field: &str) -> bool {
+        self.get(field).is_some_and(|value| match value {
+            Value::Bool(on) => *on,
+            Value::Array(list) => !list.is_empty(),
+            Value::Object(map) => !map.is_empty(),
+            _ => true,
+        })
+    }
+
+    /// The names of all fields.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.map.keys().map(String::as_str)
+    }
+
+    /// A list of two whole numbers, each at least 1.
+    pub(crate) fn pair(&self, field: &str) -> Result<Option<[usize; 2]>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let number = |value: &Value| value.as_u64().filter(|n| (1..=1 << 20).contains(n)).map(|n| n as usize);
+        let pair = match value.as_array().map(Vec::as_slice) {
+            Some([a, b]) => number(a).zip(number(b)),
+            _ => None,
+        };
+        match pair {
+            Some((a, b)) => Ok(Some([a, b])),
+            None => Err(self.bad(field, format!("{} must be two whole numbers", shown(value)))),
+        }
+    }
+
+    pub(crate) fn object(&self, field: &str) -> Result<Option<Fields<'a>>> {
         match self.get(field) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Fields { path: self.path, prefix: field, map })),
+            Some(Value::Object(map)) => {
+                Ok(Some(Fields { path: self.path, prefix: format!("{}{field}.", self.prefix), map }))
+            }
             Some(other) => Err(self.bad(field, format!("{} must be an object", shown(other)))),
         }
     }

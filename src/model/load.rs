@@ -77,47 +77,68 @@ impl<B: Backend> Loader<'_, B> {
         self.backend.matrix(&parts, self.compute)
     }
 
-    pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<B::Buf> {
+    fn vector(&mut self, name: &str, len: usize) -> Result<B::Buf> {
         self.backend.vector(&[self.store.get(name, &[len])?])
+    }
+
+    /// A norm's weight, with what the family adds to it.
+    pub(super) fn norm(&mut self, name: &str, len: usize) -> Result<B::Buf> {
+        match self.config.family.norm_offset {
+            0.0 => self.vector(name, len),
+            offset => self.backend.vector(&[self.store.get(name, &[len])?.plus(offset)]),
+        }
     }
 
     pub(super) fn layer(&mut self, idx: usize) -> Result<Layer<B>> {
         let c = self.config;
         let name = |suffix: &str| format!("model.layers.{idx}.{suffix}");
-        let qkv_bias = if c.qkv_bias {
-            let bias = |(n, w): (&str, usize)| self.store.get(&name(&format!("{n}.bias")), &[w]);
-            let parts: Vec<Tensor> = qkv(c).into_iter().map(bias).collect::<Result<_>>()?;
-            Some(self.backend.vector(&parts)?)
-        } else {
-            None
+        let mut bias = |wanted: bool, parts: &[(&str, usize)]| -> Result<Option<B::Buf>> {
+            if !wanted {
+                return Ok(None);
+            }
+            let part = |(n, len): &(&str, usize)| self.store.get(&name(&format!("{n}.bias")), &[*len]);
+            let parts: Vec<Tensor> = parts.iter().map(part).collect::<Result<_>>()?;
+            self.backend.vector(&parts).map(Some)
         };
-        let mut optional =
-            |wanted: bool, suffix: &str, len: usize| wanted.then(|| self.vector(&name(suffix), len)).transpose();
-        let q_norm = optional(c.family.qk_norm, "self_attn.q_norm.weight", c.head_dim)?;
-        let k_norm = optional(c.family.qk_norm, "self_attn.k_norm.weight", c.head_dim)?;
-        let o_bias = optional(c.o_bias, "self_attn.o_proj.bias", c.hidden)?;
+        let qkv_bias = bias(c.qkv_bias, &qkv(c))?;
+        let o_bias = bias(c.o_bias, &[("self_attn.o_proj", c.hidden)])?;
+        let gate_up_bias = bias(c.mlp_bias, &gate_up(c))?;
+        let down_bias = bias(c.mlp_bias, &[("mlp.down_proj", c.hidden)])?;
+        let qk_norm = match c.qk_norm_lens() {
+            Some((q, k)) => {
+                Some((self.norm(&name("self_attn.q_norm.weight"), q)?, self.norm(&name("self_attn.k_norm.weight"), k)?))
+            }
+            None => None,
+        };
+        let mut norm = |n: Option<&str>| n.map(|n| self.norm(&name(&format!("{n}.weight")), c.hidden)).transpose();
+        let norms = &c.family.norms;
         Ok(Layer {
-            attn_norm: self.vector(&name("input_layernorm.weight"), c.hidden)?,
+            attn_in: norm(norms.attn_in)?,
+            attn_out: norm(norms.attn_out)?,
+            mlp_in: norm(norms.mlp_in)?,
+            mlp_out: norm(norms.mlp_out)?,
             w: self.projections(idx)?,
             qkv_bias,
-            q_norm,
-            k_norm,
+            qk_norm,
             o_bias,
-            mlp_norm: self.vector(&name("post_attention_layernorm.weight"), c.hidden)?,
+            gate_up_bias,
+            down_bias,
         })
     }
 
     pub(super) fn projections(&mut self, idx: usize) -> Result<Projections<B>> {
         let c = self.config;
-        let name = |suffix: &str| format!("model.layers.{idx}.{suffix}.weight");
-        let weights: Vec<(String, usize)> = qkv(c).into_iter().map(|(n, w)| (name(n), w)).collect();
-        let borrowed: Vec<(&str, usize)> = weights.iter().map(|(n, w)| (n.as_str(), *w)).collect();
-        let (gate, up) = (name("mlp.gate_proj"), name("mlp.up_proj"));
+        let mut stacked = |parts: &[(&str, usize)], cols: usize| {
+            let name = |(n, rows): &(&str, usize)| (format!("model.layers.{idx}.{n}.weight"), *rows);
+            let named: Vec<(String, usize)> = parts.iter().map(name).collect();
+            let borrowed: Vec<(&str, usize)> = named.iter().map(|(n, rows)| (n.as_str(), *rows)).collect();
+            self.matrix(&borrowed, cols)
+        };
         Ok(Projections {
-            qkv: self.matrix(&borrowed, c.hidden)?,
-            o: self.matrix(&[(&name("self_attn.o_proj"), c.hidden)], c.num_q_heads * c.head_dim)?,
-            gate_up: self.matrix(&[(&gate, c.intermediate), (&up, c.intermediate)], c.hidden)?,
-            down: self.matrix(&[(&name("mlp.down_proj"), c.hidden)], c.intermediate)?,
+            qkv: stacked(&qkv(c), c.hidden)?,
+            o: stacked(&[("self_attn.o_proj", c.hidden)], c.num_q_heads * c.head_dim)?,
+            gate_up: stacked(&gate_up(c), c.hidden)?,
+            down: stacked(&[("mlp.down_proj", c.hidden)], c.intermediate)?,
         })
     }
 }
@@ -126,4 +147,9 @@ impl<B: Backend> Loader<'_, B> {
 fn qkv(c: &ModelConfig) -> [(&'static str, usize); 3] {
     let (q_width, kv_width) = (c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim);
     [("self_attn.q_proj", q_width), ("self_attn.k_proj", kv_width), ("self_attn.v_proj", kv_width)]
+}
+
+/// The matrices that are stacked for the MLP, and their heights.
+fn gate_up(c: &ModelConfig) -> [(&'static str, usize); 2] {
+    [("mlp.gate_proj", c.intermediate), ("mlp.up_proj", c.intermediate)]
 }

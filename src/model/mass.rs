@@ -29,7 +29,8 @@ pub(super) fn measure<B: Backend>(
             MassSequence { rows: row..row + 1, block_start: seq.blocks.start, kv_len: seq.kv_len }
         })
         .collect();
-    let slots = received(backend, ws, k_cache, (config, layout), (batch, &sequences))?;
+    let window = config.window(layer(config));
+    let slots = received(backend, ws, k_cache, (config, layout, window), (batch, &sequences))?;
     let mut mass = vec![0.0; batch.blocks.len()];
     let mut heads = slots.as_slice();
     for seq in &sequences {
@@ -66,7 +67,8 @@ pub(super) fn accumulate<B: Backend>(
     if sequences.is_empty() {
         return Ok(());
     }
-    let slots = received(backend, ws, k_cache, (config, layout), (batch, &sequences))?;
+    // Models with windows take no KV budget.
+    let slots = received(backend, ws, k_cache, (config, layout, None), (batch, &sequences))?;
     let mut rest = slots.as_slice();
     for (seq, view) in asking.into_iter().zip(&sequences) {
         let (own, others) = rest.split_at((layout.num_kv_heads * view.kv_len).min(rest.len()));
@@ -81,7 +83,7 @@ fn received<B: Backend>(
     backend: &mut B,
     ws: &Workspace<B>,
     k_cache: &B::Buf,
-    (config, layout): (&ModelConfig, &KvLayout),
+    (config, layout, window): (&ModelConfig, &KvLayout, Option<usize>),
     (batch, sequences): (&Batch, &[MassSequence]),
 ) -> Result<Vec<f32>> {
     let mut slots = Vec::new();
@@ -92,7 +94,9 @@ fn received<B: Backend>(
         blocks: &batch.blocks,
         sequences,
         num_q_heads: config.num_q_heads,
-        sm_scale: config.sm_scale(),
+        sm_scale: config.sm_scale,
+        window,
+        softcap: config.attn_softcap,
         layout,
         mass: &mut slots,
     })?;

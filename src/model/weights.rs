@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ::safetensors::Dtype;
 use half::{bf16, f16};
 use memmap2::Mmap;
 
@@ -16,6 +17,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 pub(crate) mod fingerprint;
+mod fused;
 mod random;
 pub(crate) mod safetensors;
 
@@ -99,6 +101,14 @@ impl Tensor {
         Self { name: self.name.clone(), dtype: to, shape: self.shape.clone(), data: TensorData::Owned(words) }
     }
 
+    /// Every element plus `offset`, in f32.
+    pub(crate) fn plus(&self, offset: f32) -> Self {
+        let wide = self.cast(DType::F32);
+        let elems = wide.bytes().as_chunks().0;
+        let data = TensorData::Owned(pack(DType::F32, elems.iter().map(|&e| f32::from_le_bytes(e) + offset)));
+        Self { data, ..wide.clone() }
+    }
+
     /// Index of the first element that is NaN or infinite.
     pub fn first_non_finite(&self) -> Option<usize> {
         fn find<const N: usize>(bytes: &[u8], finite: impl Fn([u8; N]) -> bool) -> Option<usize> {
@@ -123,8 +133,17 @@ impl Tensor {
 #[derive(Clone, Debug)]
 enum Stored {
     Ready(Tensor),
-    /// The file names an element type the engine does not compute with. Harmless until someone asks for it.
-    Unsupported(String),
+    /// Of an element type the engine does not compute with. Harmless until someone asks for it.
+    Packed(Packed),
+}
+
+/// A tensor as it lies in its file, of any element type: what checkpoints in codes are made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Packed {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// Its bytes, aligned as in the file unless they were copied.
+    pub(crate) data: TensorData,
 }
 
 /// The tensors of one checkpoint.
@@ -173,7 +192,7 @@ impl WeightStore {
         };
         let path = self.files.get(*file).unwrap_or(&self.path);
         match stored {
-            Stored::Unsupported(dtype) => {
+            Stored::Packed(Packed { dtype, .. }) => {
                 Err(weights_error(path, name, format!("dtype {dtype} is not supported; use F32, BF16 or F16")))
             }
             Stored::Ready(tensor) if tensor.shape != expected_shape => {
@@ -195,7 +214,25 @@ impl WeightStore {
         self.tensors.keys().map(|name| &**name)
     }
 
-    /// Bytes of all usable tensors.
+    /// The tensor called `name`, of whatever element type.
+    pub(crate) fn packed(&self, name: &str) -> Option<Packed> {
+        Some(match &self.tensors.get(name)?.1 {
+            Stored::Packed(packed) => packed.clone(),
+            Stored::Ready(tensor) => Packed {
+                dtype: safetensors::dtype_in_file(tensor.dtype),
+                shape: tensor.shape.clone(),
+                data: tensor.data.clone(),
+            },
+        })
+    }
+
+    /// An error about the tensor `name`, or about its absence.
+    pub(crate) fn blame(&self, name: &str, why: String) -> Error {
+        let file = self.tensors.get(name).and_then(|(file, _)| self.files.get(*file));
+        weights_error(file.unwrap_or(&self.path), name, why)
+    }
+
+    /// Bytes of all tensors the engine computes with as they are.
     pub fn num_bytes(&self) -> u64 {
         self.ready().map(|(_, tensor)| tensor.bytes().len() as u64).sum()
     }
@@ -228,7 +265,7 @@ impl WeightStore {
     fn ready(&self) -> impl Iterator<Item = (usize, &Tensor)> {
         self.tensors.values().filter_map(|(file, stored)| match stored {
             Stored::Ready(tensor) => Some((*file, tensor)),
-            Stored::Unsupported(_) => None,
+            Stored::Packed(_) => None,
         })
     }
 

@@ -136,7 +136,8 @@ impl QuantWeights {
     pub(crate) fn put(&self, model: &ModelConfig, store: &WeightStore, file: &QuantFile) -> Result<PathBuf> {
         let fingerprint = store.fingerprint(model);
         let mut failed = None;
-        for path in file.places(&fingerprint, self.options) {
+        let places = self.options.map_or_else(Vec::new, |options| file.places(&fingerprint, options));
+        for path in places {
             if let QuantFile::Auto { cache_dir, .. } = file {
                 make_cache(cache_dir.as_deref(), &path);
             }

@@ -22,8 +22,8 @@ use serde_json::json;
 
 use super::options::QuantOptions;
 use super::parallel::{all_cores, for_each};
-use super::weights::{Projection, QuantWeights, check_group, inputs, projections};
-use super::{QuantTensor, ZeroKind, Zeros};
+use super::weights::{Projection, QuantWeights, check_model, inputs, projections};
+use super::{QuantTensor, Scales, ZeroKind, Zeros};
 use crate::error::{Error, Result};
 use crate::model::family::ModelConfig;
 use crate::model::weights::fingerprint::sha256;
@@ -85,10 +85,14 @@ fn parts(tensor: &QuantTensor) -> impl Iterator<Item = Part<'_>> {
         Zeros::Integer(zeros) => Some((Dtype::U8, zeros)),
         Zeros::Fractional(zeros) => Some((Dtype::F16, bytemuck::cast_slice(zeros))),
     };
+    let scales = match tensor.scales() {
+        Scales::F16(_) => Dtype::F16,
+        Scales::F32(_) => Dtype::F32,
+    };
     let part = |what, dtype, shape, bytes| Part { name: format!("{}.{what}", tensor.name), dtype, shape, bytes };
     [
         part("codes", Dtype::U32, words, bytemuck::cast_slice(tensor.codes())),
-        part("scales", Dtype::F16, groups, bytemuck::cast_slice(tensor.scales())),
+        part("scales", scales, groups, tensor.scales().bytes()),
     ]
     .into_iter()
     .chain(zeros.map(|(dtype, bytes)| part("zeros", dtype, groups, bytes)))
@@ -106,10 +110,13 @@ fn digest<'a>(tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize], &'a [u
 }
 
 pub(super) fn write(path: &Path, weights: &QuantWeights, fingerprint: &str) -> Result<()> {
+    let Some(options) = weights.options else {
+        return Err(Error::config("codes", "they are a checkpoint's own and stay there; none are written"));
+    };
     let mut all: Vec<Part<'_>> = weights.iter().flat_map(parts).collect();
     all.sort_by_key(|part| std::cmp::Reverse(part.dtype.bitsize()));
     let sum = digest(all.iter().map(|part| (&*part.name, part.dtype, &part.shape[..], part.bytes)))?;
-    let header = header(&all, &metadata(fingerprint, weights.options, &sum))?;
+    let header = header(&all, &metadata(fingerprint, options, &sum))?;
     let save = |temporary: &Path, file: std::fs::File| {
         let mut out = BufWriter::with_capacity(1 << 20, file);
         out.write_all(&header)?;
@@ -192,7 +199,7 @@ fn temporary(path: &Path) -> Result<(std::path::PathBuf, std::fs::File)> {
 
 /// Maps and checks a file. A damaged one is an error.
 pub(super) fn read(path: &Path, wanted: &Wanted<'_>) -> Result<Content> {
-    check_group(wanted.model, &wanted.options)?;
+    check_model(wanted.model, &wanted.options)?;
     let map = map(path).map_err(with_way_out)?;
     let (located, metadata) = locate(path, &map).map_err(with_way_out)?;
     if let Some(what) = what_else(path, &metadata, wanted)? {
@@ -210,7 +217,7 @@ pub(super) fn read(path: &Path, wanted: &Wanted<'_>) -> Result<Content> {
             tensors.insert(Arc::clone(&tensor.name), tensor);
         }
     }
-    Ok(Content::Wanted(QuantWeights { options: wanted.options, tensors }))
+    Ok(Content::Wanted(QuantWeights { options: Some(wanted.options), tensors }))
 }
 
 /// Why the file is not the one that is wanted, from its metadata.
@@ -266,15 +273,20 @@ impl Mapped<'_> {
             codes: self.data(name, "codes", Dtype::U32, [out_features, in_features / form.bits.per_word()])?,
             scales: self.data(name, "scales", Dtype::F16, groups)?,
             zeros,
+            columns: None,
         };
         tensor.validate()?;
         let finite = |numbers: &[f16]| numbers.iter().all(|x| x.is_finite());
+        let scales_fit = match tensor.scales() {
+            Scales::F16(scales) => finite(scales),
+            Scales::F32(scales) => scales.iter().all(|x| x.is_finite()),
+        };
         let zeros_fit = match tensor.zeros() {
             Zeros::None => true,
             Zeros::Integer(zeros) => zeros.iter().all(|&z| u32::from(z) <= form.bits.max_code()),
             Zeros::Fractional(zeros) => finite(zeros),
         };
-        if !zeros_fit || !finite(tensor.scales()) {
+        if !zeros_fit || !scales_fit {
             return Err(weights_error(self.path, name, "a scale or zero is out of range".to_owned()));
         }
         Ok(tensor)

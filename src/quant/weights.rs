@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::checkpoint::check_dense;
 use super::factor::Factor;
 use super::hessian::{Hessians, LayerInput};
 use super::options::{QuantOptions, Quantiser};
@@ -15,10 +16,11 @@ use crate::model::family::ModelConfig;
 use crate::model::weights::WeightStore;
 
 /// The projections of all layers in codes: q, k, v, o, gate, up and down. Norms, biases, embedding and unembedding are
-/// those of the first set.
+/// those of the first set, and so are projections that a checkpoint has left dense.
 #[derive(Clone, Debug)]
 pub struct QuantWeights {
-    pub(super) options: QuantOptions,
+    /// `None`: they are a checkpoint's own.
+    pub(super) options: Option<QuantOptions>,
     pub(super) tensors: BTreeMap<Arc<str>, QuantTensor>,
 }
 
@@ -29,30 +31,33 @@ pub(super) struct Projection {
     pub(super) form: Form,
 }
 
-/// The projections that read one input of a layer.
-pub(super) fn projections(model: &ModelConfig, options: &QuantOptions, at: (usize, LayerInput)) -> Vec<Projection> {
+/// Names and shapes of the projections that read one input of a layer.
+pub(super) fn shapes(model: &ModelConfig, at: (usize, LayerInput)) -> impl Iterator<Item = (String, [usize; 2])> {
     let (layer, input) = at;
     let (q, kv) = (model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim);
-    let rows: &[(&str, usize)] = match input {
-        LayerInput::Qkv => &[("self_attn.q", q), ("self_attn.k", kv), ("self_attn.v", kv)],
-        LayerInput::O => &[("self_attn.o", model.hidden)],
-        LayerInput::GateUp => &[("mlp.gate", model.intermediate), ("mlp.up", model.intermediate)],
-        LayerInput::Down => &[("mlp.down", model.hidden)],
+    let rows = match input {
+        LayerInput::Qkv => vec![("self_attn.q", q), ("self_attn.k", kv), ("self_attn.v", kv)],
+        LayerInput::O => vec![("self_attn.o", model.hidden)],
+        LayerInput::GateUp => vec![("mlp.gate", model.intermediate), ("mlp.up", model.intermediate)],
+        LayerInput::Down => vec![("mlp.down", model.hidden)],
     };
-    let projection = |&(name, out): &(&str, usize)| {
-        let bits = if name.ends_with(".k") || name.ends_with(".v") { options.kv_bits } else { CodeBits::W4 };
+    let width = input.width(model);
+    rows.into_iter().map(move |(name, out)| (format!("model.layers.{layer}.{name}_proj.weight"), [out, width]))
+}
+
+/// The projections that read one input of a layer.
+pub(super) fn projections(model: &ModelConfig, options: &QuantOptions, at: (usize, LayerInput)) -> Vec<Projection> {
+    let projection = |(name, shape): (String, [usize; 2])| {
+        let is_kv = name.ends_with(".k_proj.weight") || name.ends_with(".v_proj.weight");
+        let bits = if is_kv { options.kv_bits } else { CodeBits::W4 };
         let zero_kind = match (bits, options.quantiser) {
-            (CodeBits::W8, _) => ZeroKind::None,
+            (CodeBits::W8 | CodeBits::F8, _) => ZeroKind::None,
             (CodeBits::W4, Quantiser::Hqq) => ZeroKind::Fractional,
             (CodeBits::W4, Quantiser::Rtn | Quantiser::Gptq) => ZeroKind::Integer,
         };
-        Projection {
-            name: format!("model.layers.{layer}.{name}_proj.weight"),
-            shape: [out, input.width(model)],
-            form: Form { group: options.group, bits, zero_kind },
-        }
+        Projection { name, shape, form: Form { group: options.group, bits, zero_kind } }
     };
-    rows.iter().map(projection).collect()
+    shapes(model, at).map(projection).collect()
 }
 
 /// Every input of every layer, in order.
@@ -60,9 +65,10 @@ pub(super) fn inputs(model: &ModelConfig) -> impl Iterator<Item = (usize, LayerI
     (0..model.num_layers).flat_map(|layer| LayerInput::ALL.map(|input| (layer, input)))
 }
 
-/// Refuses rows that do not fall into groups, by name.
-pub(super) fn check_group(model: &ModelConfig, options: &QuantOptions) -> Result<()> {
+/// Refuses a model in codes, and rows that do not fall into groups, by name.
+pub(super) fn check_model(model: &ModelConfig, options: &QuantOptions) -> Result<()> {
     options.validate()?;
+    check_dense(model)?;
     for at in inputs(model).take(LayerInput::ALL.len()) {
         let width = at.1.width(model);
         let Some(odd) = projections(model, options, at).into_iter().find(|_| !width.is_multiple_of(options.group))
@@ -96,8 +102,8 @@ impl QuantWeights {
 
     /// A set that is yet to be made; options that do not fit the model are refused.
     pub(crate) fn without_layers(model: &ModelConfig, options: QuantOptions) -> Result<Self> {
-        check_group(model, &options)?;
-        Ok(Self { options, tensors: BTreeMap::new() })
+        check_model(model, &options)?;
+        Ok(Self { options: Some(options), tensors: BTreeMap::new() })
     }
 
     /// Quantises the projections of `layers`, as [`quantise`](Self::quantise) does those of all.
@@ -107,7 +113,10 @@ impl QuantWeights {
         layers: Range<usize>,
         hessians: Option<&Hessians>,
     ) -> Result<()> {
-        let hessians = match (self.options.quantiser, hessians) {
+        let Some(options) = self.options else {
+            return Err(Error::Internal("layers added to a checkpoint's own codes".into()));
+        };
+        let hessians = match (options.quantiser, hessians) {
             (Quantiser::Gptq, None) => return Err(needs_hessians()),
             (Quantiser::Gptq, some) => some,
             (Quantiser::Rtn | Quantiser::Hqq, _) => None,
@@ -115,7 +124,7 @@ impl QuantWeights {
         let threads = all_cores();
         for at in inputs(model).filter(|(layer, _)| layers.contains(layer)) {
             let factor = hessians.map(|h| Factor::new(h, at, at.1.width(model), threads)).transpose()?;
-            for Projection { name, shape, form } in projections(model, &self.options, at) {
+            for Projection { name, shape, form } in projections(model, &options, at) {
                 let weight = store.get_finite(&name, &shape)?;
                 let made = quantise_rows(&weight, form, threads, |rows, sink| match (form.zero_kind, &factor) {
                     (ZeroKind::Integer, Some(factor)) => gptq::quantise(rows, factor, sink),
@@ -128,8 +137,8 @@ impl QuantWeights {
         Ok(())
     }
 
-    /// What the set was made with.
-    pub fn options(&self) -> QuantOptions {
+    /// What the set was made with; `None` where it was not made here but read from a checkpoint.
+    pub fn options(&self) -> Option<QuantOptions> {
         self.options
     }
 

@@ -8,14 +8,14 @@ use crate::engine::kv_layout;
 use crate::error::Result;
 use crate::model::family::ModelConfig;
 use crate::model::workspace_bytes;
-use crate::quant::QuantOptions;
+use crate::quant::{QuantOptions, check_dense};
 
 /// Bytes by purpose.
 #[derive(Clone, Debug, Serialize)]
 pub struct MemoryPlan {
     /// All tensors at the compute type's size, but for those that codes stand in for.
     pub weight_bytes: u64,
-    /// Projections in codes: a second weight set, or in place of the stored ones.
+    /// Projections in codes: a second weight set, in place of the stored ones, or (all of them) as they are stored.
     pub code_bytes: u64,
     /// Activations of the largest pass.
     pub workspace_bytes: u64,
@@ -43,7 +43,12 @@ impl MemoryPlan {
         let own_blocks = own.div_ceil(layout.block_size) + 1;
         let left = layout.num_blocks.saturating_sub(prefix.div_ceil(layout.block_size));
         let codes = |options: &Option<QuantOptions>| options.map_or((0, 0), |o| o.num_bytes(model));
-        let ((own_bytes, replaced), (river_bytes, _)) = (codes(&config.quantise), codes(&config.river));
+        if config.quantise.or(config.river).is_some() {
+            check_dense(model)?;
+        }
+        let (own_bytes, replaced) =
+            model.quantization.map_or_else(|| codes(&config.quantise), |format| format.num_bytes(model));
+        let (river_bytes, _) = codes(&config.river);
         Ok(Self {
             weight_bytes: (model.num_params() as u64 - replaced) * config.dtype.size_bytes() as u64,
             code_bytes: own_bytes + river_bytes,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::chat::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::problems::Problem;
 use crate::prompts::{AnswerFinder, PromptPack};
@@ -72,26 +73,79 @@ impl CompiledPack {
     /// Encodes what does not change from problem to problem. A spelling of yes or no that is not one token is refused
     /// by name.
     pub fn new(pack: PromptPack, tokenizer: Arc<Tokenizer>, prefix: &str, end_tokens: &[u32]) -> Result<Self> {
-        let spellings = |field: &str, list: &[String]| -> Result<Vec<u32>> {
-            list.iter()
-                .map(|s| {
-                    tokenizer.single_token(s).ok_or_else(|| {
-                        Error::config(format!("prompts: {field}"), format!("{s:?} is not a single token of this model"))
-                    })
-                })
-                .collect()
+        if pack.chat.is_some() {
+            let why = format!("{:?} is for chat models, and this one has no chat template", pack.name);
+            return Err(Error::config("prompts: chat", why));
+        }
+        let one = |field: &str, spelling: &String| {
+            let why = || {
+                Error::config(format!("prompts: {field}"), format!("{spelling:?} is not a single token of this model"))
+            };
+            tokenizer.single_token(spelling).ok_or_else(why)
         };
+        let all = |field: &str, list: &[String]| list.iter().map(|s| one(field, s)).collect::<Result<Vec<_>>>();
+        let verdicts = (all("yes", &pack.yes)?, all("no", &pack.no)?);
+        Self::compile(pack, tokenizer, prefix, end_tokens.to_vec(), verdicts, ["", "", ""])
+    }
+
+    /// As [`new`](Self::new), for a model with a chat template: a pack with [`chat`](PromptPack::chat) is said through it, and
+    /// the token that closes the model's turn ends a branch too. Of the spellings of yes and no those count that are one
+    /// token where the verdict is said; there must be one of each.
+    pub fn with_template(
+        pack: PromptPack,
+        template: &ChatTemplate,
+        tokenizer: Arc<Tokenizer>,
+        prefix: &str,
+        end_tokens: &[u32],
+    ) -> Result<Self> {
+        if pack.chat.is_none() {
+            return Self::new(pack, tokenizer, prefix, end_tokens);
+        }
+        let pack = pack.through(template, &tokenizer)?;
+        let any = |field: &str, list: &[String]| -> Result<Vec<u32>> {
+            let mut ids = Vec::new();
+            for spelling in list {
+                if let [id] = tokenizer.encode_behind(&pack.verify_suffix, spelling)?[..] {
+                    ids.push(id);
+                }
+            }
+            ids.sort_unstable();
+            ids.dedup();
+            if ids.is_empty() {
+                let why = format!("none of {list:?} is a single token of this model where the verdict is said");
+                return Err(Error::config(format!("prompts: {field}"), why));
+            }
+            Ok(ids)
+        };
+        let verdicts = (any("yes", &pack.yes)?, any("no", &pack.no)?);
+        let mut end_tokens = end_tokens.to_vec();
+        end_tokens.extend(template.turn_end(&tokenizer).filter(|id| !end_tokens.contains(id)));
+        let root = pack.root("", "?");
+        Self::compile(pack, tokenizer, prefix, end_tokens, verdicts, [&root, ".", "\n"])
+    }
+
+    /// `behind` is text that branches, the verification suffix and trials follow, so that their first tokens are those
+    /// they have there.
+    fn compile(
+        pack: PromptPack,
+        tokenizer: Arc<Tokenizer>,
+        prefix: &str,
+        end_tokens: Vec<u32>,
+        (yes, no): (Vec<u32>, Vec<u32>),
+        behind: [&str; 3],
+    ) -> Result<Self> {
+        let [root, solution, step] = behind;
         let branches = (0..pack.approaches.len())
             .filter_map(|i| pack.branch(i))
-            .map(|text| tokenizer.encode(&text))
+            .map(|text| tokenizer.encode_behind(root, &text))
             .collect::<Result<Vec<_>>>()?;
         Ok(Self {
             finder: pack.answer_finder()?,
-            verify_suffix: tokenizer.encode(&pack.verify_suffix)?,
-            yes: spellings("yes", &pack.yes)?,
-            no: spellings("no", &pack.no)?,
-            end_tokens: end_tokens.to_vec(),
-            trial: pack.trial.as_deref().map(|text| tokenizer.encode(text)).transpose()?,
+            verify_suffix: tokenizer.encode_behind(solution, &pack.verify_suffix)?,
+            yes,
+            no,
+            end_tokens,
+            trial: pack.trial.as_deref().map(|text| tokenizer.encode_behind(step, text)).transpose()?,
             prefix: prefix.to_string(),
             branches,
             pack,
@@ -99,7 +153,7 @@ impl CompiledPack {
         })
     }
 
-    /// The pack it was made from.
+    /// The pack it was made from; of a chat pack, as the template says it.
     pub fn pack(&self) -> &PromptPack {
         &self.pack
     }

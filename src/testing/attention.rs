@@ -1,6 +1,6 @@
 //! Attention in float64, over a paged cache read through a block table.
 
-use super::oracle;
+use super::oracle::{self, Scoring};
 use crate::dtype::DType;
 use crate::kv::KvLayout;
 
@@ -27,7 +27,7 @@ impl<'a> PagedKv<'a> {
             .collect()
     }
 
-    /// One query over a sequence's first `num_slots` slots: its output, rounded, and ln sum exp. Zeros and -inf without slots.
+    /// One query that sees a sequence's first `num_slots` slots: its output, rounded, and ln sum exp. Zeros and -inf without slots.
     pub fn attention(
         &self,
         dtype: DType,
@@ -35,27 +35,26 @@ impl<'a> PagedKv<'a> {
         blocks: &[u32],
         kv_head: usize,
         num_slots: usize,
-        sm_scale: f64,
+        scoring: &Scoring,
     ) -> (Vec<f64>, f64) {
         if num_slots == 0 {
             return (vec![0.0; q.len()], f64::NEG_INFINITY);
         }
         let k = self.rows(self.k, blocks, kv_head, num_slots);
         let v = self.rows(self.v, blocks, kv_head, num_slots);
-        oracle::attention(dtype, q, &k, &v, sm_scale)
+        oracle::attention(dtype, q, &k, &v, scoring)
     }
 }
 
-/// `exp(sm_scale q k_j - lse)` summed over `queries` (vector, its lse, slots it attends to), for each of `k`.
-pub fn attention_mass(queries: &[(&[f64], f64, usize)], k: &[&[f64]], sm_scale: f64) -> Vec<f64> {
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+/// `exp(score - lse)` summed over the `queries` (vector, its lse, slots it sees) that attend to it, for each of `k`.
+pub fn attention_mass(queries: &[(&[f64], f64, usize)], k: &[&[f64]], scoring: &Scoring) -> Vec<f64> {
     k.iter()
         .enumerate()
         .map(|(slot, k)| {
             queries
                 .iter()
-                .filter(|(_, _, num_slots)| slot < *num_slots)
-                .map(|(q, lse, _)| (sm_scale * dot(q, k) - lse).exp())
+                .filter(|(_, _, num_slots)| scoring.slots(*num_slots).contains(&slot))
+                .map(|(q, lse, _)| (scoring.score(q, k) - lse).exp())
                 .sum()
         })
         .collect()

@@ -1,5 +1,6 @@
 //! Oracle of `kv_scores`: R-KV in float64, every pair of keys by itself, in each of its published forms.
 
+use super::oracle::Scoring;
 use crate::backend::RkvVariant;
 
 /// One kv head at compression.
@@ -23,6 +24,8 @@ pub struct Head<'a> {
     pub variant: RkvVariant,
     /// Multiplies q k.
     pub sm_scale: f64,
+    /// Bound of what attention makes of q k; `None`: none.
+    pub softcap: Option<f64>,
     /// Share of the importance in the score.
     pub lambda: f64,
     /// Cosine above which keys are similar.
@@ -103,9 +106,9 @@ fn unpooled_importance(head: &Head<'_>, num_candidates: usize) -> Vec<f64> {
     let mut importance = vec![0.0; num_candidates];
     let num_queries = head.queries.len() / (head.group * head.head_dim);
     for of_row in head.queries.chunks(head.group * head.head_dim) {
-        let logit = |key: &[f64]| {
-            of_row.chunks(head.head_dim).map(|q| dot(q, key) * head.sm_scale).fold(f64::NEG_INFINITY, f64::max)
-        };
+        let scoring = Scoring { softcap: head.softcap, ..Scoring::plain(head.sm_scale) };
+        let logit =
+            |key: &[f64]| of_row.chunks(head.head_dim).map(|q| scoring.score(q, key)).fold(f64::NEG_INFINITY, f64::max);
         let logits: Vec<f64> = head.keys.chunks(head.head_dim).take(num_candidates).map(logit).collect();
         let mut attention = softmax(&logits);
         if head.variant == RkvVariant::Text {
@@ -188,6 +191,7 @@ mod tests {
             pool_size,
             variant: RkvVariant::Code,
             sm_scale,
+            softcap: None,
             lambda: 0.1,
             threshold: 0.5,
         }

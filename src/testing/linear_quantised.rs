@@ -20,11 +20,11 @@ impl CodeFormat {
     pub fn all() -> Vec<Self> {
         let zeros = |bits| match bits {
             CodeBits::W4 => vec![ZeroKind::None, ZeroKind::Integer, ZeroKind::Fractional],
-            CodeBits::W8 => vec![ZeroKind::None],
+            CodeBits::W8 | CodeBits::F8 => vec![ZeroKind::None],
         };
         let of_group = |bits, group| zeros(bits).into_iter().map(move |zeros| Self { bits, group, zeros });
         let of_bits = |bits| [32, 64, 128].into_iter().flat_map(move |group| of_group(bits, group));
-        [CodeBits::W4, CodeBits::W8].into_iter().flat_map(of_bits).collect()
+        [CodeBits::W4, CodeBits::W8, CodeBits::F8].into_iter().flat_map(of_bits).collect()
     }
 
     /// Random codes, scales and zeros for weights of about 0.1, `[out, in]`.
@@ -32,14 +32,18 @@ impl CodeFormat {
         let Self { bits, group, zeros: zero_kind } = self;
         let mut fill = Fill::new(seed);
         let groups = out_features * (in_features / group);
-        let middle = bits.max_code().div_ceil(2) as f32;
-        let scales = halves(groups, |_| 0.1 / middle * (1.5 + fill.unit()));
+        let middle = bits.middle();
+        let scales = match bits {
+            CodeBits::W4 | CodeBits::W8 => halves(groups, |_| 0.1 / middle * (1.5 + fill.unit())),
+            // Random bits make most E4M3 numbers small.
+            CodeBits::F8 => (0..groups).map(|_| (0.01 * (1.5 + fill.unit())).to_bits()).collect(),
+        };
         let zeros = match zero_kind {
             ZeroKind::None => Vec::new(),
             ZeroKind::Integer => words((0..groups).map(|_| fill.below(16) as u8).collect()),
             ZeroKind::Fractional => halves(groups, |_| middle - 0.5 + 1.1 * middle * fill.unit()),
         };
-        let codes = (0..out_features * in_features / bits.per_word()).map(|_| fill.next_u64() as u32);
+        let codes = (0..out_features * in_features / bits.per_word()).map(|_| without_nan(fill.next_u64() as u32));
         QuantTensor {
             name: "random codes".into(),
             out_features,
@@ -50,8 +54,14 @@ impl CodeFormat {
             codes: TensorData::Owned(codes.collect()),
             scales: TensorData::Owned(scales.into()),
             zeros: TensorData::Owned(zeros.into()),
+            columns: None,
         }
     }
+}
+
+/// The word with each byte that is no E4M3 number made one.
+pub fn without_nan(word: u32) -> u32 {
+    u32::from_le_bytes(word.to_le_bytes().map(|byte| if byte & 0x7f == 0x7f { byte ^ 1 } else { byte }))
 }
 
 /// `w` with other zeros, one a group: whole numbers from 0 to 127, or fractions.
@@ -79,7 +89,7 @@ pub fn rows_with_codes(w: &QuantTensor, rows: &[usize], codes: Vec<u32>) -> Quan
     QuantTensor {
         out_features: rows.len(),
         codes: TensorData::Owned(codes.into()),
-        scales: of_rows(&w.scales, 2),
+        scales: of_rows(&w.scales, w.bits.scale_bytes()),
         zeros: of_rows(&w.zeros, zero_bytes),
         ..w.clone()
     }
@@ -93,10 +103,11 @@ pub fn quantised_oracle(w: &QuantTensor, x: &[f32], bias: Option<&[f32]>) -> (Ve
         for n in 0..w.out_features {
             let bias = bias.map_or(0.0, |bias| f64::from(bias[n]));
             let (mut sum, mut sizes) = (bias, bias.abs());
-            for (k, &x) in x.iter().enumerate() {
+            for k in 0..w.in_features {
+                let x = f64::from(x[w.columns.as_ref().map_or(k, |columns| columns[k] as usize)]);
                 let (code, scale) = weight(w, n, k);
-                sum += f64::from(x) * code * scale;
-                sizes += f64::from(x).abs() * (code.abs() + 1.0) * scale.abs();
+                sum += x * code * scale;
+                sizes += x.abs() * (code.abs() + 1.0) * scale.abs();
             }
             y.push(sum);
             size.push(sizes);
@@ -105,18 +116,18 @@ pub fn quantised_oracle(w: &QuantTensor, x: &[f32], bias: Option<&[f32]>) -> (Ve
     (y, size)
 }
 
-/// `code - zero` of weight (n, k), and its scale.
+/// `code - zero` of row n and column k of the codes, and its scale.
 fn weight(w: &QuantTensor, n: usize, k: usize) -> (f64, f64) {
     let (per_word, bits) = (w.bits.per_word(), w.bits.bits());
     let at = n * w.in_features + k;
     let code = w.codes()[at / per_word] >> (bits * (at % per_word)) & w.bits.max_code();
     let group = at / w.group;
     let zero = match w.zeros() {
-        Zeros::None => f64::from(w.bits.max_code().div_ceil(2)),
+        Zeros::None => f64::from(w.bits.middle()),
         Zeros::Integer(zeros) => f64::from(zeros[group]),
         Zeros::Fractional(zeros) => zeros[group].to_f64(),
     };
-    (f64::from(code) - zero, w.scales()[group].to_f64())
+    (f64::from(w.bits.number(code)) - zero, f64::from(w.scales().get(group)))
 }
 
 fn halves(len: usize, mut value: impl FnMut(usize) -> f32) -> Vec<u32> {

@@ -1,6 +1,9 @@
 //! The ops in float64, one loop after the other, with the rounding points of `backend.rs`. Slow and plain: what every
 //! backend is measured against.
 
+use std::ops::Range;
+
+use crate::backend::Activation;
 use crate::dtype::DType;
 
 /// Rounds to `dtype` the way a store does.
@@ -21,11 +24,41 @@ pub fn eps(dtype: DType) -> f64 {
     }
 }
 
-/// One query against `k` and `v`, both `[n][dim]`: the output rounded to `dtype`, and ln sum exp.
+/// What attention makes of a query and a key, and which keys it looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoring {
+    /// Multiplies q k.
+    pub sm_scale: f64,
+    /// Newest slots that a row attends to; `None`: all.
+    pub window: Option<usize>,
+    /// Bound of the scores; `None`: none.
+    pub softcap: Option<f64>,
+}
+
+impl Scoring {
+    /// Over all slots, without a cap.
+    pub fn plain(sm_scale: f64) -> Self {
+        Self { sm_scale, window: None, softcap: None }
+    }
+
+    /// The score of one key.
+    pub fn score(&self, q: &[f64], k: &[f64]) -> f64 {
+        let x = self.sm_scale * q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>();
+        self.softcap.map_or(x, |cap| cap * (x / cap).tanh())
+    }
+
+    /// What a row attends to that sees `num_slots`.
+    pub fn slots(&self, num_slots: usize) -> Range<usize> {
+        num_slots - self.window.unwrap_or(num_slots).min(num_slots)..num_slots
+    }
+}
+
+/// One query against `k` and `v`, both `[n][dim]`, its own the last: the output rounded to `dtype`, and ln sum exp.
 /// P is rounded, unnormalised, where the tile whose maximum it was scaled by is irrelevant: its relative error is.
-pub fn attention(dtype: DType, q: &[f64], k: &[&[f64]], v: &[&[f64]], sm_scale: f64) -> (Vec<f64>, f64) {
-    let scores: Vec<f64> =
-        k.iter().map(|k| sm_scale * q.iter().zip(k.iter()).map(|(a, b)| a * b).sum::<f64>()).collect();
+pub fn attention(dtype: DType, q: &[f64], k: &[&[f64]], v: &[&[f64]], scoring: &Scoring) -> (Vec<f64>, f64) {
+    let slots = scoring.slots(k.len());
+    let (k, v) = (&k[slots.clone()], &v[slots]);
+    let scores: Vec<f64> = k.iter().map(|k| scoring.score(q, k)).collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let mut sum = 0.0;
     let mut o = vec![0.0; q.len()];
@@ -54,21 +87,22 @@ pub fn cosine(a: &[f64], b: &[f64]) -> f64 {
     if norms > 0.0 { dot(a, b) / norms } else { 0.0 }
 }
 
-/// Half-split rotation of one head at `position`; the angle is an f32 product.
+/// Half-split rotation of the first `2 * inv_freq.len()` elements of one head at `position`; the others pass. The angle is
+/// an f32 product.
 pub fn rope(x: &[f64], position: u32, inv_freq: &[f32], scale: f64) -> Vec<f64> {
     rotate(x, position as f32, inv_freq, scale)
 }
 
-/// A head that stood at some position, `shift` positions on; one that does not move keeps every bit.
+/// The same for a head that stood at some position, `shift` positions on; one that does not move keeps every bit.
 pub fn turn(x: &[f64], shift: i32, inv_freq: &[f32]) -> Vec<f64> {
     if shift == 0 { x.to_vec() } else { rotate(x, shift as f32, inv_freq, 1.0) }
 }
 
 fn rotate(x: &[f64], steps: f32, inv_freq: &[f32], scale: f64) -> Vec<f64> {
-    let half = x.len() / 2;
-    let mut y = vec![0.0; x.len()];
-    for i in 0..half {
-        let angle = f64::from(steps * inv_freq[i]);
+    let half = inv_freq.len();
+    let mut y = x.to_vec();
+    for (i, freq) in inv_freq.iter().enumerate() {
+        let angle = f64::from(steps * freq);
         let (c, s) = (angle.cos() * scale, angle.sin() * scale);
         y[i] = x[i] * c - x[i + half] * s;
         y[i + half] = x[i + half] * c + x[i] * s;
@@ -76,9 +110,20 @@ fn rotate(x: &[f64], steps: f32, inv_freq: &[f32], scale: f64) -> Vec<f64> {
     y
 }
 
-/// `g * sigmoid(g) * u`, unrounded.
-pub fn silu_mul(g: f64, u: f64) -> f64 {
-    g / (1.0 + (-g).exp()) * u
+/// `activation(g) * u`, unrounded.
+pub fn glu(activation: Activation, g: f64, u: f64) -> f64 {
+    match activation {
+        Activation::Silu => g / (1.0 + (-g).exp()) * u,
+        Activation::GeluTanh => {
+            let z = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044_715 * g.powi(3));
+            0.5 * g * (1.0 + z.tanh()) * u
+        }
+    }
+}
+
+/// `cap * tanh(x / cap)`.
+pub fn softcap(cap: f64, x: f64) -> f64 {
+    cap * (x / cap).tanh()
 }
 
 /// What [`row_stats`] returns.

@@ -20,13 +20,13 @@ pub struct Request<'a> {
     pub prompt: &'a [u32],
     /// Tokens since.
     pub generated: &'a [u32],
-    /// Tokens that may not be taken.
-    pub banned: &'a [u32],
+    /// Added first: token, bias.
+    pub bias: &'a [(u32, f32)],
     /// Where the draw stands.
     pub key: DrawKey,
 }
 
-/// The logits after bans and penalties.
+/// The logits after biases and penalties.
 pub fn penalised(logits: &[f32], request: &Request<'_>) -> Vec<f32> {
     let params = request.params;
     let mut uses: HashMap<usize, u32> = HashMap::new();
@@ -37,6 +37,11 @@ pub fn penalised(logits: &[f32], request: &Request<'_>) -> Vec<f32> {
         *uses.entry(token as usize).or_default() += 1;
     }
     let mut y = logits.to_vec();
+    for &(token, bias) in request.bias {
+        if let Some(y) = y.get_mut(token as usize) {
+            *y += bias;
+        }
+    }
     for (token, count) in uses {
         let Some(y) = y.get_mut(token) else { continue };
         if params.repetition_penalty != 1.0 {
@@ -44,11 +49,6 @@ pub fn penalised(logits: &[f32], request: &Request<'_>) -> Vec<f32> {
         }
         if count > 0 {
             *y -= params.presence_penalty + params.frequency_penalty * count as f32;
-        }
-    }
-    for &token in request.banned {
-        if let Some(y) = y.get_mut(token as usize) {
-            *y = f32::NEG_INFINITY;
         }
     }
     y

@@ -8,7 +8,7 @@ use rksc::backend::cpu::simd::SimdLevel;
 use rksc::batch::{AttentionPlan, SequenceView};
 use rksc::kv::KvLayout;
 use rksc::testing::fill::Fill;
-use rksc::testing::oracle;
+use rksc::testing::oracle::{self, Scoring};
 
 /// One sequence: its block table, how much it holds, and how many of its last slots are rows of this step.
 #[derive(Clone, Debug)]
@@ -23,10 +23,12 @@ pub(crate) struct World<T> {
     pub(crate) layout: KvLayout,
     pub(crate) num_q_heads: usize,
     pub(crate) k: Vec<T>,
-    v: Vec<T>,
+    pub(crate) v: Vec<T>,
     pub(crate) seqs: Vec<Seq>,
     /// Rows of each sequence in order, `[T, Hq, D]`.
     pub(crate) q: Vec<T>,
+    pub(crate) window: Option<usize>,
+    pub(crate) softcap: Option<f32>,
 }
 
 /// What a case varies.
@@ -94,7 +96,7 @@ impl<T: Elem> World<T> {
         }
         let rows: usize = seqs.iter().map(|s| s.rows).sum();
         let q = (0..rows * hq * shape.dim).map(|_| T::narrow(fill.normal() * 1.5)).collect();
-        Self { layout, num_q_heads: hq, k, v, seqs, q }
+        Self { layout, num_q_heads: hq, k, v, seqs, q, window: None, softcap: None }
     }
 
     pub(crate) fn elem(layout: &KvLayout, seq: &Seq, head: usize, slot: usize) -> usize {
@@ -105,13 +107,18 @@ impl<T: Elem> World<T> {
         1.0 / (self.layout.head_dim as f32).sqrt()
     }
 
+    pub(crate) fn scoring(&self) -> Scoring {
+        let softcap = self.softcap.map(f64::from);
+        Scoring { sm_scale: f64::from(self.scale()), window: self.window, softcap }
+    }
+
     /// Rows of sequence `i`.
     pub(crate) fn rows(&self, i: usize) -> std::ops::Range<usize> {
         let start: usize = self.seqs[..i].iter().map(|s| s.rows).sum();
         start..start + self.seqs[i].rows
     }
 
-    fn views(&self) -> Vec<SequenceView<'_>> {
+    pub(crate) fn views(&self) -> Vec<SequenceView<'_>> {
         (0..self.seqs.len())
             .map(|i| SequenceView { rows: self.rows(i), blocks: &self.seqs[i].blocks, kv_len: self.seqs[i].kv_len })
             .collect()
@@ -121,7 +128,7 @@ impl<T: Elem> World<T> {
         self.run_plan(level, threads, &AttentionPlan::new(&self.views(), self.layout.block_size, MAX_GROUP_ROWS))
     }
 
-    fn run_plan(&self, level: SimdLevel, threads: usize, plan: &AttentionPlan) -> (Vec<T>, Vec<f32>) {
+    pub(crate) fn run_plan(&self, level: SimdLevel, threads: usize, plan: &AttentionPlan) -> (Vec<T>, Vec<f32>) {
         let mut o = vec![T::zeroed(); self.q.len()];
         let mut lse = vec![0.0; self.q.len() / self.layout.head_dim];
         let args = PagedAttentionArgs {
@@ -133,6 +140,8 @@ impl<T: Elem> World<T> {
             lse: &mut lse,
             num_q_heads: self.num_q_heads,
             sm_scale: self.scale(),
+            window: self.window,
+            softcap: self.softcap,
             layout: &self.layout,
         };
         let mut scratch = AttentionScratch::default();
@@ -140,19 +149,17 @@ impl<T: Elem> World<T> {
         (o, lse)
     }
 
-    /// One sequence of this world with other rows, slots and queries, and the same cache.
-    fn alone(&self, seq: Seq, q: &[T]) -> Self {
-        Self {
-            layout: self.layout,
-            num_q_heads: self.num_q_heads,
-            k: self.k.clone(),
-            v: self.v.clone(),
-            seqs: vec![seq],
-            q: q.to_vec(),
-        }
+    /// The same once more.
+    pub(crate) fn again(&self) -> Self {
+        Self { k: self.k.clone(), v: self.v.clone(), seqs: self.seqs.clone(), q: self.q.clone(), ..*self }
     }
 
-    fn check(&self, level: SimdLevel, what: &str) {
+    /// One sequence of this world with other rows, slots and queries, and the same cache.
+    pub(crate) fn alone(&self, seq: Seq, q: &[T]) -> Self {
+        Self { k: self.k.clone(), v: self.v.clone(), seqs: vec![seq], q: q.to_vec(), ..*self }
+    }
+
+    pub(crate) fn check(&self, level: SimdLevel, what: &str) {
         let (o, lse) = self.run(level, 1);
         let dim = self.layout.head_dim;
         let group = self.num_q_heads / self.layout.num_kv_heads;
@@ -177,8 +184,7 @@ impl<T: Elem> World<T> {
                     for h in head * group..(head + 1) * group {
                         let at = row * self.num_q_heads + h;
                         let q = wide(&self.q[at * dim..][..dim]);
-                        let (o_want, lse_want) =
-                            oracle::attention(T::DTYPE, &q, &k[..n], &v[..n], f64::from(self.scale()));
+                        let (o_want, lse_want) = oracle::attention(T::DTYPE, &q, &k[..n], &v[..n], &self.scoring());
                         got.extend(wide(&o[at * dim..][..dim]));
                         want.extend(o_want);
                         let lse_got = f64::from(lse[at]);
@@ -262,6 +268,7 @@ macro_rules! everywhere {
         }
     };
 }
+pub(crate) use everywhere;
 
 #[test]
 fn paged_attention_matches_oracle() {
@@ -273,40 +280,46 @@ fn paged_attention_matches_oracle() {
     everywhere!(oracle_case);
 }
 
-fn bits<T: Elem>(x: &[T]) -> &[u8] {
+pub(crate) fn bits<T: Elem>(x: &[T]) -> &[u8] {
     bytemuck::cast_slice(x)
 }
 
-/// Row by row alone, with another group size, with more threads: the same bits as all together.
+/// Row by row alone, in chunks, with another group size, with more threads: the same bits as all together.
+pub(crate) fn assert_law<T: Elem>(level: SimdLevel, world: &World<T>, what: &str) {
+    let (o, lse) = world.run(level, 1);
+    assert!(o.iter().all(|x| x.widen().is_finite()), "{what}");
+    for threads in [2, 3] {
+        let other = world.run(level, threads);
+        assert!(bits(&other.0) == bits(&o) && bits(&other.1) == bits(&lse), "{what}: {threads} threads");
+    }
+    for group_rows in [1, 5] {
+        let plan = AttentionPlan::new(&world.views(), world.layout.block_size, group_rows);
+        let other = world.run_plan(level, 1, &plan);
+        assert!(bits(&other.0) == bits(&o) && bits(&other.1) == bits(&lse), "{what}: groups of {group_rows}");
+    }
+    let (per_row, heads) = (world.num_q_heads * world.layout.head_dim, world.num_q_heads);
+    for (s, seq) in world.seqs.iter().enumerate() {
+        let rows = world.rows(s);
+        let middle = rows.start + rows.len() / 2;
+        let picked = [rows.start, middle, rows.end - 1].map(|row| row..row + 1);
+        for rows_of in picked.into_iter().chain(std::iter::once(rows.start..middle + 1)) {
+            // These rows as a step of a sequence that holds no more than the last of them sees.
+            let kv_len = seq.kv_len - (rows.end - rows_of.end);
+            let blocks = seq.blocks[..kv_len.div_ceil(world.layout.block_size)].to_vec();
+            let q = &world.q[rows_of.start * per_row..rows_of.end * per_row];
+            let (o1, lse1) = world.alone(Seq { blocks, kv_len, rows: rows_of.len() }, q).run(level, 1);
+            let (of_o, of_lse) =
+                (rows_of.start * per_row..rows_of.end * per_row, rows_of.start * heads..rows_of.end * heads);
+            assert!(bits(&o1) == bits(&o[of_o]), "{what}: rows {rows_of:?} alone");
+            assert!(bits(&lse1) == bits(&lse[of_lse]), "{what}: rows {rows_of:?} alone, lse");
+        }
+    }
+}
+
 fn law_case<T: Elem>(level: SimdLevel) {
     for (i, shape) in shapes().iter().enumerate() {
         let world = World::<T>::new(shape, 100 + i as u64);
-        let what = format!("{level:?} {:?} {shape:?}", T::DTYPE);
-        let (o, lse) = world.run(level, 1);
-        assert!(o.iter().all(|x| x.widen().is_finite()), "{what}");
-        for threads in [2, 3] {
-            let other = world.run(level, threads);
-            assert!(bits(&other.0) == bits(&o) && bits(&other.1) == bits(&lse), "{what}: {threads} threads");
-        }
-        for group_rows in [1, 5] {
-            let plan = AttentionPlan::new(&world.views(), shape.block_size, group_rows);
-            let other = world.run_plan(level, 1, &plan);
-            assert!(bits(&other.0) == bits(&o) && bits(&other.1) == bits(&lse), "{what}: groups of {group_rows}");
-        }
-        let (per_row, heads) = (world.num_q_heads * shape.dim, world.num_q_heads);
-        for (s, seq) in world.seqs.iter().enumerate() {
-            let rows = world.rows(s);
-            let picked = [rows.start, rows.start + rows.len() / 2, rows.end - 1];
-            for row in picked {
-                // This row as the decode step of a sequence that holds no more than the row sees.
-                let kv_len = seq.kv_len - (rows.end - 1 - row);
-                let blocks = seq.blocks[..kv_len.div_ceil(shape.block_size)].to_vec();
-                let one = world.alone(Seq { blocks, kv_len, rows: 1 }, &world.q[row * per_row..(row + 1) * per_row]);
-                let (o1, lse1) = one.run(level, 1);
-                assert!(bits(&o1) == bits(&o[row * per_row..(row + 1) * per_row]), "{what}: row {row} alone");
-                assert!(bits(&lse1) == bits(&lse[row * heads..(row + 1) * heads]), "{what}: row {row} alone, lse");
-            }
-        }
+        assert_law(level, &world, &format!("{level:?} {:?} {shape:?}", T::DTYPE));
     }
 }
 
@@ -323,11 +336,11 @@ fn copied_case<T: Elem>(level: SimdLevel) {
         let elems = world.layout.block_elems();
         let mut copied = World {
             layout: KvLayout { num_blocks: world.seqs.iter().map(|s| s.blocks.len()).sum(), ..world.layout },
-            num_q_heads: world.num_q_heads,
             k: Vec::new(),
             v: Vec::new(),
             seqs: world.seqs.clone(),
             q: world.q.clone(),
+            ..world
         };
         for block in copied.seqs.iter_mut().flat_map(|s| s.blocks.iter_mut()) {
             let from = *block as usize * elems;
@@ -405,6 +418,8 @@ fn a_plan_that_does_not_fit_is_refused() {
             lse: &mut lse,
             num_q_heads: 2,
             sm_scale: 0.1,
+            window: None,
+            softcap: None,
             layout: &world.layout,
         };
         let mut pool = ThreadPool::new(1);

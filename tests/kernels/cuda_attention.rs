@@ -8,14 +8,14 @@ use rksc::batch::{AttentionPlan, SequenceView};
 use rksc::kv::KvLayout;
 use rksc::testing::attention::{PagedKv, attention_mass};
 use rksc::testing::fill::Fill;
-use rksc::testing::oracle;
+use rksc::testing::oracle::{self, Scoring};
 use rksc::{DType, Result};
 
 use crate::device::{DTYPES, assert_refused, bits, for_each_device, narrowed, rounded, wide, widened};
 
 /// What a case varies.
 #[derive(Clone, Debug)]
-struct Shape {
+pub(crate) struct Shape {
     /// Query heads, kv heads.
     heads: (usize, usize),
     dim: usize,
@@ -26,30 +26,38 @@ struct Shape {
     seqs: Vec<(usize, usize)>,
 }
 
-fn shape(heads: (usize, usize), dim: usize, block_size: usize, shared: &[usize], seqs: &[(usize, usize)]) -> Shape {
+pub(crate) fn shape(
+    heads: (usize, usize),
+    dim: usize,
+    block_size: usize,
+    shared: &[usize],
+    seqs: &[(usize, usize)],
+) -> Shape {
     Shape { heads, dim, block_size, shared: shared.to_vec(), seqs: seqs.to_vec() }
 }
 
 #[derive(Clone, Debug)]
-struct Seq {
-    blocks: Vec<u32>,
-    kv_len: usize,
-    rows: usize,
+pub(crate) struct Seq {
+    pub(crate) blocks: Vec<u32>,
+    pub(crate) kv_len: usize,
+    pub(crate) rows: usize,
 }
 
-struct World {
-    dtype: DType,
-    layout: KvLayout,
-    num_q_heads: usize,
-    seqs: Vec<Seq>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+pub(crate) struct World {
+    pub(crate) dtype: DType,
+    pub(crate) layout: KvLayout,
+    pub(crate) num_q_heads: usize,
+    pub(crate) seqs: Vec<Seq>,
+    pub(crate) k: Vec<f32>,
+    pub(crate) v: Vec<f32>,
     /// `[T, Hq, D]`, rows of each sequence in order.
-    q: Vec<f32>,
+    pub(crate) q: Vec<f32>,
+    pub(crate) window: Option<usize>,
+    pub(crate) softcap: Option<f32>,
 }
 
 impl World {
-    fn new(shape: &Shape, dtype: DType, seed: u64) -> Self {
+    pub(crate) fn new(shape: &Shape, dtype: DType, seed: u64) -> Self {
         let mut fill = Fill::new(seed);
         let (hq, hkv) = shape.heads;
         let needed = shape.seqs.iter().map(|s| s.0.div_ceil(shape.block_size)).sum::<usize>() + 3;
@@ -98,7 +106,7 @@ impl World {
         }
         let rows: usize = seqs.iter().map(|s| s.rows).sum();
         let q = fill.normals(rows * hq * shape.dim, 1.5);
-        Self { dtype, layout, num_q_heads: hq, seqs, k, v, q }
+        Self { dtype, layout, num_q_heads: hq, seqs, k, v, q, window: None, softcap: None }
     }
 
     fn group(&self) -> usize {
@@ -113,11 +121,16 @@ impl World {
         1.0 / (self.layout.head_dim as f32).sqrt()
     }
 
+    fn scoring(&self) -> Scoring {
+        let softcap = self.softcap.map(f64::from);
+        Scoring { sm_scale: f64::from(self.scale()), window: self.window, softcap }
+    }
+
     fn first_row(&self, seq: usize) -> usize {
         self.seqs[..seq].iter().map(|s| s.rows).sum()
     }
 
-    fn item_params(&self, num_sms: usize, max_partials: usize) -> ItemParams {
+    pub(crate) fn item_params(&self, num_sms: usize, max_partials: usize) -> ItemParams {
         ItemParams {
             num_sms,
             num_kv_heads: self.layout.num_kv_heads,
@@ -127,7 +140,7 @@ impl World {
         }
     }
 
-    fn plan(&self) -> AttentionPlan {
+    pub(crate) fn plan(&self) -> AttentionPlan {
         let views: Vec<SequenceView<'_>> = (0..self.seqs.len())
             .map(|i| {
                 let (seq, at) = (&self.seqs[i], self.first_row(i));
@@ -139,7 +152,7 @@ impl World {
 
     /// What each (row, head) should come to: rows to look at, outputs, and ln sum exp. Of a long chunk a few rows say as
     /// much as all.
-    fn expected(&self) -> Vec<(usize, Vec<f64>, f64)> {
+    pub(crate) fn expected(&self) -> Vec<(usize, Vec<f64>, f64)> {
         let [k, v, q] = [&self.k, &self.v, &self.q].map(|x| rounded(self.dtype, x));
         let kv = PagedKv { layout: &self.layout, k: &k, v: &v };
         let dim = self.layout.head_dim;
@@ -151,8 +164,8 @@ impl World {
                 for head in 0..self.num_q_heads {
                     let at = (self.first_row(i) + nth) * self.num_q_heads + head;
                     let q = &q[at * dim..(at + 1) * dim];
-                    let scale = f64::from(self.scale());
-                    let (o, lse) = kv.attention(self.dtype, q, &seq.blocks, head / self.group(), num_slots, scale);
+                    let kv_head = head / self.group();
+                    let (o, lse) = kv.attention(self.dtype, q, &seq.blocks, kv_head, num_slots, &self.scoring());
                     want.push((at, o, lse));
                 }
             }
@@ -160,7 +173,7 @@ impl World {
         want
     }
 
-    fn check(&self, what: &str, want: &[(usize, Vec<f64>, f64)], o: &[f32], lse: &[f32]) {
+    pub(crate) fn check(&self, what: &str, want: &[(usize, Vec<f64>, f64)], o: &[f32], lse: &[f32]) {
         let dim = self.layout.head_dim;
         let (mut got, mut expected) = (Vec::new(), Vec::new());
         for (at, o_want, lse_want) in want {
@@ -251,6 +264,8 @@ impl OnDevice {
             block_size: world.layout.block_size as u32,
             dtype: world.dtype as u32,
             sm_scale: world.scale(),
+            window: world.window.unwrap_or(0) as u32,
+            softcap: world.softcap.unwrap_or(0.0),
             reserved: 0,
         }
     }
@@ -262,14 +277,19 @@ impl OnDevice {
 }
 
 /// One launch of `list` on fresh buffers.
-fn run(dev: &mut Device, world: &World, plan: &AttentionPlan, list: &AttentionItems) -> Result<(Vec<f32>, Vec<f32>)> {
+pub(crate) fn run(
+    dev: &mut Device,
+    world: &World,
+    plan: &AttentionPlan,
+    list: &AttentionItems,
+) -> Result<(Vec<f32>, Vec<f32>)> {
     let mut on = OnDevice::new(dev, world, plan, list)?;
     let params = on.params(world);
     dev.launch(dev.kernels().paged_attention, &params)?;
     on.results(dev, world)
 }
 
-fn joined((o, lse): (Vec<f32>, Vec<f32>)) -> Vec<u32> {
+pub(crate) fn joined((o, lse): (Vec<f32>, Vec<f32>)) -> Vec<u32> {
     [bits(&o), bits(&lse)].concat()
 }
 
@@ -349,7 +369,7 @@ fn paged_attention_matches_oracle() {
 }
 
 /// `list` with one tile to an item: the most partials there can be, empty ones among them.
-fn split_to_tiles(list: &AttentionItems, block_size: usize) -> AttentionItems {
+pub(crate) fn split_to_tiles(list: &AttentionItems, block_size: usize) -> AttentionItems {
     let mut out = AttentionItems { blocks: list.blocks.clone(), ..Default::default() };
     for group in &list.groups {
         let first = out.items.len();
@@ -567,6 +587,9 @@ fn paged_attention_refuses_what_it_cannot_do() {
             rksc_paged_attention_params { num_q_heads: 3, num_kv_heads: 2, ..good },
             rksc_paged_attention_params { num_q_heads: 65, ..good },
             rksc_paged_attention_params { sm_scale: 0.0, ..good },
+            rksc_paged_attention_params { softcap: -1.0, ..good },
+            rksc_paged_attention_params { softcap: f32::NAN, ..good },
+            rksc_paged_attention_params { softcap: f32::INFINITY, ..good },
         ] {
             assert_refused(dev.launch(dev.kernels().paged_attention, &bad));
         }
@@ -578,12 +601,15 @@ fn paged_attention_refuses_what_it_cannot_do() {
 // ---- attention_mass ------------------------------------------------------------------------------------------------
 
 fn mass_case(shape: &Shape, dtype: DType, seed: u64) {
-    let world = World::new(shape, dtype, seed);
-    let what = format!("attention_mass {dtype} {shape:?}");
+    assert_mass(&World::new(shape, dtype, seed), &format!("attention_mass {dtype} {shape:?}"));
+}
+
+pub(crate) fn assert_mass(world: &World, what: &str) {
+    let dtype = world.dtype;
     let (heads, dim, group) = (world.layout.num_kv_heads, world.layout.head_dim, world.group());
     let [k, v, q] = [&world.k, &world.v, &world.q].map(|x| rounded(dtype, x));
     let kv = PagedKv { layout: &world.layout, k: &k, v: &v };
-    let scale = f64::from(world.scale());
+    let scoring = world.scoring();
     let mut lse = vec![0.0f32; world.num_rows() * world.num_q_heads];
     let (mut sequences, mut blocks, mut want) = (Vec::new(), Vec::new(), Vec::new());
     let mut mass_start = 0;
@@ -605,15 +631,15 @@ fn mass_case(shape: &Shape, dtype: DType, seed: u64) {
                 let at = (row_start + nth) * world.num_q_heads + h;
                 let num_slots = seq.kv_len + 1 + nth - seq.rows;
                 let q = &q[at * dim..(at + 1) * dim];
-                let sum: f64 = attention_mass(&[(q, 0.0, num_slots)], &k, scale).iter().sum();
+                let sum: f64 = attention_mass(&[(q, 0.0, num_slots)], &k, &scoring).iter().sum();
                 lse[at] = sum.ln() as f32;
                 queries.push((q, f64::from(lse[at]), num_slots));
             }
-            want.extend(attention_mass(&queries, &k, scale));
+            want.extend(attention_mass(&queries, &k, &scoring));
         }
     }
     let max_kv_len = world.seqs.iter().map(|s| s.kv_len).max().unwrap_or(0) as u32 + 70;
-    for_each_device(&what, |dev| {
+    for_each_device(what, |dev| {
         let (q, k) = (narrowed(dev, dtype, &world.q)?, narrowed(dev, dtype, &world.k)?);
         let (lse, blocks, sequences) = (dev.buffer(&lse)?, dev.buffer(&blocks)?, dev.buffer(&sequences)?);
         let mut mass = dev.alloc::<f32>(want.len())?;
@@ -632,12 +658,14 @@ fn mass_case(shape: &Shape, dtype: DType, seed: u64) {
             block_size: world.layout.block_size as u32,
             dtype: dtype as u32,
             sm_scale: world.scale(),
+            window: world.window.unwrap_or(0) as u32,
+            softcap: world.softcap.unwrap_or(0.0),
         };
         dev.launch(dev.kernels().attention_mass, &params)?;
         let mass = dev.to_vec(&mass)?;
         // The result is f32 whatever the compute type; the error is that of the exponents.
         let atol = 2e-6 * world.seqs.iter().map(|s| (s.rows * group) as f64).fold(1.0, f64::max);
-        oracle::assert_close(&what, DType::F32, atol, &wide(&mass), &want);
+        oracle::assert_close(what, DType::F32, atol, &wide(&mass), &want);
         Ok(bits(&mass))
     });
 }

@@ -1,7 +1,8 @@
 //! The device layer itself, through the smallest ops: memory, launches, faults, graphs.
 
 use rksc::Error;
-use rksc::backend::cuda::bindings::{rksc_gather_rows_params, rksc_silu_mul_params};
+use rksc::backend::Activation;
+use rksc::backend::cuda::bindings::{RKSC_SILU, rksc_gather_rows_params, rksc_glu_params};
 use rksc::backend::cuda::device::{Device, DeviceBuf};
 use rksc::testing::fill::Fill;
 use rksc::testing::oracle;
@@ -9,28 +10,28 @@ use rksc::testing::oracle;
 use crate::device::{DTYPES, assert_refused, bits, for_each_device, wide, widened};
 
 #[test]
-fn silu_mul_runs_on_every_device() {
+fn glu_runs_on_every_device() {
     for dtype in DTYPES {
         for (rows, n) in [(0, 16), (1, 1), (3, 48), (9, 130)] {
-            let what = format!("silu_mul {dtype} {rows}x{n}");
+            let what = format!("glu {dtype} {rows}x{n}");
             let gate_up = Fill::new(n as u64).normals(rows * 2 * n, 4.0);
             let want: Vec<f64> = gate_up
                 .chunks(2 * n)
-                .flat_map(|row| (0..n).map(|i| oracle::silu_mul(f64::from(row[i]), f64::from(row[n + i]))))
+                .flat_map(|row| (0..n).map(|i| oracle::glu(Activation::Silu, f64::from(row[i]), f64::from(row[n + i]))))
                 .map(|y| oracle::round(dtype, y))
                 .collect();
             for_each_device(&what, |dev| {
                 let x = dev.buffer(&gate_up)?;
                 let mut y = dev.alloc::<u8>(rows * n * dtype.size_bytes())?;
-                let params = rksc_silu_mul_params {
+                let params = rksc_glu_params {
                     gate_up: x.ptr(),
                     y: y.ptr_mut().cast(),
                     num_rows: rows as u32,
                     intermediate: n as u32,
+                    activation: RKSC_SILU,
                     dtype: dtype as u32,
-                    reserved: 0,
                 };
-                dev.launch(dev.kernels().silu_mul, &params)?;
+                dev.launch(dev.kernels().glu, &params)?;
                 let y = widened(dev, dtype, &y)?;
                 oracle::assert_close(&what, dtype, 1e-5, &wide(&y), &want);
                 Ok(bits(&y))
@@ -111,8 +112,8 @@ fn uploads_of_any_size_arrive_whole() {
 #[test]
 fn params_past_a_limit_are_refused_and_the_device_lives() {
     for_each_device("refused", |dev| {
-        let params = rksc_silu_mul_params { num_rows: 1, intermediate: 1, dtype: 9, ..Default::default() };
-        assert_refused(dev.launch(dev.kernels().silu_mul, &params));
+        let params = rksc_glu_params { num_rows: 1, intermediate: 1, dtype: 9, ..Default::default() };
+        assert_refused(dev.launch(dev.kernels().glu, &params));
         dev.synchronize()?;
         Ok(Vec::new())
     });

@@ -1,12 +1,14 @@
-//! `embed`, `silu_mul`, `gather_rows`, `add_rms_norm`, `rope_append` and `kv_copy_blocks` against float64 oracles.
+//! `embed`, `glu`, `gather_rows`, `gather_columns`, `softcap`, `add_rms_norm`, `rope_append` and `kv_copy_blocks` against
+//! float64 oracles.
 
 use std::ptr::{null, null_mut};
 
 use rksc::DType;
 use rksc::backend::cuda::bindings::*;
+use rksc::backend::{Activation, NormSpan};
 use rksc::kv::KvLayout;
 use rksc::testing::fill::Fill;
-use rksc::testing::oracle;
+use rksc::testing::{oracle, round_to};
 
 use crate::device::{DTYPES, assert_refused, bits, for_each_device, narrowed, rounded, wide, widened};
 
@@ -49,8 +51,12 @@ fn embed_copies_rows_and_marks_ids_past_the_table() {
             let (what, vocab) = (format!("embed {dtype} {rows}x{hidden}"), 37);
             let table = Fill::new(hidden as u64).normals(vocab * hidden, 1.0);
             let mut ids: Vec<u32> = (0..rows as u32).map(|i| i * 7 % vocab as u32).collect();
-            let mut want: Vec<f64> =
-                ids.iter().flat_map(|&i| rounded(dtype, &table[i as usize * hidden..][..hidden])).collect();
+            let scale = if hidden % 3 == 0 { 29.933_259 } else { 1.0 };
+            let mut want: Vec<f64> = ids
+                .iter()
+                .flat_map(|&i| rounded(dtype, &table[i as usize * hidden..][..hidden]))
+                .map(|x| f64::from(x as f32 * scale))
+                .collect();
             let past = if rows > 4 { 1 } else { 0 };
             if past == 1 {
                 ids[rows - 1] = vocab as u32;
@@ -67,6 +73,8 @@ fn embed_copies_rows_and_marks_ids_past_the_table() {
                     hidden: hidden as u32,
                     vocab: vocab as u32,
                     dtype: dtype as u32,
+                    scale,
+                    reserved: 0,
                 };
                 dev.launch(dev.kernels().embed, &params)?;
                 let x = dev.to_vec(&x)?;
@@ -104,31 +112,65 @@ fn gather_rows_copies_rows() {
 }
 
 #[test]
-fn silu_mul_matches_oracle() {
-    for dtype in DTYPES {
-        for (rows, n) in ROWS {
-            let what = format!("silu_mul {dtype} {rows}x{n}");
+fn gather_columns_moves_elements_of_a_row() {
+    for dtype in [DType::Bf16, DType::F16] {
+        for (rows, width) in ROWS {
+            let what = format!("gather_columns {dtype} {rows}x{width}");
+            let src = round_to(&Fill::new(width as u64).normals(rows * width, 1.0), dtype);
+            let mut columns: Vec<u32> = (0..width as u32).collect();
+            columns.sort_by_key(|k| k.wrapping_mul(0x9e37_79b9));
+            let row = |t: usize| columns.iter().map(move |&k| (t, k as usize));
+            let want: Vec<f32> = (0..rows).flat_map(row).map(|(t, k)| src[t * width + k]).collect();
+            for_each_device(&what, |dev| {
+                let (src, columns) = (narrowed(dev, dtype, &src)?, dev.buffer(&columns)?);
+                let mut dst = dev.alloc::<u8>(rows * width * dtype.size_bytes())?;
+                let params = rksc_gather_columns_params {
+                    src: src.ptr().cast(),
+                    columns: columns.ptr(),
+                    dst: dst.ptr_mut().cast(),
+                    num_rows: rows as u32,
+                    width: width as u32,
+                    dtype: dtype as u32,
+                    reserved: 0,
+                };
+                dev.launch(dev.kernels().gather_columns, &params)?;
+                let dst = widened(dev, dtype, &dst)?;
+                assert_eq!(dst, want, "{what}");
+                assert_refused(
+                    dev.launch(dev.kernels().gather_columns, &rksc_gather_columns_params { dtype: 0, ..params }),
+                );
+                Ok(bits(&dst))
+            });
+        }
+    }
+}
+
+#[test]
+fn glu_matches_oracle() {
+    for (activation, code) in [(Activation::Silu, RKSC_SILU), (Activation::GeluTanh, RKSC_GELU_TANH)] {
+        for (dtype, (rows, n)) in DTYPES.into_iter().flat_map(|dtype| ROWS.map(|shape| (dtype, shape))) {
+            let what = format!("glu {activation:?} {dtype} {rows}x{n}");
             let mut gate_up = Fill::new(n as u64).normals(rows * 2 * n, 4.0);
             if n > 5 && rows > 0 {
                 gate_up[..5].copy_from_slice(&[100.0, -100.0, 0.0, -0.0, -20.0]);
             }
             let want: Vec<f64> = gate_up
                 .chunks(2 * n)
-                .flat_map(|row| (0..n).map(|i| oracle::silu_mul(f64::from(row[i]), f64::from(row[n + i]))))
+                .flat_map(|row| (0..n).map(|i| oracle::glu(activation, f64::from(row[i]), f64::from(row[n + i]))))
                 .map(|y| oracle::round(dtype, y))
                 .collect();
             for_each_device(&what, |dev| {
                 let x = dev.buffer(&gate_up)?;
                 let mut y = dev.alloc::<u8>(rows * n * dtype.size_bytes())?;
-                let params = rksc_silu_mul_params {
+                let params = rksc_glu_params {
                     gate_up: x.ptr(),
                     y: y.ptr_mut().cast(),
                     num_rows: rows as u32,
                     intermediate: n as u32,
+                    activation: code,
                     dtype: dtype as u32,
-                    reserved: 0,
                 };
-                dev.launch(dev.kernels().silu_mul, &params)?;
+                dev.launch(dev.kernels().glu, &params)?;
                 let y = widened(dev, dtype, &y)?;
                 oracle::assert_close(&what, dtype, 1e-5, &wide(&y), &want);
                 Ok(bits(&y))
@@ -137,11 +179,65 @@ fn silu_mul_matches_oracle() {
     }
 }
 
+#[test]
+fn softcap_matches_oracle() {
+    for (rows, vocab) in ROWS {
+        let (what, cap) = (format!("softcap {rows}x{vocab}"), [0.5, 30.0, 50.0][vocab % 3]);
+        let mut before = Fill::new(vocab as u64).normals((rows + 1) * vocab, 40.0);
+        before[0] = 1e-3;
+        for_each_device(&what, |dev| {
+            let mut logits = dev.buffer(&before)?;
+            let params = rksc_softcap_params {
+                logits: logits.ptr_mut(),
+                num_rows: rows as u32,
+                vocab: vocab as u32,
+                cap,
+                reserved: 0,
+            };
+            dev.launch(dev.kernels().softcap, &params)?;
+            let after = dev.to_vec(&logits)?;
+            for (i, (&x, &got)) in before.iter().zip(&after).enumerate() {
+                let x = f64::from(x);
+                let want = if i < rows * vocab { oracle::softcap(f64::from(cap), x) } else { x };
+                let off = (f64::from(got) - want).abs();
+                assert!(off <= 6e-7 * want.abs(), "{what}: index {i}: {got}, {want}");
+            }
+            Ok(bits(&after))
+        });
+    }
+}
+
+#[test]
+fn params_without_a_meaning_are_refused() {
+    for_each_device("refused", |dev| {
+        for cap in [0.0, -1.0, f32::NAN] {
+            let params = rksc_softcap_params { num_rows: 1, vocab: 1, cap, ..Default::default() };
+            assert_refused(dev.launch(dev.kernels().softcap, &params));
+        }
+        let params = rksc_glu_params { num_rows: 1, intermediate: 1, activation: 2, ..Default::default() };
+        assert_refused(dev.launch(dev.kernels().glu, &params));
+        // A weight, and nowhere for what it makes.
+        let weight = dev.buffer(&[1.0f32])?;
+        let params = rksc_add_rms_norm_params { num_rows: 1, hidden: 1, weight: weight.ptr(), ..Default::default() };
+        assert_refused(dev.launch(dev.kernels().add_rms_norm, &params));
+        Ok(Vec::new())
+    });
+}
+
+/// What `y` is to be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Y {
+    Nothing,
+    Rounded,
+    Normed,
+}
+
 /// What of `add_rms_norm` a case asks for.
 #[derive(Clone, Copy, Debug)]
 struct Asked {
     delta: bool,
-    weight: bool,
+    post_norm: bool,
+    y: Y,
     reference: bool,
     similarity: bool,
     keep: bool,
@@ -155,19 +251,24 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
         before[hidden..2 * hidden].fill(0.0);
     }
     let (delta, reference) = (fill.normals(rows * hidden, 0.3 * scale), fill.normals(rows * hidden, scale));
-    let weight = fill.normals(hidden, 1.0);
-    let after: Vec<f32> =
-        if asked.delta { before.iter().zip(&delta).map(|(x, d)| x + d).collect() } else { before.clone() };
+    let (weight, post_norm) = (fill.normals(hidden, 1.0), fill.normals(hidden, 1.0));
+    let added = |row: usize| match (asked.delta, asked.post_norm) {
+        (true, false) => wide(&delta[row * hidden..][..hidden]),
+        (true, true) => oracle::rms_norm(&wide(&delta[row * hidden..][..hidden]), &wide(&post_norm), 1e-6),
+        (false, _) => vec![0.0; hidden],
+    };
+    let sums: Vec<f64> = (0..rows).flat_map(added).zip(&before).map(|(d, &x)| f64::from(x) + d).collect();
     for_each_device(&what, |dev| {
         let (mut x, delta_buf, weight_buf) = (dev.buffer(&before)?, dev.buffer(&delta)?, dev.buffer(&weight)?);
-        let reference_buf = dev.buffer(&reference)?;
+        let (reference_buf, post_norm_buf) = (dev.buffer(&reference)?, dev.buffer(&post_norm)?);
         let mut y = dev.zeroed::<u8>(rows * hidden * dtype.size_bytes())?;
         let (mut similarity, mut keep) = (dev.zeroed::<f32>(rows)?, dev.zeroed::<f32>(rows * hidden)?);
         let params = rksc_add_rms_norm_params {
             x: x.ptr_mut(),
             delta: if asked.delta { delta_buf.ptr() } else { null() },
-            weight: if asked.weight { weight_buf.ptr() } else { null() },
-            y: y.ptr_mut().cast(),
+            post_norm: if asked.post_norm { post_norm_buf.ptr() } else { null() },
+            weight: if asked.y == Y::Normed { weight_buf.ptr() } else { null() },
+            y: if asked.y == Y::Nothing { null_mut() } else { y.ptr_mut().cast() },
             keep: if asked.keep { keep.ptr_mut() } else { null_mut() },
             reference: if asked.reference { reference_buf.ptr() } else { null() },
             similarity: if asked.similarity { similarity.ptr_mut() } else { null_mut() },
@@ -178,16 +279,24 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
         };
         dev.launch(dev.kernels().add_rms_norm, &params)?;
         let (x, y, similarity) = (dev.to_vec(&x)?, widened(dev, dtype, &y)?, dev.to_vec(&similarity)?);
-        assert_eq!(x, after, "{what}");
-        assert_eq!(dev.to_vec(&keep)?, if asked.keep { after.clone() } else { vec![0.0; rows * hidden] }, "{what}");
+        if asked.post_norm && asked.delta {
+            oracle::assert_close(&format!("{what}: x"), DType::F32, 2e-6 * f64::from(scale), &wide(&x), &sums);
+        } else {
+            let want: Vec<f32> = sums.iter().map(|&x| x as f32).collect();
+            assert_eq!(x, want, "{what}: x");
+        }
+        assert_eq!(dev.to_vec(&keep)?, if asked.keep { x.clone() } else { vec![0.0; rows * hidden] }, "{what}");
         for (r, &got) in similarity.iter().enumerate() {
             let part = r * hidden..(r + 1) * hidden;
-            let row = wide(&after[part.clone()]);
-            let mut want = vec![0.0; hidden];
-            if asked.weight {
-                want = round_all(dtype, &oracle::rms_norm(&row, &wide(&weight), 1e-6));
+            let (row, y) = (wide(&x[part.clone()]), wide(&y[part.clone()]));
+            match asked.y {
+                Y::Nothing => assert!(y.iter().all(|&y| y == 0.0), "{what} row {r}"),
+                Y::Rounded => assert_eq!(y, round_all(dtype, &row), "{what} row {r}"),
+                Y::Normed => {
+                    let want = round_all(dtype, &oracle::rms_norm(&row, &wide(&weight), 1e-6));
+                    oracle::assert_close(&format!("{what} row {r}"), dtype, 2e-6, &y, &want);
+                }
             }
-            oracle::assert_close(&format!("{what} row {r}"), dtype, 2e-6, &wide(&y[part.clone()]), &want);
             let against = if asked.reference { &reference } else { &before };
             let want = if asked.similarity { oracle::cosine(&wide(&against[part]), &row) } else { 0.0 };
             assert!((f64::from(got) - want).abs() < 2e-6, "{what} row {r}: {got} {want}");
@@ -198,13 +307,15 @@ fn norm_case(dtype: DType, rows: usize, hidden: usize, asked: Asked, scale: f32)
 
 #[test]
 fn add_rms_norm_matches_oracle() {
-    let all = Asked { delta: true, weight: true, reference: false, similarity: true, keep: true };
+    let all = Asked { delta: true, post_norm: false, y: Y::Normed, reference: false, similarity: true, keep: true };
     for dtype in DTYPES {
-        for (rows, hidden) in ROWS {
+        for (i, (rows, hidden)) in ROWS.into_iter().enumerate() {
             norm_case(dtype, rows, hidden, all, 2.0);
+            let y = if i % 2 == 0 { Y::Normed } else { Y::Rounded };
+            norm_case(dtype, rows, hidden, Asked { post_norm: true, y, ..all }, 2.0);
         }
         for hidden in [3584, 4092, 4096, 4097, 5120, 8188, 8192, 8194, 8196, 16_384] {
-            norm_case(dtype, 2, hidden, Asked { similarity: hidden % 8 == 0, ..all }, 2.0);
+            norm_case(dtype, 2, hidden, Asked { similarity: hidden % 8 == 0, post_norm: hidden % 3 == 0, ..all }, 2.0);
         }
     }
 }
@@ -214,11 +325,15 @@ fn add_rms_norm_without_its_options() {
     for hidden in [6, 8, 1000, 8196] {
         for mask in 0..32 {
             let is = |bit: usize| mask >> bit & 1 == 1;
-            let asked = Asked { delta: is(0), weight: is(1), reference: is(2), similarity: is(3), keep: is(4) };
-            norm_case(DType::Bf16, 3, hidden, asked, 1.0);
+            let (delta, post_norm) = (is(0), is(1));
+            for y in [Y::Nothing, Y::Rounded, Y::Normed] {
+                let asked = Asked { delta, post_norm, y, reference: is(2), similarity: is(3), keep: is(4) };
+                norm_case(DType::Bf16, 3, hidden, asked, 1.0);
+            }
         }
         // Squares beyond f32 in the product of two sums.
-        let compared = Asked { delta: true, weight: false, reference: true, similarity: true, keep: false };
+        let y = Y::Nothing;
+        let compared = Asked { delta: true, post_norm: false, y, reference: true, similarity: true, keep: false };
         norm_case(DType::F32, 3, hidden, compared, 1e16);
     }
 }
@@ -227,24 +342,26 @@ struct Rope {
     hq: usize,
     hkv: usize,
     dim: usize,
+    rotary_dim: usize,
     block_size: usize,
     rows: usize,
-    q_norm: bool,
-    k_norm: bool,
+    norm: Option<NormSpan>,
     furthest: u32,
 }
 
 fn rope_case(dtype: DType, case: &Rope) {
-    let &Rope { hq, hkv, dim, block_size, rows, q_norm, k_norm, furthest } = case;
-    let what =
-        format!("rope_append {dtype} {hq}/{hkv} heads of {dim}, blocks of {block_size}, {rows} rows to {furthest}");
+    let &Rope { hq, hkv, dim, rotary_dim, block_size, rows, norm, furthest } = case;
+    let what = format!(
+        "rope_append {dtype} {hq}/{hkv} heads of {rotary_dim}/{dim}, {norm:?}, blocks of {block_size}, {rows} rows to {furthest}"
+    );
     let num_blocks = rows.div_ceil(block_size) + 1;
     let layout = KvLayout { num_blocks, num_kv_heads: hkv, block_size, head_dim: dim, dtype };
     let mut fill = Fill::new((dim * 31 + hq) as u64);
     let width = (hq + 2 * hkv) * dim;
     let qkv = fill.normals(rows * width, 1.5);
-    let (qw, kw) = (fill.normals(dim, 1.0), fill.normals(dim, 1.0));
-    let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+    let (q_span, k_span) = if norm == Some(NormSpan::Row) { (hq, hkv) } else { (1, 1) };
+    let (qw, kw) = (fill.normals(q_span * dim, 1.0), fill.normals(k_span * dim, 1.0));
+    let inv_freq: Vec<f32> = (0..rotary_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary_dim as f32)).collect();
     let positions: Vec<u32> =
         (0..rows).map(|r| if r == 0 { furthest } else { fill.below(furthest as usize + 1) as u32 }).collect();
     let mut slots = fill.shuffled(num_blocks * block_size)[..rows].to_vec();
@@ -261,15 +378,22 @@ fn rope_case(dtype: DType, case: &Rope) {
     let cache = fill.normals(2 * num_blocks * layout.block_elems(), 1.0);
     let (k_before, v_before) = cache.split_at(cache.len() / 2);
 
-    let head = |row: usize, h: usize| wide(&qkv[row * width + h * dim..][..dim]);
-    let rotated = |row: usize, h: usize, w: Option<&[f32]>| {
-        let x = w.map_or(head(row, h), |w| oracle::rms_norm(&head(row, h), &wide(w), 1e-5));
+    let heads = |row: usize, first: usize, count: usize| wide(&qkv[row * width + first * dim..][..count * dim]);
+    // Head h of the row's heads [first, first + count).
+    let rotated = |row: usize, (first, count): (usize, usize), h: usize, w: &[f32]| {
+        let x = match norm {
+            None => heads(row, first + h, 1),
+            Some(NormSpan::Head) => oracle::rms_norm(&heads(row, first + h, 1), &wide(w), 1e-5),
+            Some(NormSpan::Row) => {
+                oracle::rms_norm(&heads(row, first, count), &wide(w), 1e-5)[h * dim..][..dim].to_vec()
+            }
+        };
         round_all(dtype, &oracle::rope(&x, positions[row], &inv_freq, 1.25))
     };
     let (mut want_q, mut want_k, mut want_v) = (Vec::new(), rounded(dtype, k_before), rounded(dtype, v_before));
     for (r, &slot) in slots.iter().enumerate() {
         for h in 0..hq {
-            want_q.extend(rotated(r, h, q_norm.then_some(&qw)));
+            want_q.extend(rotated(r, (0, hq), h, &qw));
         }
         if slot == RKSC_NO_SLOT {
             continue;
@@ -277,8 +401,8 @@ fn rope_case(dtype: DType, case: &Rope) {
         for h in 0..hkv {
             let slot = slot as usize;
             let at = layout.elem(slot / block_size, h, slot % block_size);
-            want_k[at..at + dim].copy_from_slice(&rotated(r, hq + h, k_norm.then_some(&kw)));
-            want_v[at..at + dim].copy_from_slice(&round_all(dtype, &head(r, hq + hkv + h)));
+            want_k[at..at + dim].copy_from_slice(&rotated(r, (hq, hkv), h, &kw));
+            want_v[at..at + dim].copy_from_slice(&round_all(dtype, &heads(r, hq + hkv + h, 1)));
         }
     }
     for_each_device(&what, |dev| {
@@ -298,18 +422,18 @@ fn rope_case(dtype: DType, case: &Rope) {
             slots: slots.ptr(),
             ring_rows: ring_rows.ptr(),
             inv_freq: freqs.ptr(),
-            q_norm: if q_norm { qw.ptr() } else { null() },
-            k_norm: if k_norm { kw.ptr() } else { null() },
+            q_norm: if norm.is_some() { qw.ptr() } else { null() },
+            k_norm: if norm.is_some() { kw.ptr() } else { null() },
             num_rows: rows as u32,
             num_q_heads: hq as u32,
             num_kv_heads: hkv as u32,
             head_dim: dim as u32,
+            rotary_dim: rotary_dim as u32,
             block_size: block_size as u32,
             dtype: dtype as u32,
+            norm_span: if norm == Some(NormSpan::Row) { RKSC_NORM_ROW } else { RKSC_NORM_HEAD },
             rope_scale: 1.25,
-            q_norm_eps: 1e-5,
-            k_norm_eps: 1e-5,
-            reserved: 0,
+            norm_eps: 1e-5,
         };
         dev.launch(dev.kernels().rope_append, &params)?;
         let (q, k, v) = (widened(dev, dtype, &q)?, widened(dev, dtype, &k)?, widened(dev, dtype, &v)?);
@@ -329,37 +453,69 @@ fn rope_case(dtype: DType, case: &Rope) {
 fn rope_append_matches_oracle() {
     // (hq, hkv): groups 1 to 8 and 16.
     let heads = [(4, 4), (4, 2), (6, 2), (4, 1), (5, 1), (12, 2), (14, 2), (8, 1), (16, 1), (1, 1)];
-    let dims = [32, 64, 80, 96, 128, 256, 2, 6, 10, 250];
+    // (head_dim, rotary_dim)
+    let dims = [
+        (32, 32),
+        (64, 64),
+        (80, 80),
+        (96, 96),
+        (128, 128),
+        (256, 256),
+        (2, 2),
+        (6, 6),
+        (10, 10),
+        (250, 250),
+        (128, 96),
+        (64, 16),
+        (80, 78),
+        (256, 2),
+        (10, 4),
+    ];
     for dtype in DTYPES {
-        for (i, &dim) in dims.iter().enumerate() {
+        for (i, &(dim, rotary_dim)) in dims.iter().enumerate() {
             for j in 0..3 {
                 let (hq, hkv) = heads[(i * 3 + j) % heads.len()];
                 let rows = [1, 15, 33][j] + i % 3;
                 let block_size = [16, 32][(i + j) % 2];
-                let (q_norm, k_norm) = ((i + j) % 3 == 0, (i + j) % 3 != 1);
-                let furthest = [100, 32_768, 1_000_000][(i + j) % 3];
-                rope_case(dtype, &Rope { hq, hkv, dim, block_size, rows, q_norm, k_norm, furthest });
+                let norm = [None, Some(NormSpan::Head), Some(NormSpan::Row)][(i + j) % 3];
+                let furthest = [100, 32_768, 1_000_000][(i / 3 + j) % 3];
+                rope_case(dtype, &Rope { hq, hkv, dim, rotary_dim, block_size, rows, norm, furthest });
             }
         }
-        let none = Rope { hq: 2, hkv: 1, dim: 64, block_size: 16, rows: 0, q_norm: true, k_norm: true, furthest: 5 };
+        let norm = Some(NormSpan::Head);
+        let none = Rope { hq: 2, hkv: 1, dim: 64, rotary_dim: 64, block_size: 16, rows: 0, norm, furthest: 5 };
         rope_case(dtype, &none);
-        rope_case(dtype, &Rope { hq: 28, hkv: 4, dim: 128, rows: 8, ..none });
-        rope_case(dtype, &Rope { hq: 1, hkv: 1, dim: 8, rows: 4096, furthest: 4096, ..none });
+        rope_case(dtype, &Rope { hq: 28, hkv: 4, dim: 128, rotary_dim: 128, rows: 8, ..none });
+        rope_case(dtype, &Rope { hq: 1, hkv: 1, dim: 8, rotary_dim: 8, rows: 4096, furthest: 4096, ..none });
+        // CTAs with q heads, with q and k, with k, with k and v, and with v alone.
+        let norm = Some(NormSpan::Row);
+        rope_case(dtype, &Rope { hq: 19, hkv: 19, dim: 128, rotary_dim: 128, rows: 3, norm, ..none });
+        rope_case(dtype, &Rope { hq: 16, hkv: 8, dim: 128, rotary_dim: 96, rows: 3, norm, ..none });
     }
 }
 
 #[test]
 fn rope_append_refuses_heads_it_cannot_split() {
     for_each_device("rope_append limits", |dev| {
-        for head_dim in [0, 7, 258] {
-            let params = rksc_rope_append_params {
-                num_rows: 1,
-                num_q_heads: 1,
-                num_kv_heads: 1,
-                block_size: 16,
-                head_dim,
-                ..Default::default()
-            };
+        let weight = dev.buffer(&[1.0f32; 64])?;
+        let rope = rksc_rope_append_params {
+            num_rows: 1,
+            num_q_heads: 1,
+            num_kv_heads: 1,
+            block_size: 16,
+            head_dim: 64,
+            rotary_dim: 64,
+            ..Default::default()
+        };
+        for (head_dim, rotary_dim) in [(0, 0), (7, 6), (258, 64), (64, 0), (64, 31), (64, 66)] {
+            let params = rksc_rope_append_params { head_dim, rotary_dim, ..rope };
+            assert_refused(dev.launch(dev.kernels().rope_append, &params));
+        }
+        for params in [
+            rksc_rope_append_params { norm_span: 2, ..rope },
+            rksc_rope_append_params { q_norm: weight.ptr(), ..rope },
+            rksc_rope_append_params { k_norm: weight.ptr(), ..rope },
+        ] {
             assert_refused(dev.launch(dev.kernels().rope_append, &params));
         }
         Ok(Vec::new())

@@ -2,9 +2,10 @@
 
 use rksc::backend::cuda::bindings::*;
 use rksc::backend::cuda::device::{Device, DeviceBuf};
+use rksc::model::weights::TensorData;
 use rksc::quant::{CodeBits, QuantTensor, ZeroKind};
 use rksc::testing::fill::Fill;
-use rksc::testing::linear_quantised::{CodeFormat, quantised_oracle, with_zeros};
+use rksc::testing::linear_quantised::{CodeFormat, quantised_oracle, with_zeros, without_nan};
 use rksc::testing::{epsilon, global_difference, round_to};
 use rksc::{DType, Result};
 
@@ -70,12 +71,12 @@ impl Case {
         let bytes = dev.kernels().linear_workspace_bytes(count, k, n);
         let mut workspace = dev.zeroed::<u8>(bytes)?;
         let codes = dev.buffer(self.w.codes())?;
-        let scales: DeviceBuf<u16> = dev.buffer(&self.w.scales().iter().map(|s| s.to_bits()).collect::<Vec<_>>())?;
+        let scales: DeviceBuf<u8> = dev.buffer(self.w.scales().bytes())?;
         let zeros: DeviceBuf<u8> = dev.buffer(self.w.zeros.bytes())?;
         let params = rksc_linear_w4_params {
             x: x.ptr().cast(),
             codes: codes.ptr(),
-            scales: scales.ptr(),
+            scales: scales.ptr().cast(),
             zeros: if self.w.zero_kind == ZeroKind::None { std::ptr::null() } else { zeros.ptr().cast() },
             bias: bias.as_ref().map_or(std::ptr::null(), DeviceBuf::ptr),
             y: y.ptr_mut(),
@@ -94,7 +95,8 @@ impl Case {
         };
         match self.w.bits {
             CodeBits::W4 => dev.launch(dev.kernels().linear_w4, &params)?,
-            CodeBits::W8 => dev.launch(dev.kernels().linear_w8, &w8(params))?,
+            CodeBits::W8 => dev.launch(dev.kernels().linear_w8, &w8(params, RKSC_NUMBER_INTEGER))?,
+            CodeBits::F8 => dev.launch(dev.kernels().linear_w8, &w8(params, RKSC_NUMBER_E4M3))?,
         }
         let all = dev.to_vec(&workspace)?;
         let counters = &all[..all.len().min(COUNTER_BYTES)];
@@ -136,11 +138,11 @@ impl Case {
 }
 
 /// The same for codes of 8 bits.
-fn w8(p: rksc_linear_w4_params) -> rksc_linear_w8_params {
+fn w8(p: rksc_linear_w4_params, number: rksc_number) -> rksc_linear_w8_params {
     rksc_linear_w8_params {
         x: p.x,
         codes: p.codes,
-        scales: p.scales,
+        scales: p.scales.cast(),
         bias: p.bias,
         y: p.y,
         workspace: p.workspace,
@@ -149,10 +151,12 @@ fn w8(p: rksc_linear_w4_params) -> rksc_linear_w8_params {
         in_features: p.in_features,
         out_features: p.out_features,
         group_size: p.group_size,
+        number,
         dtype: p.dtype,
         y_stride: p.y_stride,
         layer: p.layer,
         side: p.side,
+        reserved: 0,
     }
 }
 
@@ -162,6 +166,29 @@ fn w4(group: usize, zeros: ZeroKind) -> CodeFormat {
 
 fn w8_of(group: usize) -> CodeFormat {
     CodeFormat { bits: CodeBits::W8, group, zeros: ZeroKind::None }
+}
+
+fn f8_of(group: usize) -> CodeFormat {
+    CodeFormat { bits: CodeBits::F8, group, zeros: ZeroKind::None }
+}
+
+/// One weight at a time: every E4M3 number, subnormal ones too, is multiplied as what it is.
+#[test]
+fn every_e4m3_number_counts_as_what_it_is() {
+    for dtype in DTYPES {
+        let mut case = Case::new(1, 32, 256, f8_of(32), dtype);
+        let codes: Vec<u32> = (0..256u32).flat_map(|n| [without_nan(n), 0, 0, 0, 0, 0, 0, 0]).collect();
+        (case.x, case.bias) = (vec![0.0; 32], None);
+        case.x[0] = 1.0;
+        let scales = std::iter::repeat_n(1.0f32.to_bits(), 256).collect();
+        (case.w.codes, case.w.scales) = (TensorData::Owned(codes.into()), TensorData::Owned(scales));
+        for_each_device(&case.what(), |dev| {
+            let y = case.run(dev, 0, 1)?;
+            let want: Vec<f32> = (0..256).map(|n| case.w.bits.number(without_nan(n))).collect();
+            assert_eq!(y, want);
+            Ok(bits(&y))
+        });
+    }
 }
 
 #[test]
@@ -190,6 +217,9 @@ fn codes_match_the_oracle_where_rows_are_long_or_many() {
         (16, 12416, 34, w8_of(64)),
         (3, 6176, 20, w8_of(32)),
         (2, 128, 3100, w8_of(128)),
+        (8, 3584, 40, f8_of(128)),
+        (16, 12416, 34, f8_of(64)),
+        (3, 6176, 20, f8_of(32)),
     ] {
         for dtype in DTYPES {
             Case::new(rows, k, n, format, dtype).run_everywhere();
@@ -218,6 +248,7 @@ fn a_rows_bits_do_not_depend_on_how_many_rows_of_codes_there_are() {
         (6400, 20, w4(64, ZeroKind::Fractional)),
         (640, 33, w8_of(128)),
         (6432, 20, w8_of(32)),
+        (6432, 20, f8_of(32)),
     ] {
         for dtype in DTYPES {
             let case = Case::new(16, k, n, format, dtype);
@@ -237,7 +268,7 @@ fn a_rows_bits_do_not_depend_on_how_many_rows_of_codes_there_are() {
 fn a_launch_writes_the_rows_on_its_side_and_no_others() {
     // With slices of k and without.
     for (k, n, format) in
-        [(384, 33, w4(64, ZeroKind::Fractional)), (6400, 20, w4(128, ZeroKind::None)), (6528, 40, w8_of(64))]
+        [(384, 33, w4(64, ZeroKind::Fractional)), (6400, 20, w4(128, ZeroKind::None)), (6528, 40, f8_of(64))]
     {
         let case = Case::new(16, k, n, format, DType::Bf16);
         let on_side = |t: usize, side: u32| (t % 3 == 1) == (side == 1);
@@ -287,10 +318,11 @@ fn kernels_for_codes_refuse_what_they_cannot_do() {
         ] {
             assert_refused(dev.launch(dev.kernels().linear_w4, &bad));
             if bad.zero_kind == RKSC_ZERO_NONE {
-                assert_refused(dev.launch(dev.kernels().linear_w8, &w8(bad)));
+                assert_refused(dev.launch(dev.kernels().linear_w8, &w8(bad, RKSC_NUMBER_INTEGER)));
             }
         }
-        dev.launch(dev.kernels().linear_w8, &w8(rksc_linear_w4_params { num_rows: 0, ..good }))?;
+        assert_refused(dev.launch(dev.kernels().linear_w8, &w8(good, RKSC_NUMBER_E4M3 + 1)));
+        dev.launch(dev.kernels().linear_w8, &w8(rksc_linear_w4_params { num_rows: 0, ..good }, RKSC_NUMBER_INTEGER))?;
         dev.launch(dev.kernels().linear_w4, &rksc_linear_w4_params { num_rows: 0, ..good })?;
         Ok(Vec::new())
     });

@@ -12,27 +12,27 @@ struct Row {
     params: SamplingParams,
     prompt: Vec<u32>,
     generated: Vec<u32>,
-    banned: Vec<u32>,
+    bias: Vec<(u32, f32)>,
     key: DrawKey,
 }
 
 impl Row {
     fn plain(logits: Vec<f32>, params: SamplingParams, position: u64) -> Self {
         let key = DrawKey { path: 3, position };
-        Self { logits, params, prompt: Vec::new(), generated: Vec::new(), banned: Vec::new(), key }
+        Self { logits, params, prompt: Vec::new(), generated: Vec::new(), bias: Vec::new(), key }
     }
 
     fn request(&self) -> Request<'_> {
-        let Self { params, prompt, generated, banned, key, .. } = self;
-        Request { params, prompt, generated, banned, key: *key }
+        let Self { params, prompt, generated, bias, key, .. } = self;
+        Request { params, prompt, generated, bias, key: *key }
     }
 
     /// What the CPU chooses, in f64.
     fn host(&self) -> u32 {
         let mut logits = self.logits.clone();
-        for &token in &self.banned {
+        for &(token, bias) in &self.bias {
             if let Some(x) = logits.get_mut(token as usize) {
-                *x = f32::NEG_INFINITY;
+                *x += bias;
             }
         }
         sample(&mut logits, &self.params, &self.prompt, &self.generated, self.key)
@@ -49,8 +49,9 @@ fn check(what: &str, rows: &[Row]) -> Vec<u32> {
         let p = &row.params;
         let history_start = history.len() as u32;
         history.extend(row.prompt.iter().chain(&row.generated));
-        let banned_start = history.len() as u32;
-        history.extend(&row.banned);
+        let bias_start = history.len() as u32;
+        history.extend(row.bias.iter().map(|(token, _)| token));
+        history.extend(row.bias.iter().map(|(_, bias)| bias.to_bits()));
         asked.push(rksc_sample_row {
             seed: p.seed,
             path: row.key.path,
@@ -65,8 +66,8 @@ fn check(what: &str, rows: &[Row]) -> Vec<u32> {
             history_start,
             num_prompt: row.prompt.len() as u32,
             num_generated: row.generated.len() as u32,
-            banned_start,
-            num_banned: row.banned.len() as u32,
+            bias_start,
+            num_bias: row.bias.len() as u32,
         });
     }
     let want: Vec<u32> = rows.iter().map(|row| sample_fixed(&row.logits, &row.request())).collect();
@@ -148,7 +149,7 @@ fn plain_draws_and_greedy_match_the_cpu() {
 }
 
 #[test]
-fn penalties_and_bans_match_the_cpu() {
+fn penalties_and_biases_match_the_cpu() {
     for vocab in [1, 5, 97, 1025, 8192, 8193, 50_257, 151_936] {
         let mut fill = Fill::new(vocab as u64 + 2);
         let rows: Vec<Row> = (0..few(vocab))
@@ -157,8 +158,15 @@ fn penalties_and_bans_match_the_cpu() {
                 let mut ids = |n: usize| -> Vec<u32> {
                     (0..n).map(|j| fill.below(if j % 2 == 0 { vocab + 2 } else { vocab.min(30) }) as u32).collect()
                 };
-                let (prompt, generated, banned) =
+                let (prompt, generated, mut biased) =
                     (ids([0, 900, 3000][i % 3]), ids([1500, 0, 40][i / 2 % 3]), ids(i % 4 * 3));
+                biased.sort_unstable();
+                biased.dedup();
+                let bias = biased
+                    .into_iter()
+                    .enumerate()
+                    .map(|(j, id)| (id, [f32::NEG_INFINITY, 2.5, -0.75][j % 3]))
+                    .collect();
                 let params = SamplingParams {
                     temperature: [0.0, 1.0, 0.8][i % 3],
                     top_p: 0.9,
@@ -169,7 +177,7 @@ fn penalties_and_bans_match_the_cpu() {
                     ..Default::default()
                 };
                 let key = DrawKey { path: fill.next_u64(), position: i as u64 };
-                Row { logits: fill.normals(vocab, 3.0), params, prompt, generated, banned, key }
+                Row { logits: fill.normals(vocab, 3.0), params, prompt, generated, bias, key }
             })
             .collect();
         check("penalties", &rows);

@@ -1,13 +1,13 @@
 //! The harness of the kernel tests: runs a case on every device there is.
 //!
 //! ```text
-//! for_each_device("silu_mul f32 3x48", |dev| {
+//! for_each_device("glu f32 3x48", |dev| {
 //!     let gate_up = dev.buffer(&host)?;                        // f32
 //!     let mut y = dev.zeroed::<u8>(len * dtype.size_bytes())?; // elements of `dtype`
-//!     let params = rksc_silu_mul_params { gate_up: gate_up.ptr(), y: y.ptr_mut().cast(), .. };
-//!     dev.launch(dev.kernels().silu_mul, &params)?;
+//!     let params = rksc_glu_params { gate_up: gate_up.ptr(), y: y.ptr_mut().cast(), .. };
+//!     dev.launch(dev.kernels().glu, &params)?;
 //!     let y = widened(dev, dtype, &y)?;
-//!     assert_close("silu_mul f32 3x48", dtype, 1e-5, &wide(&y), &want);
+//!     assert_close("glu f32 3x48", dtype, 1e-5, &wide(&y), &want);
 //!     Ok(bits(&y))
 //! });
 //! ```

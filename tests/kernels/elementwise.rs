@@ -1,12 +1,12 @@
 use half::{bf16, f16};
 use rksc::DType;
-use rksc::backend::NO_RING_ROW;
 use rksc::backend::cpu::elem::Elem;
-use rksc::backend::cpu::elementwise::{SiluMulArgs, Table, embed, gather_rows, silu_mul};
-use rksc::backend::cpu::norm::{AddRmsNormArgs, add_rms_norm};
+use rksc::backend::cpu::elementwise::{EmbedArgs, GluArgs, Table, embed, gather_rows, glu, softcap};
+use rksc::backend::cpu::norm::{AddRmsNormArgs, Output, add_rms_norm};
 use rksc::backend::cpu::pool::ThreadPool;
-use rksc::backend::cpu::rope::{RopeAppendArgs, RopeScratch, kv_copy_blocks, rope_append};
+use rksc::backend::cpu::rope::{QkWeights, RopeAppendArgs, RopeScratch, kv_copy_blocks, rope_append};
 use rksc::backend::cpu::simd::SimdLevel;
+use rksc::backend::{Activation, NO_RING_ROW, NormSpan};
 use rksc::kv::BlockCopy;
 use rksc::kv::KvLayout;
 use rksc::testing::fill::Fill;
@@ -33,49 +33,68 @@ macro_rules! everywhere {
 
 fn norm_case<T: Elem>(level: SimdLevel) {
     for (rows, hidden) in [(1, 7), (3, 64), (5, 97), (8, 896), (70, 256)] {
-        let mut fill = Fill::new(hidden as u64);
-        let before = fill.normals(rows * hidden, 2.0);
-        let delta = fill.normals(rows * hidden, 0.5);
-        let weight = fill.normals(hidden, 1.0);
-        let run = |threads: usize, from: usize| {
-            let (mut x, mut y, mut sim) = (before.clone(), vec![T::zeroed(); rows * hidden], vec![9.0; rows]);
-            let mut kept = vec![9.0; rows * hidden];
-            let args = AddRmsNormArgs {
-                rows: from..rows,
-                x: &mut x,
-                delta: Some(&delta),
-                weight: Some(&weight),
-                y: &mut y,
-                keep: Some(&mut kept),
-                step_similarity: Some((&before, &mut sim)),
-                hidden,
-                eps: 1e-6,
-            };
-            add_rms_norm(level, &mut ThreadPool::new(threads), args).unwrap();
-            assert_eq!(kept[from * hidden..], x[from * hidden..]);
-            assert!(kept[..from * hidden].iter().chain(&sim[..from]).all(|&x| x == 9.0));
-            (x, y, sim)
-        };
-        let (x, y, sim) = run(1, 0);
-        let weight: Vec<f64> = wide(&weight);
-        for (r, &sim) in sim.iter().enumerate() {
-            let part = r * hidden..(r + 1) * hidden;
-            let what = format!("add_rms_norm {level:?} {rows}x{hidden} row {r}");
-            let want_x: Vec<f32> = part.clone().map(|i| before[i] + delta[i]).collect();
-            assert_eq!(x[part.clone()], want_x, "{what}");
-            let want = rounded(T::DTYPE, &oracle::rms_norm(&wide(&want_x), &weight, 1e-6));
-            oracle::assert_close(&what, T::DTYPE, 2e-6, &wide(&y[part.clone()]), &want);
-            let want = oracle::cosine(&wide(&before[part.clone()]), &wide(&want_x));
-            assert!((f64::from(sim) - want).abs() < 1e-6, "{what}: {sim} {want}");
+        for (post, normed) in [(false, true), (false, false), (true, true), (true, false)] {
+            norm_rows::<T>(level, (rows, hidden), post, normed);
         }
-        for threads in 2..4 {
-            assert_eq!(run(threads, 0), (x.clone(), y.clone(), sim.clone()));
-        }
-        let (x1, y1, sim1) = run(1, rows - 1);
-        let last = (rows - 1) * hidden;
-        assert_eq!((&x1[last..], &y1[last..], sim1[rows - 1]), (&x[last..], &y[last..], sim[rows - 1]));
-        assert_eq!(x1[..last], before[..last]);
     }
+}
+
+fn norm_rows<T: Elem>(level: SimdLevel, (rows, hidden): (usize, usize), post: bool, normed: bool) {
+    let mut fill = Fill::new(hidden as u64);
+    let before = fill.normals(rows * hidden, 2.0);
+    let delta = fill.normals(rows * hidden, 0.5);
+    let (weight, post_norm) = (fill.normals(hidden, 1.0), fill.normals(hidden, 1.0));
+    let run = |threads: usize, from: usize| {
+        let (mut x, mut y, mut sim) = (before.clone(), vec![T::zeroed(); rows * hidden], vec![9.0; rows]);
+        let mut kept = vec![9.0; rows * hidden];
+        let args = AddRmsNormArgs {
+            rows: from..rows,
+            x: &mut x,
+            delta: Some(&delta),
+            post_norm: post.then_some(&post_norm),
+            output: if normed { Output::Normed(&weight) } else { Output::Rounded },
+            y: &mut y,
+            keep: Some(&mut kept),
+            step_similarity: Some((&before, &mut sim)),
+            hidden,
+            eps: 1e-6,
+        };
+        add_rms_norm(level, &mut ThreadPool::new(threads), args).unwrap();
+        assert_eq!(kept[from * hidden..], x[from * hidden..]);
+        assert!(kept[..from * hidden].iter().chain(&sim[..from]).all(|&x| x == 9.0));
+        (x, y, sim)
+    };
+    let (x, y, sim) = run(1, 0);
+    for (r, &sim) in sim.iter().enumerate() {
+        let part = r * hidden..(r + 1) * hidden;
+        let what = format!("add_rms_norm {level:?} {rows}x{hidden} post {post} normed {normed} row {r}");
+        let after = wide(&x[part.clone()]);
+        let mut added = wide(&delta[part.clone()]);
+        if post {
+            added = oracle::rms_norm(&added, &wide(&post_norm), 1e-6);
+        } else {
+            let want: Vec<f32> = part.clone().map(|i| before[i] + delta[i]).collect();
+            assert_eq!(x[part.clone()], want, "{what}");
+        }
+        let want: Vec<f64> = wide(&before[part.clone()]).iter().zip(&added).map(|(x, d)| x + d).collect();
+        oracle::assert_close(&format!("{what}: x"), DType::F32, 2e-6, &after, &want);
+        let got = wide(&y[part.clone()]);
+        if normed {
+            let want = rounded(T::DTYPE, &oracle::rms_norm(&after, &wide(&weight), 1e-6));
+            oracle::assert_close(&what, T::DTYPE, 2e-6, &got, &want);
+        } else {
+            assert_eq!(got, rounded(T::DTYPE, &after), "{what}");
+        }
+        let want = oracle::cosine(&wide(&before[part.clone()]), &after);
+        assert!((f64::from(sim) - want).abs() < 1e-6, "{what}: {sim} {want}");
+    }
+    for threads in 2..4 {
+        assert_eq!(run(threads, 0), (x.clone(), y.clone(), sim.clone()));
+    }
+    let (x1, y1, sim1) = run(1, rows - 1);
+    let last = (rows - 1) * hidden;
+    assert_eq!((&x1[last..], &y1[last..], sim1[rows - 1]), (&x[last..], &y[last..], sim[rows - 1]));
+    assert_eq!(x1[..last], before[..last]);
 }
 
 #[test]
@@ -96,7 +115,8 @@ fn add_rms_norm_without_its_options() {
             rows: 0..2,
             x: &mut x,
             delta: Some(&delta),
-            weight: None,
+            post_norm: None,
+            output: Output::None,
             y: &mut y,
             keep: None,
             step_similarity: Some((&before, &mut sim)),
@@ -111,7 +131,8 @@ fn add_rms_norm_without_its_options() {
             rows: 0..1,
             x: &mut x,
             delta: None,
-            weight: Some(&[1.0, 2.0]),
+            post_norm: Some(&[3.0, 3.0]),
+            output: Output::Normed(&[1.0, 2.0]),
             y: &mut y,
             keep: None,
             step_similarity: None,
@@ -124,7 +145,8 @@ fn add_rms_norm_without_its_options() {
             rows: 0..3,
             x: &mut x,
             delta: None,
-            weight: Some(&[1.0, 2.0]),
+            post_norm: Some(&[3.0, 3.0]),
+            output: Output::Normed(&[1.0, 2.0]),
             y: &mut y,
             keep: None,
             step_similarity: None,
@@ -135,22 +157,23 @@ fn add_rms_norm_without_its_options() {
     }
 }
 
-fn silu_case<T: Elem>(level: SimdLevel) {
-    for (rows, n) in [(1, 5), (3, 48), (9, 130), (40, 512)] {
+fn glu_case<T: Elem>(level: SimdLevel) {
+    for (i, (rows, n)) in [(1, 5), (3, 48), (9, 130), (40, 512)].into_iter().cycle().take(8).enumerate() {
+        let activation = if i < 4 { Activation::Silu } else { Activation::GeluTanh };
         let mut gate_up = Fill::new(n as u64).normals(rows * 2 * n, 4.0);
         gate_up[..5].copy_from_slice(&[100.0, -100.0, 0.0, -0.0, -20.0]);
         let run = |threads: usize| {
             let mut y = vec![T::zeroed(); rows * n];
-            let args = SiluMulArgs { rows: 0..rows, gate_up: &gate_up, y: &mut y, intermediate: n };
-            silu_mul(level, &mut ThreadPool::new(threads), args).unwrap();
+            let args = GluArgs { rows: 0..rows, gate_up: &gate_up, y: &mut y, intermediate: n, activation };
+            glu(level, &mut ThreadPool::new(threads), args).unwrap();
             y
         };
         let y = run(1);
         let want: Vec<f64> = gate_up
             .chunks(2 * n)
-            .flat_map(|row| (0..n).map(|i| oracle::silu_mul(f64::from(row[i]), f64::from(row[n + i]))))
+            .flat_map(|row| (0..n).map(|i| oracle::glu(activation, f64::from(row[i]), f64::from(row[n + i]))))
             .collect();
-        let what = format!("silu_mul {level:?} {rows}x{n}");
+        let what = format!("glu {activation:?} {level:?} {rows}x{n}");
         // Rounding once: at most half a step of T, and f32 steps before it.
         oracle::assert_close(&what, T::DTYPE, 1e-5, &wide(&y), &rounded(T::DTYPE, &want));
         assert_eq!(run(2), y);
@@ -159,8 +182,34 @@ fn silu_case<T: Elem>(level: SimdLevel) {
 }
 
 #[test]
-fn silu_mul_matches_oracle() {
-    everywhere!(silu_case);
+fn glu_matches_oracle() {
+    everywhere!(glu_case);
+}
+
+#[test]
+fn softcap_matches_oracle() {
+    for level in SimdLevel::available() {
+        for (rows, vocab, cap) in [(1, 1, 30.0), (3, 7, 0.5), (2, 64, 30.0), (5, 97, 50.0), (40, 1003, 1.0)] {
+            let mut before = Fill::new(vocab as u64).normals(rows * vocab, 40.0);
+            before[0] = 1e-3;
+            before[rows * vocab - 1] = -1e30;
+            let run = |threads: usize| {
+                let mut logits = before.clone();
+                softcap(level, &mut ThreadPool::new(threads), &mut logits, vocab, cap);
+                logits
+            };
+            let logits = run(1);
+            for (&x, &got) in before.iter().zip(&logits) {
+                let want = oracle::softcap(f64::from(cap), f64::from(x));
+                let off = (f64::from(got) - want).abs();
+                assert!(off <= 6e-7 * want.abs(), "softcap {cap} {level:?} of {x}: {got}, {want}");
+            }
+            assert_eq!(run(2), logits);
+        }
+        let mut odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0];
+        softcap(level, &mut ThreadPool::new(1), &mut odd, 4, 30.0);
+        assert!(odd[0].is_nan() && odd[1..] == [30.0, -30.0, 0.0], "{odd:?}");
+    }
 }
 
 #[test]
@@ -178,29 +227,46 @@ fn gather_rows_and_embed_copy_rows() {
         for level in SimdLevel::available() {
             let half: Vec<bf16> = src.iter().map(|&x| bf16::from_f32(x)).collect();
             let half_f16: Vec<f16> = src.iter().map(|&x| f16::from_f32(x)).collect();
-            let mut x = vec![0.0; 45 * width];
-            embed(level, &mut pool, Table::F32(&src), &ids, &mut x, width).unwrap();
-            assert_eq!(x, want);
-            embed(level, &mut pool, Table::Bf16(&half), &ids, &mut x, width).unwrap();
-            assert!(x.iter().zip(&want).all(|(&x, &w)| x == bf16::from_f32(w).to_f32()));
-            embed(level, &mut pool, Table::F16(&half_f16), &ids, &mut x, width).unwrap();
-            assert!(x.iter().zip(&want).all(|(&x, &w)| x == f16::from_f32(w).to_f32()));
-            assert!(embed(level, &mut pool, Table::F32(&src), &[50], &mut x, width).is_err());
+            for scale in [1.0, 29.933_259] {
+                let mut run = |table: Table<'_>, ids: &[u32]| {
+                    let mut x = vec![0.0; 45 * width];
+                    embed(level, &mut pool, EmbedArgs { table, ids, scale, x: &mut x, hidden: width }).map(|()| x)
+                };
+                let scaled = |of: fn(f32) -> f32| -> Vec<f32> { want.iter().map(|&w| of(w) * scale).collect() };
+                assert_eq!(run(Table::F32(&src), &ids).unwrap(), scaled(|w| w));
+                assert_eq!(run(Table::Bf16(&half), &ids).unwrap(), scaled(|w| bf16::from_f32(w).to_f32()));
+                assert_eq!(run(Table::F16(&half_f16), &ids).unwrap(), scaled(|w| f16::from_f32(w).to_f32()));
+                assert!(run(Table::F32(&src), &[50]).is_err());
+            }
         }
     }
 }
 
 fn rope_case<T: Elem>(level: SimdLevel) {
-    for (hq, hkv, dim, norm) in
-        [(4, 2, 32, false), (14, 2, 64, false), (3, 1, 80, true), (4, 4, 128, true), (2, 1, 6, true)]
-    {
+    const HEAD: Option<NormSpan> = Some(NormSpan::Head);
+    const ROW: Option<NormSpan> = Some(NormSpan::Row);
+    // Halves of rotary_dim and rests of the head off any vector's width, and rests shorter than one.
+    for (hq, hkv, dim, rotary_dim, norm) in [
+        (4, 2, 32, 32, None),
+        (14, 2, 64, 64, None),
+        (3, 1, 80, 80, HEAD),
+        (4, 4, 128, 128, HEAD),
+        (2, 1, 6, 6, HEAD),
+        (4, 2, 128, 96, None),
+        (5, 1, 80, 38, HEAD),
+        (4, 2, 64, 62, ROW),
+        (3, 3, 10, 2, ROW),
+        (2, 2, 128, 128, ROW),
+    ] {
         let rows = 21;
         let layout = KvLayout { num_blocks: 5, num_kv_heads: hkv, block_size: 16, head_dim: dim, dtype: T::DTYPE };
         let mut fill = Fill::new(dim as u64);
         let width = (hq + 2 * hkv) * dim;
         let qkv = fill.normals(rows * width, 1.5);
-        let (qw, kw) = (fill.normals(dim, 1.0), fill.normals(dim, 1.0));
-        let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+        let (q_span, k_span) = if norm == ROW { (hq, hkv) } else { (1, 1) };
+        let (qw, kw) = (fill.normals(q_span * dim, 1.0), fill.normals(k_span * dim, 1.0));
+        let inv_freq: Vec<f32> =
+            (0..rotary_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary_dim as f32)).collect();
         let positions: Vec<u32> = (0..rows as u32).map(|r| r % 5 * 700 + r / 10).collect();
         let slots = fill.shuffled(80)[..rows].to_vec();
         // Every third row's q is not kept; the ring has rows that nobody writes.
@@ -227,9 +293,9 @@ fn rope_case<T: Elem>(level: SimdLevel) {
                     slots: &slots,
                     ring_rows: &ring_rows,
                     inv_freq: &inv_freq,
+                    rotary_dim,
                     rope_scale: 1.25,
-                    q_norm: norm.then_some((qw.as_slice(), 1e-6)),
-                    k_norm: norm.then_some((kw.as_slice(), 1e-6)),
+                    qk_norm: norm.map(|span| QkWeights { q: &qw, k: &kw, eps: 1e-6, span }),
                     num_q_heads: hq,
                     layout: &layout,
                 };
@@ -239,20 +305,30 @@ fn rope_case<T: Elem>(level: SimdLevel) {
         };
         let (q, k, v, ring) = run(1, 0..rows);
         let head = |row: usize, h: usize| wide(&qkv[row * width + h * dim..][..dim]);
+        // Heads [first, first + span) of a row, of which one is looked at.
+        let normed = |row: usize, h: usize, (first, span): (usize, usize), w: &[f32]| match norm {
+            None => head(row, h),
+            Some(NormSpan::Head) => oracle::rms_norm(&head(row, h), &wide(w), 1e-6),
+            Some(NormSpan::Row) => {
+                let all = wide(&qkv[row * width + first * dim..][..span * dim]);
+                oracle::rms_norm(&all, &wide(w), 1e-6)[(h - first) * dim..][..dim].to_vec()
+            }
+        };
         for r in 0..rows {
-            let what = format!("rope_append {level:?} {hq}/{hkv} heads of {dim}, row {r}");
-            let rotated = |x: Vec<f64>, w: &[f32]| {
-                let x = if norm { oracle::rms_norm(&x, &wide(w), 1e-6) } else { x };
-                rounded(T::DTYPE, &oracle::rope(&x, positions[r], &inv_freq, 1.25))
-            };
+            let what = format!("rope_append {level:?} {hq}/{hkv} heads of {rotary_dim}/{dim}, {norm:?}, row {r}");
+            let rotated = |x: Vec<f64>| rounded(T::DTYPE, &oracle::rope(&x, positions[r], &inv_freq, 1.25));
             for h in 0..hq {
                 let got = wide(&q[(r * hq + h) * dim..][..dim]);
-                oracle::assert_close(&what, T::DTYPE, 2e-6, &got, &rotated(head(r, h), &qw));
+                oracle::assert_close(&what, T::DTYPE, 2e-6, &got, &rotated(normed(r, h, (0, hq), &qw)));
+                if norm.is_none() {
+                    assert_eq!(got[rotary_dim..], rounded(T::DTYPE, &head(r, h)[rotary_dim..]), "{what}: what passes");
+                }
             }
             let slot = slots[r] as usize;
             for h in 0..hkv {
                 let at = layout.elem(slot / 16, h, slot % 16);
-                oracle::assert_close(&what, T::DTYPE, 2e-6, &wide(&k[at..at + dim]), &rotated(head(r, hq + h), &kw));
+                let want = rotated(normed(r, hq + h, (hq, hkv), &kw));
+                oracle::assert_close(&what, T::DTYPE, 2e-6, &wide(&k[at..at + dim]), &want);
                 assert_eq!(wide(&v[at..at + dim]), rounded(T::DTYPE, &head(r, hq + hkv + h)), "{what}");
             }
         }
@@ -288,9 +364,9 @@ fn rope_append_refuses_rows_named_twice_and_rings_too_small() {
             slots: &slots,
             ring_rows,
             inv_freq: &[1.0],
+            rotary_dim: 2,
             rope_scale: 1.0,
-            q_norm: None,
-            k_norm: None,
+            qk_norm: None,
             num_q_heads: 1,
             layout: &layout,
         };

@@ -301,6 +301,8 @@ impl Tokens {
             lse: &mut lse,
             num_q_heads: Q_HEADS,
             sm_scale: 1.0 / (dim as f32).sqrt(),
+            window: None,
+            softcap: None,
             layout: &self.layout,
         })?;
         let mut found = vec![0.0; Q_HEADS];
@@ -336,9 +338,9 @@ impl Tokens {
             k_cache,
             v_cache,
             inv_freq: &inv_freq,
+            rotary_dim: self.layout.head_dim,
             rope_scale: 1.0,
-            q_norm: None,
-            k_norm: None,
+            qk_norm: None,
             num_q_heads: Q_HEADS,
             layout: &self.layout,
         })?;

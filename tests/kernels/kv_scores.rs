@@ -27,6 +27,7 @@ struct Sequence {
     pool_size: usize,
     variant: RkvVariant,
     sm_scale: f32,
+    softcap: Option<f32>,
     lambda: f32,
     threshold: f32,
     keys: Vec<f32>,
@@ -94,6 +95,7 @@ impl Sequence {
             pool_size,
             variant: shape.variant,
             sm_scale,
+            softcap: None,
             lambda: shape.lambda,
             threshold: 0.5,
             keys,
@@ -117,6 +119,7 @@ impl Sequence {
             pool_size: 1,
             variant: RkvVariant::Code,
             sm_scale: 1.0 / (keys[0].len() as f32).sqrt(),
+            softcap: None,
             lambda: 0.1,
             threshold: 0.5,
             keys: pad(keys),
@@ -144,6 +147,7 @@ impl Sequence {
                 pool_size: self.pool_size,
                 variant: self.variant,
                 sm_scale: f64::from(self.sm_scale),
+                softcap: self.softcap.map(f64::from),
                 lambda: f64::from(self.lambda),
                 threshold: f64::from(self.threshold),
             })
@@ -196,6 +200,7 @@ impl Sequence {
             threshold: self.threshold,
             num_q_heads,
             sm_scale: self.sm_scale,
+            softcap: self.softcap,
             layout: &layout,
             scores: &mut scores,
             scores_start: 5,
@@ -273,6 +278,8 @@ impl Sequence {
             lambda: self.lambda,
             threshold: self.threshold,
             position_stride: stride as u32,
+            softcap: self.softcap.unwrap_or(0.0),
+            reserved: 0,
         };
         dev.launch(dev.kernels().kv_scores, &params)?;
         let all = Output {
@@ -377,6 +384,33 @@ fn kv_scores_match_oracle() {
                 format!("kv_scores {dtype} n {num_slots} w {window} heads {heads:?} d {head_dim} bs {block_size}");
             let (sequence, want) = Sequence::decided(dtype, &shape);
             sequence.check(&what, &want);
+        }
+    }
+}
+
+/// What the queries look at is what attention lets them: capped, none stands out as far.
+#[test]
+fn kv_scores_cap_what_attention_caps() {
+    for (i, softcap) in [50.0, 5.0, 0.7].into_iter().enumerate() {
+        for (variant, dtype) in [RkvVariant::Code, RkvVariant::Text, RkvVariant::Alg1].into_iter().zip(DTYPES) {
+            let shape = Shape {
+                num_slots: 129 + i,
+                window: 8,
+                heads: (2, 3),
+                head_dim: 64,
+                block_size: 16,
+                copies: 50,
+                by_position: false,
+                num_queries: 8,
+                variant,
+                lambda: 0.5,
+            };
+            let (sequence, plain) = Sequence::decided(dtype, &shape);
+            let sequence = Sequence { softcap: Some(softcap), ..sequence };
+            let want = sequence.want();
+            let most = |scores: &[Scores]| scores[0].importance.iter().copied().fold(0.0, f64::max);
+            assert!(most(&want) < most(&plain), "a cap of {softcap} must show");
+            sequence.check(&format!("kv_scores {dtype} {variant:?} capped at {softcap}"), &want);
         }
     }
 }
@@ -681,6 +715,8 @@ fn kv_scores_refuse_what_they_cannot_do() {
             rksc_kv_scores_params { head_dim: 264, ..good },
             rksc_kv_scores_params { head_dim: 36, ..good },
             rksc_kv_scores_params { threshold: -0.1, ..good },
+            rksc_kv_scores_params { softcap: -1.0, ..good },
+            rksc_kv_scores_params { softcap: f32::INFINITY, ..good },
             rksc_kv_scores_params { num_slots: 9, num_kv_heads: 3, ..good },
             rksc_kv_scores_params { num_slots: (1 << 17) + 1, ..good },
             rksc_kv_scores_params { num_slots: 9, dtype: 3, ..good },

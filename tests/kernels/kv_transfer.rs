@@ -15,14 +15,33 @@ use rksc::{DType, Error, Result};
 
 use crate::device::{DTYPES, assert_refused, bits, for_each_device, narrowed, rounded, wide, widened};
 
-/// (kv heads, head_dim): every head_dim that attention takes, and halves that are odd or no vector.
-const HEADS: [(usize, usize); 12] =
-    [(1, 32), (2, 64), (3, 80), (2, 96), (2, 128), (4, 256), (8, 64), (1, 2), (2, 6), (5, 10), (3, 250), (32, 8)];
+/// (kv heads, head_dim, rotary_dim): every head_dim that attention takes, halves that are odd or no vector, and heads that
+/// turn in part.
+const HEADS: [(usize, usize, usize); 17] = [
+    (1, 32, 32),
+    (2, 64, 64),
+    (3, 80, 80),
+    (2, 96, 96),
+    (2, 128, 128),
+    (4, 256, 256),
+    (8, 64, 64),
+    (1, 2, 2),
+    (2, 6, 6),
+    (5, 10, 10),
+    (3, 250, 250),
+    (32, 8, 8),
+    (2, 128, 96),
+    (3, 64, 8),
+    (2, 64, 62),
+    (1, 10, 4),
+    (2, 256, 2),
+];
 
 const SHIFTS: [i32; 8] = [0, 1, -1, 17, -260, 4096, -1_000_000, 2_000_000_000];
 
 struct Case {
     layout: KvLayout,
+    rotary_dim: usize,
     transfers: Vec<SlotTransfer>,
     inv_freq: Vec<f32>,
     k: Vec<f32>,
@@ -31,7 +50,12 @@ struct Case {
 
 impl Case {
     /// `n` slots of the first half of a cache to as many of the second, in any order; a source may serve twice.
-    fn new(dtype: DType, (num_kv_heads, head_dim): (usize, usize), block_size: usize, n: usize) -> Self {
+    fn new(
+        dtype: DType,
+        (num_kv_heads, head_dim, rotary_dim): (usize, usize, usize),
+        block_size: usize,
+        n: usize,
+    ) -> Self {
         let layout = KvLayout { num_blocks: 8, num_kv_heads, block_size, head_dim, dtype };
         let mut fill = Fill::new((num_kv_heads * 1000 + head_dim * 10 + n) as u64);
         let half = 4 * block_size;
@@ -45,7 +69,7 @@ impl Case {
             .collect();
         let len = layout.num_blocks * layout.block_elems();
         let (k, v) = (fill.normals(len, 1.0), fill.normals(len, 1.0));
-        Self { layout, transfers, inv_freq: frequencies(head_dim), k, v }
+        Self { layout, rotary_dim, transfers, inv_freq: frequencies(rotary_dim), k, v }
     }
 
     fn all(dtype: DType) -> impl Iterator<Item = Self> {
@@ -58,7 +82,8 @@ impl Case {
     fn what(&self) -> String {
         let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = self.layout;
         format!(
-            "kv_transfer {dtype} {num_kv_heads} heads of {head_dim}, blocks of {block_size}, {}",
+            "kv_transfer {dtype} {num_kv_heads} heads of {}/{head_dim}, blocks of {block_size}, {}",
+            self.rotary_dim,
             self.transfers.len()
         )
     }
@@ -91,10 +116,12 @@ impl Case {
         let (want_k, want_v) = self.want();
         oracle::assert_close(&format!("{what}: k"), self.layout.dtype, 2e-6, &wide(k), &want_k);
         assert_eq!(wide(v), want_v, "{what}: v");
-        for t in self.transfers.iter().filter(|t| t.shift == 0) {
+        for t in &self.transfers {
             for h in 0..self.layout.num_kv_heads {
                 let (from, to) = (self.head(t.src, h), self.head(t.dst, h));
-                assert_eq!(bits(&k[to]), bits(&k[from]), "{what}: slot {} is copied", t.src);
+                let passes = if t.shift == 0 { 0 } else { self.rotary_dim };
+                let [from, to] = [&k[from][passes..], &k[to][passes..]];
+                assert_eq!(bits(to), bits(from), "{what}: slot {} is copied from {passes} on", t.src);
             }
         }
     }
@@ -110,6 +137,7 @@ impl Case {
             k_cache: &mut k,
             v_cache: &mut v,
             inv_freq: &inv_freq,
+            rotary_dim: self.rotary_dim,
             layout: &self.layout,
         })?;
         let counters = b.counters();
@@ -118,8 +146,8 @@ impl Case {
     }
 }
 
-fn frequencies(head_dim: usize) -> Vec<f32> {
-    (0..head_dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / head_dim as f32)).collect()
+fn frequencies(rotary_dim: usize) -> Vec<f32> {
+    (0..rotary_dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / rotary_dim as f32)).collect()
 }
 
 pub(crate) fn cache<B: Backend>(b: &mut B, dtype: DType, x: &[f32]) -> Result<B::Buf> {
@@ -194,8 +222,8 @@ fn kv_transfer_matches_oracle_on_every_device() {
                 num_kv_heads: num_kv_heads as u32,
                 block_size: block_size as u32,
                 head_dim: head_dim as u32,
+                rotary_dim: case.rotary_dim as u32,
                 dtype: dtype as u32,
-                reserved: 0,
             };
             dev.launch(dev.kernels().kv_transfer, &params)?;
             let (k, v) = (widened(dev, dtype, &k)?, widened(dev, dtype, &v)?);
@@ -208,11 +236,13 @@ fn kv_transfer_matches_oracle_on_every_device() {
 #[test]
 fn kv_transfer_refuses_heads_it_cannot_split() {
     for_each_device("kv_transfer limits", |dev| {
-        for (head_dim, block_size) in [(0, 16), (7, 16), (258, 16), (64, 0)] {
+        let heads = [(0, 0), (7, 6), (258, 64), (64, 0), (64, 7), (64, 66)].map(|(dim, rotary)| (dim, rotary, 16));
+        for (head_dim, rotary_dim, block_size) in heads.into_iter().chain([(64, 64, 0)]) {
             let params = rksc_kv_transfer_params {
                 num_transfers: 1,
                 num_kv_heads: 1,
                 head_dim,
+                rotary_dim,
                 block_size,
                 ..Default::default()
             };
@@ -220,10 +250,17 @@ fn kv_transfer_refuses_heads_it_cannot_split() {
         }
         Ok(Vec::new())
     });
-    let mut case = Case::new(DType::F32, (1, 32), 16, 1);
+    let mut cpu = Cpu::new(1, SimdLevel::detect()).unwrap();
+    let mut case = Case::new(DType::F32, (1, 32, 32), 16, 1);
+    for rotary_dim in [0, 7, 34] {
+        case.rotary_dim = rotary_dim;
+        for refused in [case.run(&mut cpu), case.run(&mut cuda(&case.layout))] {
+            assert!(matches!(refused, Err(Error::Shape { op: "kv_transfer", .. })), "{rotary_dim}");
+        }
+    }
+    case.rotary_dim = 32;
     case.transfers[0].dst = 8 * 16;
-    let refused = case.run(&mut Cpu::new(1, SimdLevel::detect()).unwrap());
-    assert!(matches!(refused, Err(Error::Shape { op: "kv_transfer", .. })));
+    assert!(matches!(case.run(&mut cpu), Err(Error::Shape { op: "kv_transfer", .. })));
 }
 
 /// What follows the transfers in a pass's inputs is where it was: a copy of a block that they wrote has what they wrote.
@@ -236,12 +273,13 @@ fn kv_transfer_and_copies_share_a_passs_inputs() {
         let copies = (4..6).map(|src| BlockCopy { src, dst: src - 4, num_slots: 11 }).collect();
         let inputs = b.stage(PassInputs { transfers: case.transfers.clone(), copies, ..Default::default() })?;
         let (inputs, k_cache, v_cache) = (&inputs, &mut k, &mut v);
-        b.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq: &inv_freq, layout })?;
+        let rotary_dim = case.rotary_dim;
+        b.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq: &inv_freq, rotary_dim, layout })?;
         let (k_cache, v_cache) = (&mut k, &mut v);
         b.kv_copy_blocks(KvCopyBlocks { inputs, k_cache, v_cache, layout })?;
         contents(b, &k, layout.dtype, case.k.len())
     }
-    let case = Case::new(DType::Bf16, (2, 64), 16, 33);
+    let case = Case::new(DType::Bf16, (2, 64, 64), 16, 33);
     let got = run(&mut cuda(&case.layout), &case).unwrap();
     let (want, _) = case.want();
     for (block, head) in [(4, 0), (4, 1), (5, 0), (5, 1)] {
@@ -261,7 +299,7 @@ fn kv_transfer_and_copies_share_a_passs_inputs() {
 
 /// K that RoPE turned to position p, transferred by s, is K at p + s, but for one rounding more and the rounding of the
 /// angles' products.
-fn moved_case<B: Backend>(b: &mut B, dtype: DType, dim: usize, what: &str) -> Result<()> {
+fn moved_case<B: Backend>(b: &mut B, dtype: DType, (dim, rotary_dim): (usize, usize), what: &str) -> Result<()> {
     let layout = KvLayout { num_blocks: 2, num_kv_heads: 2, block_size: 16, head_dim: dim, dtype };
     // (position, shift)
     let moves = [(0, 5), (9, 0), (40, -40), (100, 3), (2000, -1700), (3, 3000)];
@@ -269,7 +307,7 @@ fn moved_case<B: Backend>(b: &mut B, dtype: DType, dim: usize, what: &str) -> Re
     let mut fill = Fill::new(dim as u64);
     let rows = fill.normals(n * 6 * dim, 1.0);
     let qkv = b.upload(&[&rows[..], &rows[..]].concat())?;
-    let inv_freq = b.upload(&frequencies(dim))?;
+    let inv_freq = b.upload(&frequencies(rotary_dim))?;
     let len = 2 * layout.block_elems();
     let (mut k, mut v) = (b.alloc(dtype, len)?, b.alloc(dtype, len)?);
     let mut q = b.alloc(dtype, 2 * n * 2 * dim)?;
@@ -295,24 +333,26 @@ fn moved_case<B: Backend>(b: &mut B, dtype: DType, dim: usize, what: &str) -> Re
         k_cache: &mut k,
         v_cache: &mut v,
         inv_freq: &inv_freq,
+        rotary_dim,
         rope_scale: 1.0,
-        q_norm: None,
-        k_norm: None,
+        qk_norm: None,
         num_q_heads: 2,
         layout: &layout,
     })?;
     let (inputs, k_cache, v_cache, layout) = (&inputs, &mut k, &mut v, &layout);
-    b.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq: &inv_freq, layout })?;
+    b.kv_transfer(KvTransfer { inputs, k_cache, v_cache, inv_freq: &inv_freq, rotary_dim, layout })?;
     let (k, v) = (contents(b, &k, dtype, len)?, contents(b, &v, dtype, len)?);
     for (i, &(position, shift)) in moves.iter().enumerate() {
         for head in 0..2 {
             let [there, moved] = [16 + i, 24 + i].map(|slot| layout.elem(slot / 16, head, slot % 16));
             assert_eq!(v[there..there + dim], v[moved..moved + dim], "{what}");
+            assert_eq!(k[there + rotary_dim..there + dim], k[moved + rotary_dim..moved + dim], "{what}");
+            let half = rotary_dim / 2;
             let furthest = f64::from(position.max(position + shift).max(shift.abs()));
             let angles = 2.0 * f64::from(f32::EPSILON) * furthest;
-            for (i, (a, b)) in k[there..there + dim].iter().zip(&k[moved..moved + dim]).enumerate() {
+            for (i, (a, b)) in k[there..there + rotary_dim].iter().zip(&k[moved..]).enumerate() {
                 // A pair keeps its length, which bounds both of its numbers.
-                let length = f64::from(k[there + i % (dim / 2)]).hypot(f64::from(k[there + i % (dim / 2) + dim / 2]));
+                let length = f64::from(k[there + i % half]).hypot(f64::from(k[there + i % half + half]));
                 let bound = length * (2.0 * oracle::eps(dtype) + angles) + 1e-6;
                 let off = f64::from((a - b).abs());
                 assert!(off <= bound, "{what}: {position} by {shift}, element {i}: {a} and {b}");
@@ -325,12 +365,14 @@ fn moved_case<B: Backend>(b: &mut B, dtype: DType, dim: usize, what: &str) -> Re
 #[test]
 fn keys_transferred_by_a_shift_are_the_keys_computed_there() {
     for dtype in DTYPES {
-        for dim in [32, 64, 128, 6] {
+        for heads in [(32, 32), (64, 64), (128, 128), (6, 6), (128, 96), (10, 6)] {
+            let (dim, rotary_dim) = heads;
             let layout = KvLayout { num_blocks: 2, num_kv_heads: 2, block_size: 16, head_dim: dim, dtype };
-            moved_case(&mut cuda(&layout), dtype, dim, &format!("{dtype} {dim} emulated")).unwrap();
+            let what = format!("{dtype} {rotary_dim}/{dim}");
+            moved_case(&mut cuda(&layout), dtype, heads, &format!("{what} emulated")).unwrap();
             for level in SimdLevel::available() {
                 let mut cpu = Cpu::new(1, level).unwrap();
-                moved_case(&mut cpu, dtype, dim, &format!("{dtype} {dim} {level}")).unwrap();
+                moved_case(&mut cpu, dtype, heads, &format!("{what} {level}")).unwrap();
             }
         }
     }

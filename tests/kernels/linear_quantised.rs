@@ -9,7 +9,7 @@ use rksc::backend::cpu::pool::ThreadPool;
 use rksc::backend::cpu::simd::SimdLevel;
 use rksc::model::weights::TensorData;
 use rksc::quant::{CodeBits, MatrixPart, QuantTensor, ZeroKind};
-use rksc::testing::linear_quantised::{CodeFormat, quantised_oracle, rows_with_codes, with_zeros};
+use rksc::testing::linear_quantised::{CodeFormat, quantised_oracle, rows_with_codes, with_zeros, without_nan};
 use rksc::testing::{fill, global_difference, round_to, tensor};
 use rksc::{DType, Error, Result};
 
@@ -188,6 +188,67 @@ fn mixed_parts(k: usize) -> [MatrixPart; 4] {
     ]
 }
 
+/// Columns in another order: the bits of the same codes against x whose columns are moved.
+#[test]
+fn codes_in_another_order_of_columns_take_x_in_that_order() {
+    for format in [CodeFormat::all()[1], CodeFormat::all()[11]] {
+        let (rows, k, n) = (19, 12 * format.group, 33);
+        let w = format.random(n, k, 7);
+        let mut columns: Vec<u32> = (0..k as u32).collect();
+        columns.sort_by_key(|k| k.wrapping_mul(0x9e37_79b9));
+        let moved = QuantTensor { columns: Some(columns.clone().into()), ..w.clone() };
+        let dense = tensor("dense", DType::Bf16, &[5, k], &fill(2, 5 * k));
+        for dtype in DTYPES {
+            let case = Case::new(rows, k, dtype);
+            let x = case.x.chunks(k).flat_map(|row| columns.iter().map(|&c| row[c as usize])).collect();
+            let gathered = Case { x, ..Case::new(rows, k, dtype) };
+            let parts: [MatrixPart; 2] = [moved.clone().into(), dense.clone().into()];
+            let stacked = CpuMatrix::new(&parts, dtype).unwrap();
+            let alone = CpuMatrix::new(std::slice::from_ref(&dense), dtype).unwrap();
+            for level in SimdLevel::available() {
+                let want = gathered.bits(1, level, &matrix(&w, dtype), 0..rows);
+                assert_eq!(case.bits(2, level, &matrix(&moved, dtype), 0..rows), want, "{level} {dtype} {format:?}");
+                let y = case.run(1, level, &matrix(&moved, dtype), 0..rows, None).unwrap();
+                check(&format!("{level} {dtype} {format:?}"), &moved, &case, &y, None);
+                // Dense neighbours take x as it is.
+                let both = case.bits(3, level, &stacked, 0..rows);
+                let dense = case.bits(1, level, &alone, 0..rows);
+                for t in 0..rows {
+                    assert_eq!(both[t * (n + 5)..][..n], want[t * n..][..n]);
+                    assert_eq!(both[t * (n + 5) + n..][..5], dense[t * 5..][..5]);
+                }
+            }
+        }
+        let mut row = vec![0.0; k];
+        matrix(&moved, DType::Bf16).widen_row(3, &mut row).unwrap();
+        assert_eq!(row, moved.dequantise()[3 * k..4 * k]);
+        assert_eq!(row[columns[5] as usize], w.dequantise()[3 * k + 5]);
+        let odd: [MatrixPart; 2] = [moved.clone().into(), QuantTensor { name: "odd".into(), ..w.clone() }.into()];
+        let e = CpuMatrix::new(&odd, DType::Bf16).map(|_| ()).unwrap_err().to_string();
+        assert!(e.contains("odd in another order of columns than random codes"), "{e}");
+        let twice = QuantTensor { columns: Some(vec![0; k].into()), ..w };
+        assert!(matches!(CpuMatrix::new(&[twice], DType::Bf16), Err(Error::Shape { .. })));
+    }
+}
+
+/// One weight at a time: every E4M3 number, subnormal ones too, is multiplied as what it is.
+#[test]
+fn every_e4m3_number_counts_as_what_it_is() {
+    let codes: Vec<u32> = (0..256u32).flat_map(|n| [0, without_nan(n) << 16, 0, 0, 0, 0, 0, 0]).collect();
+    let scales = std::iter::repeat_n(1.0f32.to_bits(), 256).collect();
+    let w = CodeFormat { bits: CodeBits::F8, group: 32, zeros: ZeroKind::None }.random(256, 32, 1);
+    let w = QuantTensor { codes: TensorData::Owned(codes.into()), scales: TensorData::Owned(scales), ..w };
+    let want: Vec<f32> = (0..256).map(|n| w.bits.number(without_nan(n))).collect();
+    for dtype in DTYPES {
+        let mut case = Case::new(1, 32, dtype);
+        case.x.fill(0.0);
+        case.x[6] = 1.0;
+        for level in SimdLevel::available() {
+            assert_eq!(case.run(1, level, &matrix(&w, dtype), 0..1, None).unwrap(), want, "{level} {dtype}");
+        }
+    }
+}
+
 #[test]
 fn parts_of_different_kinds_stack() {
     let (rows, k) = (5, 384);
@@ -277,9 +338,11 @@ fn codes_that_do_not_fit_are_refused() {
     ] {
         assert!(matches!(refused(bad), Error::Shape { .. }));
     }
-    let w8 = CodeFormat { bits: CodeBits::W8, ..CodeFormat::all()[0] }.random(4, 128, 1);
-    let odd = with_zeros(&w8, ZeroKind::Integer, &[128.0; 16]);
-    assert!(matches!(refused(odd), Error::Unsupported { op: "matrix", .. }));
+    for bits in [CodeBits::W8, CodeBits::F8] {
+        let w = CodeFormat { bits, ..CodeFormat::all()[0] }.random(4, 128, 1);
+        let odd = with_zeros(&w, ZeroKind::Integer, &[128.0; 16]);
+        assert!(matches!(refused(odd), Error::Unsupported { op: "matrix", .. }));
+    }
     let narrow: [MatrixPart; 2] = [good.into(), tensor("a", DType::Bf16, &[2, 64], &[0.0; 128]).into()];
     assert!(matches!(CpuMatrix::new(&narrow, DType::Bf16), Err(Error::Shape { .. })));
 }

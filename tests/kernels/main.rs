@@ -3,8 +3,10 @@
 
 mod attention;
 mod attention_mass;
+mod attention_window;
 mod branch_similarity;
 mod cuda_attention;
+mod cuda_attention_window;
 mod cuda_branch_similarity;
 mod cuda_device;
 mod cuda_elementwise;
@@ -24,6 +26,7 @@ mod kv_scores;
 mod kv_transfer;
 mod linear;
 mod linear_quantised;
+mod options;
 mod probes;
 mod query_ring;
 mod routed_linear;

@@ -230,6 +230,8 @@ fn weigh<B: Backend, T: Elem>(b: &mut B, world: &World<T>, lse: &[f32]) -> Resul
         sequences: &sequences,
         num_q_heads: world.num_q_heads,
         sm_scale: world.scale(),
+        window: world.window,
+        softcap: world.softcap,
         layout: &world.layout,
         mass: &mut mass,
     })?;
@@ -290,7 +292,7 @@ fn probes_leave_recordings_whole() {
             let inputs = PassInputs { token_ids: ids.to_vec(), query_rows: vec![0, 1], ..PassInputs::default() };
             let inputs = b.stage(inputs).unwrap();
             b.begin_pass(&inputs, Some(0)).unwrap();
-            b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, hidden: 16 }).unwrap();
+            b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, scale: 1.0, hidden: 16 }).unwrap();
             b.row_stats(RowStatsOp { logits: &x, num_rows: 2, vocab: 16 }).unwrap();
             b.end_pass().unwrap();
             b.read_stats(&mut stats).unwrap();
@@ -311,7 +313,7 @@ fn probes_leave_recordings_whole() {
     let mut refused = 0;
     for _ in 0..4 {
         b.begin_pass(&inputs, Some(0)).unwrap();
-        b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, hidden: 16 }).unwrap();
+        b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, scale: 1.0, hidden: 16 }).unwrap();
         if let Err(e) = probe(&mut b, &x) {
             assert!(e.to_string().contains("repeatable"), "{e}");
             refused += 1;
@@ -321,7 +323,7 @@ fn probes_leave_recordings_whole() {
     }
     assert_eq!(refused, 2, "the first moves a buffer, the second is the first of its shape");
     b.begin_pass(&inputs, None).unwrap();
-    b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, hidden: 16 }).unwrap();
+    b.embed(Embed { table: &table, inputs: &inputs, x: &mut x, scale: 1.0, hidden: 16 }).unwrap();
     probe(&mut b, &x).unwrap();
     b.end_pass().unwrap();
     let mut stats = [RowStats::default(); 2];

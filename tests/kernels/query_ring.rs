@@ -59,9 +59,9 @@ impl<B: Backend> Pass<B> {
             k_cache: &mut self.k,
             v_cache: &mut self.v,
             inv_freq: &self.inv_freq,
+            rotary_dim: LAYOUT.head_dim,
             rope_scale: 1.0,
-            q_norm: None,
-            k_norm: None,
+            qk_norm: None,
             num_q_heads: Q_HEADS,
             layout: &LAYOUT,
         })?;

@@ -1,10 +1,11 @@
 //! `paged_attention`: every row over the slots its plan names.
 //!
-//! formula: o = softmax(sm_scale q K^T) V, lse = ln sum exp(sm_scale q K^T), per row and query head
+//! formula: o = softmax(s) V, lse = ln sum exp(s), per row and query head, s = sm_scale q K^T or, capped,
+//! softcap tanh(sm_scale q K^T / softcap), over the slots of the row's window
 //! work split: units of (row group, kv head, run of queries); a unit owns its outputs and walks its segments in tile
 //! order, so threads never divide a sum
 //! numerics: see `tile.rs`; a row's bits depend on its own tokens alone
-//! traffic: each planned tile of K and V once per unit that needs it
+//! traffic: each planned tile of K and V once per unit that needs it; none that lies below the windows of a unit's rows
 //! oracle: `testing::oracle::attention`; tests: `tests/kernels/attention.rs`
 #![allow(unsafe_code)]
 
@@ -12,14 +13,17 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub mod mass;
+pub(super) mod scale;
 mod tile;
 
+use self::scale::ScoreScale;
 use self::tile::{Scratch, TileRows};
 use super::elem::Elem;
 use super::pool::{SharedMut, ThreadPool};
 use super::simd::SimdLevel;
-use super::vector::{Kernel, LOG2_E, Vector, dispatch};
-use crate::batch::{AttentionPlan, PlanSegment, TILE_SLOTS};
+use super::vector::{Kernel, Vector, dispatch};
+use crate::backend::checks;
+use crate::batch::{AttentionPlan, PlanSegment, TILE_SLOTS, window_start};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::KvLayout;
@@ -47,12 +51,16 @@ pub struct PagedAttentionArgs<'a, T> {
     pub v_cache: &'a [T],
     /// `[T, Hq, D]`, written.
     pub o: &'a mut [T],
-    /// `[T, Hq]`, ln sum exp of the scaled scores, written.
+    /// `[T, Hq]`, ln sum exp of the scores, written.
     pub lse: &'a mut [f32],
     /// Query heads.
     pub num_q_heads: usize,
-    /// Multiplies the scores; above zero.
+    /// Multiplies q k; above zero.
     pub sm_scale: f32,
+    /// Newest slots that a row attends to, at least 1; `None`: all.
+    pub window: Option<usize>,
+    /// Bound of the scores; above zero.
+    pub softcap: Option<f32>,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
 }
@@ -92,7 +100,8 @@ pub fn paged_attention<T: Elem>(
         o: SharedMut::new(args.o),
         lse: SharedMut::new(args.lse),
         num_q_heads: args.num_q_heads,
-        scale: args.sm_scale * LOG2_E,
+        scale: ScoreScale::new(args.sm_scale, args.softcap),
+        window: args.window,
         layout: args.layout,
         units: &scratch.units,
         next: AtomicUsize::new(0),
@@ -131,7 +140,8 @@ fn plan_units<T>(args: &PagedAttentionArgs<'_, T>, threads: usize, units: &mut V
             units.extend((0..heads).map(|kv_head| Unit { group, kv_head, queries: queries.clone() }));
         }
     }
-    let row_slots: usize = plan.segments.iter().map(|s| s.rows.len() * s.num_slots).sum();
+    let read = |s: &PlanSegment| s.num_slots - plan.slots_below(s, s.rows.clone(), args.window);
+    let row_slots: usize = plan.segments.iter().map(|s| s.rows.len() * read(s)).sum();
     2 * row_slots * args.num_q_heads * args.layout.head_dim
 }
 
@@ -143,8 +153,8 @@ struct Job<'a, T> {
     o: SharedMut<'a, T>,
     lse: SharedMut<'a, f32>,
     num_q_heads: usize,
-    /// sm_scale * log2(e)
-    scale: f32,
+    scale: ScoreScale,
+    window: Option<usize>,
     layout: &'a KvLayout,
     units: &'a [Unit],
     next: AtomicUsize,
@@ -234,7 +244,7 @@ impl<T: Elem> Job<'_, T> {
         let end_slot = (start_slot + segment.num_slots).min(longest);
         let size = self.layout.block_size;
         let blocks = &self.plan.blocks[segment.blocks.clone()];
-        let mut slot = start_slot;
+        let mut slot = start_slot + self.plan.slots_below(segment, rows, self.window);
         while slot < end_slot {
             let num_slots = (end_slot - slot).min(TILE_SLOTS);
             let first_block = (slot - start_slot) / size;
@@ -248,17 +258,17 @@ impl<T: Elem> Job<'_, T> {
                 num_slots,
             };
             own.load_tile::<V, T, PAIRS>(v, &tile(self.k_cache), &tile(self.v_cache));
-            // Runs of queries that attend to equally many slots of this tile.
-            let mut at = queries.start;
+            // Runs of queries that attend to the same slots of this tile.
+            let (first, mut at) = (unit.queries.start, queries.start);
             while at < queries.end {
-                let valid = self.valid(group_row + at / heads, slot);
+                let slots = self.attended(group_row + at / heads, slot);
                 let mut to = at - at % heads;
-                while to < queries.end && self.valid(group_row + to / heads, slot) == valid {
+                while to < queries.end && self.attended(group_row + to / heads, slot) == slots {
                     to += heads;
                 }
                 let to = to.min(queries.end);
-                if valid > 0 {
-                    own.fold::<V, T, PAIRS>(v, at - unit.queries.start, to - at, valid, self.scale);
+                if !slots.is_empty() {
+                    own.fold::<V, T, PAIRS>(v, at - first..to - first, &slots, &self.scale);
                 }
                 at = to;
             }
@@ -268,13 +278,16 @@ impl<T: Elem> Job<'_, T> {
 
     /// Slots of the tile at `slot` that an ordered row attends to.
     #[inline(always)]
-    fn valid(&self, row: usize, slot: usize) -> usize {
-        (self.plan.kv_lens[row] as usize).saturating_sub(slot).min(TILE_SLOTS)
+    fn attended(&self, row: usize, slot: usize) -> Range<usize> {
+        let kv_len = self.plan.kv_lens[row] as usize;
+        let of_tile = |end: usize| end.saturating_sub(slot).min(TILE_SLOTS);
+        of_tile(window_start(kv_len, self.window))..of_tile(kv_len)
     }
 }
 
 /// Everything the kernel indexes by; also that no two units write the same output.
 fn check<T: Elem>(args: &PagedAttentionArgs<'_, T>, seen: &mut Vec<u64>) -> Result<()> {
+    checks::window_and_softcap("paged_attention", args.window, args.softcap)?;
     let layout = args.layout;
     let shape = |expected: String, got: String| Err(Error::Shape { op: "paged_attention", expected, got });
     let (hq, hkv, dim) = (args.num_q_heads, layout.num_kv_heads, layout.head_dim);

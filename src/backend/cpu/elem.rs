@@ -111,5 +111,31 @@ pub fn store_part<T: Elem, V: Vector>(v: V, x: V::F, dst: &mut [T]) {
     dst[..n].copy_from_slice(&buf[..n]);
 }
 
+/// [`Elem::load`] of a whole chunk, [`load_part`] of a shorter one.
+#[inline(always)]
+pub fn load_some<T: Elem, V: Vector>(v: V, src: &[T]) -> V::F {
+    if src.len() == V::LANES { T::load(v, src) } else { load_part(v, src) }
+}
+
+/// [`Elem::store`] of a whole chunk, [`store_part`] of a shorter one.
+#[inline(always)]
+pub fn store_some<T: Elem, V: Vector>(v: V, x: V::F, dst: &mut [T]) {
+    if dst.len() == V::LANES { T::store(v, x, dst) } else { store_part(v, x, dst) }
+}
+
+/// Rounds a row.
+#[inline(always)]
+pub fn narrow_row<T: Elem, V: Vector>(v: V, x: &[f32], y: &mut [T]) {
+    let mut xs = x.chunks_exact(V::LANES);
+    let mut ys = y.chunks_exact_mut(V::LANES);
+    for (x, y) in xs.by_ref().zip(ys.by_ref()) {
+        T::store(v, v.load(x), y);
+    }
+    let rest = ys.into_remainder();
+    if !rest.is_empty() {
+        store_part(v, load_part(v, xs.remainder()), rest);
+    }
+}
+
 /// Lanes of the widest level.
 pub const MAX_LANES: usize = 16;

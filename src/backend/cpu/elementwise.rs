@@ -1,8 +1,8 @@
-//! `silu_mul`, `gather_rows` and `embed`.
+//! `glu`, `gather_rows`, `embed` and `softcap`.
 //!
-//! formula: y = g * sigmoid(g) * u; dst\[i\] = src\[rows\[i\]\]; x\[t\] = table\[ids\[t\]\]
+//! formula: y = activation(g) * u; dst\[i\] = src\[rows\[i\]\]; x\[t\] = table\[ids\[t\]\] * scale; x = cap * tanh(x / cap)
 //! work split: rows
-//! numerics: sigmoid through e^-|g|, so nothing overflows; one rounding to the compute type
+//! numerics: sigmoid through e^-|g|, so nothing overflows; one rounding to the compute type; tanh within 4 ulp
 //! traffic: every operand once
 //! oracle: `testing::oracle`; tests: `tests/kernels/elementwise.rs`
 #![allow(unsafe_code)]
@@ -11,15 +11,16 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::elem::{Elem, load_part, store_part};
+use super::elem::{Elem, load_part, load_some, store_part, store_some};
 use super::norm::THREAD_ELEMS;
 use super::pool::{SharedMut, ThreadPool, share};
 use super::simd::SimdLevel;
-use super::vector::{Kernel, LOG2_E, Vector, dispatch};
+use super::vector::{Kernel, LOG2_E, Vector, dispatch, tanh};
+use crate::backend::Activation;
 use crate::error::{Error, Result};
 
-/// The arguments of `silu_mul`; `T` is the compute type.
-pub struct SiluMulArgs<'a, T> {
+/// The arguments of `glu`; `T` is the compute type.
+pub struct GluArgs<'a, T> {
     /// Rows to work on.
     pub rows: Range<usize>,
     /// `[T, 2 * inter]`: gate, then up.
@@ -28,31 +29,65 @@ pub struct SiluMulArgs<'a, T> {
     pub y: &'a mut [T],
     /// Row width of `y`.
     pub intermediate: usize,
+    /// What the gate goes through.
+    pub activation: Activation,
 }
 
-/// See [`SiluMulArgs`].
-pub fn silu_mul<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: SiluMulArgs<'_, T>) -> Result<()> {
-    let SiluMulArgs { rows, gate_up, y, intermediate: n } = args;
+/// See [`GluArgs`].
+pub fn glu<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: GluArgs<'_, T>) -> Result<()> {
+    let GluArgs { rows, gate_up, y, intermediate: n, activation } = args;
     if rows.start > rows.end || gate_up.len() < rows.end * 2 * n || y.len() < rows.end * n {
         return Err(Error::Shape {
-            op: "silu_mul",
+            op: "glu",
             expected: format!("rows {rows:?} of 2 x {n} and {n}"),
             got: format!("{} and {} elements", gate_up.len(), y.len()),
         });
     }
     let out = SharedMut::new(y);
-    for_rows(pool, rows, n, &|rows| dispatch(level, SiluRows { rows, gate_up, y: &out, n }));
+    for_rows(pool, rows, n, &|rows| match activation {
+        Activation::Silu => dispatch(level, GluRows { rows, gate_up, y: &out, n, gate: Silu }),
+        Activation::GeluTanh => dispatch(level, GluRows { rows, gate_up, y: &out, n, gate: GeluTanh }),
+    });
     Ok(())
 }
 
-struct SiluRows<'a, T> {
+/// An activation as `g * sigmoid(s)`.
+trait Gate: Copy {
+    /// s of g.
+    fn logit<V: Vector>(self, v: V, g: V::F) -> V::F;
+}
+
+#[derive(Clone, Copy)]
+struct Silu;
+#[derive(Clone, Copy)]
+struct GeluTanh;
+
+impl Gate for Silu {
+    #[inline(always)]
+    fn logit<V: Vector>(self, _v: V, g: V::F) -> V::F {
+        g
+    }
+}
+
+/// `(1 + tanh(z)) / 2 = sigmoid(2 z)`.
+impl Gate for GeluTanh {
+    #[inline(always)]
+    fn logit<V: Vector>(self, v: V, g: V::F) -> V::F {
+        // 2 sqrt(2 / pi)
+        let scale = v.mul(v.splat(1.595_769), g);
+        v.mul(scale, v.fma(v.mul(v.splat(0.044_715), g), g, v.splat(1.0)))
+    }
+}
+
+struct GluRows<'a, T, G> {
     rows: Range<usize>,
     gate_up: &'a [f32],
     y: &'a SharedMut<'a, T>,
     n: usize,
+    gate: G,
 }
 
-impl<T: Elem> Kernel for SiluRows<'_, T> {
+impl<T: Elem, G: Gate> Kernel for GluRows<'_, T, G> {
     type Out = ();
     #[inline(always)]
     fn run<V: Vector>(self, v: V) {
@@ -65,11 +100,11 @@ impl<T: Elem> Kernel for SiluRows<'_, T> {
             let mut us = up.chunks_exact(V::LANES);
             let mut ys = y.chunks_exact_mut(V::LANES);
             for ((g, u), y) in gs.by_ref().zip(us.by_ref()).zip(ys.by_ref()) {
-                T::store(v, gate_one(v, v.load(g), v.load(u)), y);
+                T::store(v, gate_one(v, self.gate, v.load(g), v.load(u)), y);
             }
             let rest = ys.into_remainder();
             if !rest.is_empty() {
-                let y = gate_one(v, load_part(v, gs.remainder()), load_part(v, us.remainder()));
+                let y = gate_one(v, self.gate, load_part(v, gs.remainder()), load_part(v, us.remainder()));
                 store_part(v, y, rest);
             }
         }
@@ -77,10 +112,10 @@ impl<T: Elem> Kernel for SiluRows<'_, T> {
 }
 
 #[inline(always)]
-fn gate_one<V: Vector>(v: V, g: V::F, u: V::F) -> V::F {
-    let one = v.splat(1.0);
-    let t = v.exp2(v.mul(v.abs(g), v.splat(-LOG2_E)));
-    let sigmoid = v.div(v.select_nonneg(g, one, t), v.add(one, t));
+fn gate_one<V: Vector, G: Gate>(v: V, gate: G, g: V::F, u: V::F) -> V::F {
+    let (one, s) = (v.splat(1.0), gate.logit(v, g));
+    let t = v.exp2(v.mul(v.abs(s), v.splat(-LOG2_E)));
+    let sigmoid = v.div(v.select_nonneg(s, one, t), v.add(one, t));
     v.mul(v.mul(g, sigmoid), u)
 }
 
@@ -126,15 +161,23 @@ impl Table<'_> {
     }
 }
 
-/// `x[t] = table[ids[t]]`, widened.
-pub fn embed(
-    level: SimdLevel,
-    pool: &mut ThreadPool,
-    table: Table<'_>,
-    ids: &[u32],
-    x: &mut [f32],
-    hidden: usize,
-) -> Result<()> {
+/// The arguments of `embed`.
+pub struct EmbedArgs<'a> {
+    /// Where rows come from.
+    pub table: Table<'a>,
+    /// `[T]` rows of the table.
+    pub ids: &'a [u32],
+    /// Multiplies them; 1 keeps every bit.
+    pub scale: f32,
+    /// `[T, hidden]`, written.
+    pub x: &'a mut [f32],
+    /// Row width.
+    pub hidden: usize,
+}
+
+/// `x[t] = table[ids[t]] * scale`, widened first.
+pub fn embed(level: SimdLevel, pool: &mut ThreadPool, args: EmbedArgs<'_>) -> Result<()> {
+    let EmbedArgs { table, ids, scale, x, hidden } = args;
     let vocab = table.len() / hidden.max(1);
     if x.len() < ids.len() * hidden || ids.iter().any(|&id| id as usize >= vocab) {
         return Err(Error::Shape {
@@ -145,9 +188,9 @@ pub fn embed(
     }
     let out = SharedMut::new(x);
     for_rows(pool, 0..ids.len(), hidden, &|rows| match table {
-        Table::F32(table) => dispatch(level, EmbedRows { rows, table, ids, x: &out, hidden }),
-        Table::Bf16(table) => dispatch(level, EmbedRows { rows, table, ids, x: &out, hidden }),
-        Table::F16(table) => dispatch(level, EmbedRows { rows, table, ids, x: &out, hidden }),
+        Table::F32(table) => dispatch(level, EmbedRows { rows, table, ids, scale, x: &out, hidden }),
+        Table::Bf16(table) => dispatch(level, EmbedRows { rows, table, ids, scale, x: &out, hidden }),
+        Table::F16(table) => dispatch(level, EmbedRows { rows, table, ids, scale, x: &out, hidden }),
     });
     Ok(())
 }
@@ -156,6 +199,7 @@ struct EmbedRows<'a, T> {
     rows: Range<usize>,
     table: &'a [T],
     ids: &'a [u32],
+    scale: f32,
     x: &'a SharedMut<'a, f32>,
     hidden: usize,
 }
@@ -164,7 +208,7 @@ impl<T: Elem> Kernel for EmbedRows<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<V: Vector>(self, v: V) {
-        let n = self.hidden;
+        let (n, scale) = (self.hidden, v.splat(self.scale));
         for row in self.rows {
             let from = self.ids[row] as usize * n;
             let src = &self.table[from..from + n];
@@ -173,12 +217,40 @@ impl<T: Elem> Kernel for EmbedRows<'_, T> {
             let mut ss = src.chunks_exact(V::LANES);
             let mut xs = x.chunks_exact_mut(V::LANES);
             for (s, x) in ss.by_ref().zip(xs.by_ref()) {
-                v.store(T::load(v, s), x);
+                v.store(v.mul(T::load(v, s), scale), x);
             }
             let rest = xs.into_remainder();
             if !rest.is_empty() {
-                store_part(v, load_part(v, ss.remainder()), rest);
+                store_part(v, v.mul(load_part(v, ss.remainder()), scale), rest);
             }
+        }
+    }
+}
+
+/// `logits = cap * tanh(logits / cap)`, whole rows of `vocab`.
+pub fn softcap(level: SimdLevel, pool: &mut ThreadPool, logits: &mut [f32], vocab: usize, cap: f32) {
+    let num_rows = logits.len() / vocab.max(1);
+    let logits = SharedMut::new(logits);
+    for_rows(pool, 0..num_rows, vocab, &|rows| {
+        // SAFETY: threads have different rows.
+        let x = unsafe { logits.range(rows.start * vocab..rows.end * vocab) };
+        dispatch(level, Cap { x, cap });
+    });
+}
+
+struct Cap<'a> {
+    x: &'a mut [f32],
+    cap: f32,
+}
+
+impl Kernel for Cap<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Vector>(self, v: V) {
+        let cap = v.splat(self.cap);
+        for x in self.x.chunks_mut(V::LANES) {
+            let capped = v.mul(cap, tanh(v, v.div(load_some(v, &*x), cap)));
+            store_some(v, capped, x);
         }
     }
 }

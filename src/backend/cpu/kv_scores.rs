@@ -14,10 +14,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 mod panel;
 
 use self::panel::Panel;
+use super::attention::scale::ScoreScale;
 use super::elem::{Elem, MAX_LANES, load_part};
 use super::pool::{SharedMut, ThreadPool};
 use super::simd::SimdLevel;
-use super::vector::{Kernel, LOG2_E, Vector, dispatch};
+use super::vector::{Kernel, Vector, dispatch};
 use crate::backend::RkvVariant;
 use crate::batch::TILE_SLOTS;
 use crate::error::{Error, Result};
@@ -31,7 +32,7 @@ const NO_LINK: u32 = u32::MAX;
 /// The arguments of `kv_scores`; `T` is the compute type. Over the candidates i, all slots but the last `window`:
 ///
 /// ```text
-/// a[j, i] = max over the group's query heads g of q[j, g] K[i] sm_scale
+/// a[j, i] = max over the group's query heads g of q[j, g] K[i] sm_scale, or softcap tanh of it / softcap
 /// I[i]    = mean over the queries j of softmax_i(a[j, :]), then the largest within pool_size / 2 candidates
 /// w(u)    = newest slot w != u with S[u, w] > threshold; slot 0 where there is none
 /// m[v]    = 1/n (sum of S[u, v] over u != v with w(u) != v)
@@ -66,6 +67,8 @@ pub struct KvScoresArgs<'a, T> {
     pub num_q_heads: usize,
     /// Multiplies q k.
     pub sm_scale: f32,
+    /// Bound of `a`; above zero.
+    pub softcap: Option<f32>,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
     /// `[Hkv, num_slots - window]`, written.
@@ -327,14 +330,17 @@ impl<T: Elem> Phase for Prepare<'_, T> {
         let keys = unsafe { self.keys.range(self.sizes.panel(unit)) };
         self.load(v, head, first, &mut own.rows);
         panel::transpose_rows(v, &own.rows, dim, keys);
-        let scale = v.splat(self.args.sm_scale * LOG2_E);
+        let scale = ScoreScale::new(self.args.sm_scale, self.args.softcap);
+        let factor = v.splat(scale.factor);
         for (j, query) in self.queries.chunks_exact(self.args.num_q_heads * dim).enumerate() {
-            let best = Panel(keys).best(v, &query[head * group * dim..][..group * dim]);
+            let mut best = Panel(keys).best(v, &query[head * group * dim..][..group * dim]);
+            // tanh grows with its argument, so the largest of the group stays the largest.
+            scale.cap(v, &mut best);
             let to = (head * queries + j) * padded + first;
             // SAFETY: as above.
             let logits = unsafe { self.logits.range(to..to + TILE_SLOTS) };
             for (x, logits) in best.chunks_exact(V::LANES).zip(logits.chunks_exact_mut(V::LANES)) {
-                v.store(v.mul(v.load(x), scale), logits);
+                v.store(v.mul(v.load(x), factor), logits);
             }
         }
         // SAFETY: as above.

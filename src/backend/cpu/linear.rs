@@ -81,6 +81,8 @@ pub struct LinearScratch {
     threads: Vec<Line>,
     /// The same rows, as kernels for codes want them.
     codes: CodeScratch,
+    /// The same rows with their columns as the codes have them.
+    columns: Vec<Line>,
 }
 
 /// A cache line.
@@ -200,7 +202,13 @@ pub fn linear(
             }
         }
         if w.has_codes() {
-            run.codes(pool, level, &mut scratch.codes, x, &out)?;
+            let LinearScratch { codes, columns, .. } = &mut *scratch;
+            let x = match x {
+                Activations::F32(x) => Activations::F32(run.as_codes_stand(pool, columns, x)),
+                Activations::Bf16(x) => Activations::Bf16(run.as_codes_stand(pool, columns, x)),
+                Activations::F16(x) => Activations::F16(run.as_codes_stand(pool, columns, x)),
+            };
+            run.codes(pool, level, codes, x, &out)?;
         }
         start = end;
     }
@@ -334,6 +342,24 @@ impl Run<'_> {
         out: &'a Output<'a>,
     ) -> Job<'a, X, W> {
         Job { x, w, rows: self.rows, in_features: self.in_features, first_out, num_outs, out }
+    }
+
+    /// x with its columns in the order of those of the codes; rows of codes are whole lines of any type.
+    fn as_codes_stand<'a, T: bytemuck::Pod + Sync>(
+        &self,
+        pool: &mut ThreadPool,
+        lines: &'a mut Vec<Line>,
+        x: &'a [T],
+    ) -> &'a [T] {
+        let Some(columns) = self.w.columns() else { return x };
+        let row_lines = self.in_features * size_of::<T>() / size_of::<Line>();
+        grow(lines, self.rows * row_lines);
+        self.prepare(pool, &mut lines[..self.rows * row_lines], self.rows, row_lines, |row, lines| {
+            let x = &x[row * self.in_features..][..self.in_features];
+            let dst: &mut [T] = bytemuck::cast_slice_mut(lines);
+            dst.iter_mut().zip(columns).for_each(|(d, &column)| *d = x[column as usize]);
+        });
+        &bytemuck::cast_slice(lines)[..x.len()]
     }
 
     /// Calls `f(piece, its lines)` for every piece of `piece_lines` lines, on all threads when there is enough to do.

@@ -1,13 +1,14 @@
 //! Weight matrices as `linear` and `embed` read them: row-stacked parts, dense or in codes, each used where it lies.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::weights::{Tensor, TensorData};
-use crate::quant::{CodeBits, MatrixPart, QuantTensor, ZeroKind};
+use crate::quant::{CodeBits, MatrixPart, QuantTensor, ZeroKind, columns_of};
 
 mod code_rows;
 
@@ -17,6 +18,8 @@ pub use code_rows::CodeRows;
 /// use is converted once, here; all others, and all codes, stay where they are mapped.
 pub struct CpuMatrix {
     parts: Vec<Part>,
+    /// See [`QuantTensor::columns`]; of all parts in codes.
+    columns: Option<Arc<[u32]>>,
     compute: DType,
     in_features: usize,
     out_features: usize,
@@ -76,9 +79,9 @@ type Outline<'a> = (&'a str, usize, usize);
 impl CpuMatrix {
     /// Stacks `parts` (each `[out_i, in]`) for use with activations of type `compute`.
     pub fn new<P: Clone + Into<MatrixPart>>(parts: &[P], compute: DType) -> Result<Self> {
-        let mut matrix = Self::empty(compute);
-        for part in parts {
-            let mut data = part.clone().into();
+        let parts: Vec<MatrixPart> = parts.iter().map(|part| part.clone().into()).collect();
+        let mut matrix = Self { columns: columns_of(&parts)?.cloned(), ..Self::empty(compute) };
+        for mut data in parts {
             let (name, num_rows, in_features) = outline(&data)?;
             if !matrix.parts.is_empty() && in_features != matrix.in_features {
                 let expected = format!("[out, {}]", matrix.in_features);
@@ -105,12 +108,13 @@ impl CpuMatrix {
     }
 
     fn empty(compute: DType) -> Self {
-        Self { parts: Vec::new(), compute, in_features: 0, out_features: 0, extra_bytes: 0 }
+        Self { parts: Vec::new(), columns: None, compute, in_features: 0, out_features: 0, extra_bytes: 0 }
     }
 
     /// Rows `[rows.start, rows.end)` as a matrix of their own, where they lie.
     pub fn slice(&self, rows: Range<usize>) -> Self {
-        let mut slice = Self { in_features: self.in_features, ..Self::empty(self.compute) };
+        let columns = self.columns.clone();
+        let mut slice = Self { columns, in_features: self.in_features, ..Self::empty(self.compute) };
         for part in &self.parts {
             let end = part.first_row + part.num_rows;
             let (from, to) = (rows.start.clamp(part.first_row, end), rows.end.clamp(part.first_row, end));
@@ -172,6 +176,11 @@ impl CpuMatrix {
         ids.iter().map(|&id| part(id as usize).map_or(0, |p| p.num_bytes(1, self.in_features))).sum()
     }
 
+    /// Which column of x each column of the codes takes, where they stand in another order.
+    pub fn columns(&self) -> Option<&[u32]> {
+        self.columns.as_deref()
+    }
+
     /// Whether any part is dense.
     pub fn has_dense(&self) -> bool {
         self.parts.iter().any(|p| matches!(p.data, MatrixPart::Dense(_)))
@@ -200,7 +209,14 @@ impl CpuMatrix {
             Weights::F32(w) => dst.copy_from_slice(w),
             Weights::Bf16(w) => dst.iter_mut().zip(w).for_each(|(d, s)| *d = s.to_f32()),
             Weights::F16(w) => dst.iter_mut().zip(w).for_each(|(d, s)| *d = s.to_f32()),
-            Weights::Codes(w) => w.widen(dst),
+            Weights::Codes(w) => match &self.columns {
+                None => w.widen(dst),
+                Some(columns) => {
+                    let mut as_codes = vec![0.0; n];
+                    w.widen(&mut as_codes);
+                    columns.iter().zip(as_codes).for_each(|(&column, w)| dst[column as usize] = w);
+                }
+            },
         }
         Ok(())
     }
@@ -219,7 +235,7 @@ fn outline(part: &MatrixPart) -> Result<Outline<'_>> {
 /// Codes whose sizes fit and whose format there are kernels for.
 fn check_codes(w: &QuantTensor) -> Result<()> {
     w.validate()?;
-    if w.bits == CodeBits::W8 && w.zero_kind != ZeroKind::None {
+    if w.bits != CodeBits::W4 && w.zero_kind != ZeroKind::None {
         let what = format!("codes of 8 bits with zeros in {}", w.name);
         return Err(Error::Unsupported { op: "matrix", what });
     }

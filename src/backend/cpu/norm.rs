@@ -1,15 +1,16 @@
-//! `add_rms_norm`: the residual addition, the norm that follows it, and the step similarity.
+//! `add_rms_norm`: the residual addition, the norms before and after it, and the step similarity.
 //!
-//! formula: x' = x + delta; y = x' * rsqrt(mean(x'^2) + eps) * weight, rounded once; similarity = cos(before, x')
+//! formula: norm(x, w) = x * rsqrt(mean(x^2) + eps) * w; x' = x + delta or x + norm(delta, post_norm); y = x' or
+//! norm(x', weight), rounded once; similarity = cos(before, x')
 //! work split: rows
 //! numerics: f32 sums in `LANES` partial sums and a fixed tree, whatever the number of rows
-//! traffic: x twice, delta, y and what is kept or compared with once
+//! traffic: x twice, delta (twice where it is normed), y and what is kept or compared with once
 //! oracle: `testing::oracle::rms_norm`; tests: `tests/kernels/elementwise.rs`
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
-use super::elem::{Elem, load_part, store_part};
+use super::elem::{Elem, load_part, load_some, narrow_row, store_part, store_some};
 use super::pool::{SharedMut, ThreadPool, share};
 use super::simd::SimdLevel;
 use super::vector::{Kernel, Vector, dispatch};
@@ -26,9 +27,11 @@ pub struct AddRmsNormArgs<'a, T> {
     pub x: &'a mut [f32],
     /// `[T, hidden]`, added first.
     pub delta: Option<&'a [f32]>,
-    /// `[hidden]`; `None` stops after the addition.
-    pub weight: Option<&'a [f32]>,
-    /// `[T, hidden]`, written when there is a weight.
+    /// `[hidden]`: weight of a norm that `delta` takes before it is added; without `delta` nothing.
+    pub post_norm: Option<&'a [f32]>,
+    /// What `y` becomes.
+    pub output: Output<'a>,
+    /// `[T, hidden]`, written as `output` says.
     pub y: &'a mut [T],
     /// `[T, hidden]`, receives x as it is after the addition.
     pub keep: Option<&'a mut [f32]>,
@@ -36,20 +39,33 @@ pub struct AddRmsNormArgs<'a, T> {
     pub step_similarity: Option<(&'a [f32], &'a mut [f32])>,
     /// Row width.
     pub hidden: usize,
-    /// Added to the mean square.
+    /// Added to each mean square.
     pub eps: f32,
+}
+
+/// As [`NormOutput`](crate::backend::NormOutput), in host memory.
+#[derive(Clone, Copy)]
+pub enum Output<'a> {
+    /// `y` is not touched.
+    None,
+    /// x as it is.
+    Rounded,
+    /// x normed with this weight `[hidden]`.
+    Normed(&'a [f32]),
 }
 
 /// See [`AddRmsNormArgs`].
 pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddRmsNormArgs<'_, T>) -> Result<()> {
-    let AddRmsNormArgs { rows, x, delta, weight, y, keep, step_similarity, hidden, eps } = args;
+    let AddRmsNormArgs { rows, x, delta, post_norm, output, y, keep, step_similarity, hidden, eps } = args;
     let shape = |expected: String, got: String| Err(Error::Shape { op: "add_rms_norm", expected, got });
     let need = rows.end * hidden;
     if rows.start > rows.end || hidden == 0 || x.len() < need || delta.is_some_and(|d| d.len() < need) {
         return shape(format!("x and delta of {need} elements"), format!("x {}", x.len()));
     }
-    if weight.is_some_and(|w| w.len() != hidden || y.len() < need) {
-        return shape(format!("a weight of {hidden}, y of {need} elements"), format!("y {}", y.len()));
+    let weight = if let Output::Normed(weight) = output { Some(weight) } else { None };
+    let writes = !matches!(output, Output::None);
+    if weight.into_iter().chain(post_norm).any(|w| w.len() != hidden) || writes && y.len() < need {
+        return shape(format!("weights of {hidden}, y of {need} elements"), format!("y {}", y.len()));
     }
     if step_similarity.as_ref().is_some_and(|(before, out)| before.len() < need || out.len() < rows.end) {
         return shape(format!("{need} elements to compare with, room for {} cosines", rows.end), "fewer".into());
@@ -57,7 +73,7 @@ pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddR
     if keep.as_ref().is_some_and(|k| k.len() < need) {
         return shape(format!("room to keep {need} elements"), "less".into());
     }
-    if delta.is_none() && weight.is_none() && step_similarity.is_none() && keep.is_none() {
+    if delta.is_none() && !writes && step_similarity.is_none() && keep.is_none() {
         return Ok(());
     }
     let (before, similarity) = step_similarity.map_or((None, &mut [][..]), |(before, out)| (Some(before), out));
@@ -65,7 +81,8 @@ pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddR
     let job = Job {
         x: SharedMut::new(x),
         delta,
-        weight,
+        post_norm,
+        output,
         y: SharedMut::new(y),
         keeps,
         keep: SharedMut::new(keep),
@@ -89,7 +106,8 @@ pub fn add_rms_norm<T: Elem>(level: SimdLevel, pool: &mut ThreadPool, args: AddR
 struct Job<'a, T> {
     x: SharedMut<'a, f32>,
     delta: Option<&'a [f32]>,
-    weight: Option<&'a [f32]>,
+    post_norm: Option<&'a [f32]>,
+    output: Output<'a>,
     y: SharedMut<'a, T>,
     keeps: bool,
     keep: SharedMut<'a, f32>,
@@ -113,7 +131,14 @@ impl<T: Elem> Kernel for Turn<'_, T> {
             let at = row * job.hidden..(row + 1) * job.hidden;
             // SAFETY: threads have different rows.
             let x = unsafe { job.x.range(at.clone()) };
-            let added = job.delta.map(|delta| add(v, x, &delta[at.clone()]));
+            let added = match (job.delta, job.post_norm) {
+                (None, _) => None,
+                (Some(delta), None) => Some(add(v, x, &delta[at.clone()])),
+                (Some(delta), Some(weight)) => {
+                    let delta = &delta[at.clone()];
+                    Some(add_normed(v, x, delta, inv_rms(sum_squares(v, delta), job.hidden, job.eps), weight))
+                }
+            };
             if job.keeps {
                 // SAFETY: as above.
                 unsafe { job.keep.range(at.clone()) }.copy_from_slice(x);
@@ -123,11 +148,17 @@ impl<T: Elem> Kernel for Turn<'_, T> {
                 let out = unsafe { job.similarity.range(row..row + 1) };
                 out[0] = cosine(&compare(v, &before[at.clone()], x));
             }
-            if let Some(weight) = job.weight {
-                let square = added.unwrap_or_else(|| sum_squares(v, x));
-                // SAFETY: as above.
-                let y = unsafe { job.y.range(at) };
-                normalize(v, x, inv_rms(square, job.hidden, job.eps), weight, y);
+            if let Output::None = job.output {
+                continue;
+            }
+            // SAFETY: as above.
+            let y = unsafe { job.y.range(at) };
+            match job.output {
+                Output::Normed(weight) => {
+                    let square = added.unwrap_or_else(|| sum_squares(v, x));
+                    normalize(v, x, inv_rms(square, job.hidden, job.eps), weight, y);
+                }
+                _ => narrow_row(v, x, y),
             }
         }
     }
@@ -166,6 +197,18 @@ fn add<V: Vector>(v: V, x: &mut [f32], delta: &[f32]) -> f32 {
     if !rest.is_empty() {
         let sum = v.add(load_part(v, &*rest), load_part(v, ds.remainder()));
         store_part(v, sum, rest);
+        after = v.fma(sum, sum, after);
+    }
+    v.reduce_add(after)
+}
+
+/// `x += delta * inv * weight`, and the sum of its squares then.
+#[inline(always)]
+fn add_normed<V: Vector>(v: V, x: &mut [f32], delta: &[f32], inv: f32, weight: &[f32]) -> f32 {
+    let (inv, mut after) = (v.splat(inv), v.splat(0.0));
+    for ((x, d), w) in x.chunks_mut(V::LANES).zip(delta.chunks(V::LANES)).zip(weight.chunks(V::LANES)) {
+        let sum = v.add(load_some(v, &*x), v.mul(v.mul(load_some(v, d), inv), load_some(v, w)));
+        store_some(v, sum, x);
         after = v.fma(sum, sum, after);
     }
     v.reduce_add(after)

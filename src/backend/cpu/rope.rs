@@ -1,7 +1,8 @@
 //! `rope_append`: fused qkv rows become q and cache entries; and `kv_copy_blocks`.
 //!
-//! formula: per head (x RMS-normed first where the family does), for i below D/2 and angle a_i = position * inv_freq\[i\]:
-//! y\[i\] = x\[i\] cos a_i - x\[i + D/2\] sin a_i, y\[i + D/2\] = x\[i + D/2\] cos a_i + x\[i\] sin a_i; v is only rounded
+//! formula: per head (x RMS-normed first where the family does), for i below R/2, R being rotary_dim, and angle
+//! a_i = position * inv_freq\[i\]: y\[i\] = x\[i\] cos a_i - x\[i + R/2\] sin a_i, y\[i + R/2\] = x\[i + R/2\] cos a_i +
+//! x\[i\] sin a_i; elements from R on, and v, are only rounded
 //! work split: rows
 //! numerics: the angle is an f32 product, as transformers computes it; cos and sin of that f32, correctly rounded
 //! traffic: qkv once, q, k and v once; q of the rows that the ring keeps once more
@@ -10,13 +11,13 @@
 
 use std::ops::Range;
 
-use super::elem::{Elem, load_part, store_part};
+use super::elem::{Elem, load_some, narrow_row, store_some};
 use super::elementwise::for_rows;
-use super::norm::{inv_rms, sum_squares};
+use super::norm::{inv_rms, normalize, sum_squares};
 use super::pool::{SharedMut, ThreadPool};
 use super::simd::SimdLevel;
 use super::vector::{Kernel, Vector, dispatch};
-use crate::backend::{NO_RING_ROW, checks};
+use crate::backend::{NO_RING_ROW, NormSpan, checks};
 use crate::error::{Error, Result};
 use crate::kv::BlockCopy;
 use crate::kv::KvLayout;
@@ -41,18 +42,31 @@ pub struct RopeAppendArgs<'a, T> {
     pub slots: &'a [u32],
     /// `[T]` row of the ring, no two alike, or [`NO_RING_ROW`]; empty: none at all.
     pub ring_rows: &'a [u32],
-    /// `[D / 2]`, radians per position.
+    /// `[rotary_dim / 2]`, radians per position.
     pub inv_freq: &'a [f32],
+    /// Elements of a head that turn.
+    pub rotary_dim: usize,
     /// Multiplies cos and sin.
     pub rope_scale: f32,
-    /// Weight `[D]` and eps of the per-head q norm.
-    pub q_norm: Option<(&'a [f32], f32)>,
-    /// Weight `[D]` and eps of the per-head k norm.
-    pub k_norm: Option<(&'a [f32], f32)>,
+    /// What q and k go through first.
+    pub qk_norm: Option<QkWeights<'a>>,
     /// Query heads.
     pub num_q_heads: usize,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
+}
+
+/// As [`QkNorm`](crate::backend::QkNorm), in host memory.
+#[derive(Clone, Copy)]
+pub struct QkWeights<'a> {
+    /// `[D]`, or `[Hq * D]` where the norm spans the row.
+    pub q: &'a [f32],
+    /// `[D]`, or `[Hkv * D]`.
+    pub k: &'a [f32],
+    /// Added to the mean square.
+    pub eps: f32,
+    /// What the mean runs over.
+    pub span: NormSpan,
 }
 
 /// What the layers of a step have in common: kept between calls, so that the first layer alone pays for it.
@@ -64,7 +78,7 @@ pub struct RopeScratch {
     rope_scale: f32,
     /// Distinct positions, ascending.
     distinct: Vec<u32>,
-    /// `[distinct, 2, D / 2]`: cos, then sin.
+    /// `[distinct, 2, rotary_dim / 2]`: cos, then sin.
     table: Vec<f32>,
     slots: Distinct,
     ring_rows: Distinct,
@@ -149,8 +163,8 @@ pub fn rope_append<T: Elem>(
         ring_rows: args.ring_rows,
         distinct: &scratch.distinct,
         table: &scratch.table,
-        q_norm: args.q_norm,
-        k_norm: args.k_norm,
+        rotary_dim: args.rotary_dim,
+        qk_norm: args.qk_norm,
         num_q_heads: args.num_q_heads,
         layout: args.layout,
     };
@@ -162,8 +176,9 @@ fn check<T: Elem>(args: &RopeAppendArgs<'_, T>) -> Result<()> {
     let layout = args.layout;
     let (rows, dim) = (&args.rows, layout.head_dim);
     let shape = |expected: String, got: String| Err(Error::Shape { op: "rope_append", expected, got });
-    if rows.start > rows.end || dim % 2 != 0 || args.inv_freq.len() != dim / 2 {
-        return shape(format!("an even head_dim, {} frequencies", dim / 2), args.inv_freq.len().to_string());
+    checks::rotary("rope_append", args.rotary_dim, dim)?;
+    if rows.start > rows.end || args.inv_freq.len() != args.rotary_dim / 2 {
+        return shape(format!("{} frequencies", args.rotary_dim / 2), args.inv_freq.len().to_string());
     }
     let width = (args.num_q_heads + 2 * layout.num_kv_heads) * dim;
     if args.qkv.len() < rows.end * width || args.q.len() < rows.end * args.num_q_heads * dim {
@@ -189,8 +204,13 @@ fn check<T: Elem>(args: &RopeAppendArgs<'_, T>) -> Result<()> {
     if args.query_ring.as_ref().is_some_and(|ring| ring.len() < ring_len) {
         return shape(format!("a query ring of {ring_len} elements"), "a smaller one".into());
     }
-    if [args.q_norm, args.k_norm].iter().flatten().any(|(w, _)| w.len() != dim) {
-        return shape(format!("head norm weights of {dim}"), "another length".into());
+    let Some(norm) = args.qk_norm else { return Ok(()) };
+    let (q, k) = match norm.span {
+        NormSpan::Head => (dim, dim),
+        NormSpan::Row => (args.num_q_heads * dim, layout.num_kv_heads * dim),
+    };
+    if (norm.q.len(), norm.k.len()) != (q, k) {
+        return shape(format!("norm weights of {q} and {k}"), format!("{} and {}", norm.q.len(), norm.k.len()));
     }
     Ok(())
 }
@@ -206,8 +226,8 @@ struct Job<'a, T> {
     ring_rows: &'a [u32],
     distinct: &'a [u32],
     table: &'a [f32],
-    q_norm: Option<(&'a [f32], f32)>,
-    k_norm: Option<(&'a [f32], f32)>,
+    rotary_dim: usize,
+    qk_norm: Option<QkWeights<'a>>,
     num_q_heads: usize,
     layout: &'a KvLayout,
 }
@@ -223,15 +243,19 @@ impl<T: Elem> Kernel for Turn<'_, T> {
     fn run<V: Vector>(self, v: V) {
         let job = self.job;
         let (hq, hkv, dim) = (job.num_q_heads, job.layout.num_kv_heads, job.layout.head_dim);
-        let size = job.layout.block_size;
+        let (size, turned) = (job.layout.block_size, job.rotary_dim);
         for row in self.rows {
-            let at = job.distinct.binary_search(&job.positions[row]).unwrap_or_default() * dim;
-            let (cos, sin) = job.table[at..at + dim].split_at(dim / 2);
+            let at = job.distinct.binary_search(&job.positions[row]).unwrap_or_default() * turned;
+            let (cos, sin) = job.table[at..at + turned].split_at(turned / 2);
             let heads = &job.qkv[row * (hq + 2 * hkv) * dim..(row + 1) * (hq + 2 * hkv) * dim];
+            let (qs, kvs) = heads.split_at(hq * dim);
+            let (ks, vs) = kvs.split_at(hkv * dim);
+            let q_norm = job.qk_norm.map(|n| RowNorm::new(v, n, n.q, qs));
+            let k_norm = job.qk_norm.map(|n| RowNorm::new(v, n, n.k, ks));
             // SAFETY: threads have different rows.
             let q = unsafe { job.q.range(row * hq * dim..(row + 1) * hq * dim) };
-            for (x, y) in heads.chunks_exact(dim).zip(q.chunks_exact_mut(dim)) {
-                rotate(v, x, job.q_norm, cos, sin, y);
+            for (head, (x, y)) in qs.chunks_exact(dim).zip(q.chunks_exact_mut(dim)).enumerate() {
+                rotate(v, x, head_norm(v, q_norm, head, x), (cos, sin), y);
             }
             if let Some(&kept) = job.ring_rows.get(row).filter(|&&kept| kept != NO_RING_ROW) {
                 let to = kept as usize * hq * dim;
@@ -239,66 +263,70 @@ impl<T: Elem> Kernel for Turn<'_, T> {
                 unsafe { job.query_ring.range(to..to + hq * dim) }.copy_from_slice(q);
             }
             let slot = job.slots[row] as usize;
-            for head in 0..hkv {
+            for (head, (k, value)) in ks.chunks_exact(dim).zip(vs.chunks_exact(dim)).enumerate() {
                 let to = job.layout.elem(slot / size, head, slot % size);
                 // SAFETY: no two rows have the same slot.
-                let (k, vs) = unsafe { (job.k_cache.range(to..to + dim), job.v_cache.range(to..to + dim)) };
-                rotate(v, &heads[(hq + head) * dim..][..dim], job.k_norm, cos, sin, k);
-                narrow(v, &heads[(hq + hkv + head) * dim..][..dim], vs);
+                let (k_to, v_to) = unsafe { (job.k_cache.range(to..to + dim), job.v_cache.range(to..to + dim)) };
+                rotate(v, k, head_norm(v, k_norm, head, k), (cos, sin), k_to);
+                narrow_row(v, value, v_to);
             }
         }
     }
 }
 
-/// Norms one head where asked, and rotates it.
+/// The norm of a row's q or k heads.
+#[derive(Clone, Copy)]
+enum RowNorm<'a> {
+    /// Weight `[D]` and eps for each head.
+    Head(&'a [f32], f32),
+    /// Weight of all heads, and 1 / rms of the row.
+    Row(&'a [f32], f32),
+}
+
+impl<'a> RowNorm<'a> {
+    #[inline(always)]
+    fn new<V: Vector>(v: V, norm: QkWeights<'_>, weight: &'a [f32], heads: &[f32]) -> Self {
+        match norm.span {
+            NormSpan::Head => Self::Head(weight, norm.eps),
+            NormSpan::Row => Self::Row(weight, inv_rms(sum_squares(v, heads), heads.len(), norm.eps)),
+        }
+    }
+}
+
+/// Weight and 1 / rms of head number `head`, which is `x`.
 #[inline(always)]
-fn rotate<V: Vector, T: Elem>(v: V, x: &[f32], norm: Option<(&[f32], f32)>, cos: &[f32], sin: &[f32], y: &mut [T]) {
+fn head_norm<'a, V: Vector>(v: V, norm: Option<RowNorm<'a>>, head: usize, x: &[f32]) -> Option<(&'a [f32], f32)> {
+    match norm? {
+        RowNorm::Head(weight, eps) => Some((weight, inv_rms(sum_squares(v, x), x.len(), eps))),
+        RowNorm::Row(weight, inv) => Some((&weight[head * x.len()..][..x.len()], inv)),
+    }
+}
+
+/// Norms one head where asked, and turns as many of its elements as there are cosines and sines.
+#[inline(always)]
+fn rotate<V: Vector, T: Elem>(v: V, x: &[f32], norm: Option<(&[f32], f32)>, (cos, sin): (&[f32], &[f32]), y: &mut [T]) {
     let half = cos.len();
-    let (x0, x1) = x.split_at(half);
-    let (y0, y1) = y.split_at_mut(half);
-    let inv = match norm {
-        Some((_, eps)) => v.splat(inv_rms(sum_squares(v, x), x.len(), eps)),
-        None => v.splat(1.0),
-    };
+    let (x0, x1) = x[..2 * half].split_at(half);
+    let (turned, passed) = y.split_at_mut(2 * half);
+    let (y0, y1) = turned.split_at_mut(half);
+    let inv = v.splat(norm.map_or(1.0, |(_, inv)| inv));
     let mut at = 0;
     while at < half {
-        let n = (half - at).min(V::LANES);
-        let part = at..at + n;
-        let mut a = some(v, &x0[part.clone()]);
-        let mut b = some(v, &x1[part.clone()]);
+        let part = at..half.min(at + V::LANES);
+        at = part.end;
+        let mut a = load_some(v, &x0[part.clone()]);
+        let mut b = load_some(v, &x1[part.clone()]);
         if let Some((w, _)) = norm {
-            a = v.mul(v.mul(a, inv), some(v, &w[part.clone()]));
-            b = v.mul(v.mul(b, inv), some(v, &w[half..][part.clone()]));
+            a = v.mul(v.mul(a, inv), load_some(v, &w[part.clone()]));
+            b = v.mul(v.mul(b, inv), load_some(v, &w[half..][part.clone()]));
         }
-        let (c, s) = (some(v, &cos[part.clone()]), some(v, &sin[part.clone()]));
-        let r0 = v.sub(v.mul(a, c), v.mul(b, s));
-        let r1 = v.add(v.mul(b, c), v.mul(a, s));
-        if n == V::LANES {
-            T::store(v, r0, &mut y0[part.clone()]);
-            T::store(v, r1, &mut y1[part]);
-        } else {
-            store_part(v, r0, &mut y0[part.clone()]);
-            store_part(v, r1, &mut y1[part]);
-        }
-        at += n;
+        let (c, s) = (load_some(v, &cos[part.clone()]), load_some(v, &sin[part.clone()]));
+        store_some(v, v.sub(v.mul(a, c), v.mul(b, s)), &mut y0[part.clone()]);
+        store_some(v, v.add(v.mul(b, c), v.mul(a, s)), &mut y1[part]);
     }
-}
-
-#[inline(always)]
-fn some<V: Vector>(v: V, x: &[f32]) -> V::F {
-    if x.len() == V::LANES { v.load(x) } else { load_part(v, x) }
-}
-
-#[inline(always)]
-fn narrow<V: Vector, T: Elem>(v: V, x: &[f32], y: &mut [T]) {
-    let mut xs = x.chunks_exact(V::LANES);
-    let mut ys = y.chunks_exact_mut(V::LANES);
-    for (x, y) in xs.by_ref().zip(ys.by_ref()) {
-        T::store(v, v.load(x), y);
-    }
-    let rest = ys.into_remainder();
-    if !rest.is_empty() {
-        store_part(v, load_part(v, xs.remainder()), rest);
+    match norm {
+        Some((w, inv)) => normalize(v, &x[2 * half..], inv, &w[2 * half..], passed),
+        None => narrow_row(v, &x[2 * half..], passed),
     }
 }
 

@@ -97,6 +97,8 @@ pub trait Vector: Copy {
     fn pack_bf16(self, a: Self::F, b: Self::F, dst: &mut [u32]);
     /// Words with their high half cleared.
     fn low_half(self, x: Self::F) -> Self::F;
+    /// Words with their low half cleared.
+    fn high_half(self, x: Self::F) -> Self::F;
     /// Words of pairs `(a[i], b[i])` for `2 * LANES` elements of two rows.
     #[inline(always)]
     fn zip_bf16(self, a: &[bf16], b: &[bf16], dst: &mut [u32]) {
@@ -130,6 +132,27 @@ fn exp2_poly<V: Vector>(v: V, r: V::F) -> V::F {
         p = v.fma(p, r, v.splat(*c));
     }
     v.fma(p, r, v.splat(1.0))
+}
+
+/// Coefficients of (tanh(x) / x - 1) / x^2 in x^2 on [0, 0.625], highest power first: a minimax fit of the relative error,
+/// below 2^-27.
+const TANH_POLY: [f32; 5] = [-5.704_934e-3, 2.063_904_2e-2, -5.373_97e-2, 1.333_144_2e-1, -3.333_328e-1];
+
+/// tanh(x): relative error below 2^-21.5 for any x, exactly 1 or -1 from 44 on, NaN for NaN.
+#[inline(always)]
+pub fn tanh<V: Vector>(v: V, x: V::F) -> V::F {
+    // (1 - e^-2|x|) / (1 + e^-2|x|), whose difference loses what a small x has.
+    let (one, size) = (v.splat(1.0), v.abs(x));
+    let t = v.exp2(v.mul(size, v.splat(-2.0 * LOG2_E)));
+    let large = v.div(v.sub(one, t), v.add(one, t));
+    let large = v.select_nonneg(x, large, v.sub(v.splat(0.0), large));
+    let square = v.mul(x, x);
+    let mut p = v.splat(TANH_POLY[0]);
+    for c in &TANH_POLY[1..] {
+        p = v.fma(p, square, v.splat(*c));
+    }
+    let small = v.fma(v.mul(x, square), p, x);
+    v.select_nonneg(v.sub(size, v.splat(0.625)), large, small)
 }
 
 /// A generic kernel body. `run` must be `#[inline(always)]`.
@@ -196,6 +219,19 @@ mod tests {
             v.store(v.exp2(v.splat(f32::NAN)), &mut buf);
             assert!(buf[0].is_nan());
 
+            for i in -200_000..200_000 {
+                let x = i as f32 * 0.000_23 * (i % 7) as f32;
+                v.store(tanh(v, v.splat(x)), &mut buf);
+                let want = f64::from(x).tanh();
+                assert!((f64::from(buf[0]) - want).abs() <= want.abs() * 3.4e-7, "tanh {x}: {:e}, {want:e}", buf[0]);
+            }
+            for (x, want) in [(0.0f32, 0.0f32), (1e-30, 1e-30), (44.0, 1.0), (f32::NEG_INFINITY, -1.0)] {
+                v.store(tanh(v, v.splat(x)), &mut buf);
+                assert_eq!(buf[V::LANES - 1].to_bits(), want.to_bits(), "tanh {x}");
+            }
+            v.store(tanh(v, v.splat(f32::NAN)), &mut buf);
+            assert!(buf[0].is_nan());
+
             let ramp: Vec<f32> = (0..32).map(|i| i as f32 - 4.0).collect();
             let x = v.load(&ramp);
             let n = V::LANES as f32;
@@ -220,6 +256,11 @@ mod tests {
             let mut dot = [0f32; 16];
             v.store(v.dot_bf16(v.splat(1.0), v.load_words(&words), v.load_words(&words)), &mut dot);
             assert_eq!(dot[1], 1.0 + 4.0 + 1.0);
+            let halves = v.load_words(&[0x3f80_4000; 16]);
+            v.store_words(v.low_half(halves), &mut words);
+            assert_eq!(words[V::LANES - 1], 0x4000);
+            v.store_words(v.high_half(halves), &mut words);
+            assert_eq!(words[V::LANES - 1], 0x3f80_0000);
             let src: Vec<u32> = (0..16 * 20).collect();
             let mut dst = vec![0u32; 16 * 64];
             v.transpose(&src, 20, &mut dst, 64);

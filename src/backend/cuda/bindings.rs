@@ -20,10 +20,12 @@ pub struct rksc_embed_params {
     pub hidden: u32,
     pub vocab: u32,
     pub dtype: u32,
+    pub scale: f32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_embed_params"][::core::mem::size_of::<rksc_embed_params>() - 40usize];
+    ["Size of rksc_embed_params"][::core::mem::size_of::<rksc_embed_params>() - 48usize];
     ["Alignment of rksc_embed_params"][::core::mem::align_of::<rksc_embed_params>() - 8usize];
     ["Offset of field: rksc_embed_params::table"][::core::mem::offset_of!(rksc_embed_params, table) - 0usize];
     ["Offset of field: rksc_embed_params::ids"][::core::mem::offset_of!(rksc_embed_params, ids) - 8usize];
@@ -32,6 +34,8 @@ const _: () = {
     ["Offset of field: rksc_embed_params::hidden"][::core::mem::offset_of!(rksc_embed_params, hidden) - 28usize];
     ["Offset of field: rksc_embed_params::vocab"][::core::mem::offset_of!(rksc_embed_params, vocab) - 32usize];
     ["Offset of field: rksc_embed_params::dtype"][::core::mem::offset_of!(rksc_embed_params, dtype) - 36usize];
+    ["Offset of field: rksc_embed_params::scale"][::core::mem::offset_of!(rksc_embed_params, scale) - 40usize];
+    ["Offset of field: rksc_embed_params::reserved"][::core::mem::offset_of!(rksc_embed_params, reserved) - 44usize];
 };
 impl Default for rksc_embed_params {
     fn default() -> Self {
@@ -47,6 +51,7 @@ impl Default for rksc_embed_params {
 pub struct rksc_add_rms_norm_params {
     pub x: *mut f32,
     pub delta: *const f32,
+    pub post_norm: *const f32,
     pub weight: *const f32,
     pub y: *mut ::core::ffi::c_void,
     pub keep: *mut f32,
@@ -59,28 +64,30 @@ pub struct rksc_add_rms_norm_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_add_rms_norm_params"][::core::mem::size_of::<rksc_add_rms_norm_params>() - 72usize];
+    ["Size of rksc_add_rms_norm_params"][::core::mem::size_of::<rksc_add_rms_norm_params>() - 80usize];
     ["Alignment of rksc_add_rms_norm_params"][::core::mem::align_of::<rksc_add_rms_norm_params>() - 8usize];
     ["Offset of field: rksc_add_rms_norm_params::x"][::core::mem::offset_of!(rksc_add_rms_norm_params, x) - 0usize];
     ["Offset of field: rksc_add_rms_norm_params::delta"]
         [::core::mem::offset_of!(rksc_add_rms_norm_params, delta) - 8usize];
+    ["Offset of field: rksc_add_rms_norm_params::post_norm"]
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, post_norm) - 16usize];
     ["Offset of field: rksc_add_rms_norm_params::weight"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, weight) - 16usize];
-    ["Offset of field: rksc_add_rms_norm_params::y"][::core::mem::offset_of!(rksc_add_rms_norm_params, y) - 24usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, weight) - 24usize];
+    ["Offset of field: rksc_add_rms_norm_params::y"][::core::mem::offset_of!(rksc_add_rms_norm_params, y) - 32usize];
     ["Offset of field: rksc_add_rms_norm_params::keep"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, keep) - 32usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, keep) - 40usize];
     ["Offset of field: rksc_add_rms_norm_params::reference"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, reference) - 40usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, reference) - 48usize];
     ["Offset of field: rksc_add_rms_norm_params::similarity"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, similarity) - 48usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, similarity) - 56usize];
     ["Offset of field: rksc_add_rms_norm_params::num_rows"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, num_rows) - 56usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, num_rows) - 64usize];
     ["Offset of field: rksc_add_rms_norm_params::hidden"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, hidden) - 60usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, hidden) - 68usize];
     ["Offset of field: rksc_add_rms_norm_params::dtype"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, dtype) - 64usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, dtype) - 72usize];
     ["Offset of field: rksc_add_rms_norm_params::eps"]
-        [::core::mem::offset_of!(rksc_add_rms_norm_params, eps) - 68usize];
+        [::core::mem::offset_of!(rksc_add_rms_norm_params, eps) - 76usize];
 };
 impl Default for rksc_add_rms_norm_params {
     fn default() -> Self {
@@ -255,12 +262,15 @@ impl Default for rksc_linear_w4_params {
         }
     }
 }
+pub const RKSC_NUMBER_INTEGER: rksc_number = 0;
+pub const RKSC_NUMBER_E4M3: rksc_number = 1;
+pub type rksc_number = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct rksc_linear_w8_params {
     pub x: *const ::core::ffi::c_void,
     pub codes: *const u32,
-    pub scales: *const u16,
+    pub scales: *const ::core::ffi::c_void,
     pub bias: *const f32,
     pub y: *mut f32,
     pub workspace: *mut ::core::ffi::c_void,
@@ -269,14 +279,16 @@ pub struct rksc_linear_w8_params {
     pub in_features: u32,
     pub out_features: u32,
     pub group_size: u32,
+    pub number: u32,
     pub dtype: u32,
     pub y_stride: u32,
     pub layer: u32,
     pub side: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_linear_w8_params"][::core::mem::size_of::<rksc_linear_w8_params>() - 88usize];
+    ["Size of rksc_linear_w8_params"][::core::mem::size_of::<rksc_linear_w8_params>() - 96usize];
     ["Alignment of rksc_linear_w8_params"][::core::mem::align_of::<rksc_linear_w8_params>() - 8usize];
     ["Offset of field: rksc_linear_w8_params::x"][::core::mem::offset_of!(rksc_linear_w8_params, x) - 0usize];
     ["Offset of field: rksc_linear_w8_params::codes"][::core::mem::offset_of!(rksc_linear_w8_params, codes) - 8usize];
@@ -295,11 +307,15 @@ const _: () = {
         [::core::mem::offset_of!(rksc_linear_w8_params, out_features) - 64usize];
     ["Offset of field: rksc_linear_w8_params::group_size"]
         [::core::mem::offset_of!(rksc_linear_w8_params, group_size) - 68usize];
-    ["Offset of field: rksc_linear_w8_params::dtype"][::core::mem::offset_of!(rksc_linear_w8_params, dtype) - 72usize];
+    ["Offset of field: rksc_linear_w8_params::number"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, number) - 72usize];
+    ["Offset of field: rksc_linear_w8_params::dtype"][::core::mem::offset_of!(rksc_linear_w8_params, dtype) - 76usize];
     ["Offset of field: rksc_linear_w8_params::y_stride"]
-        [::core::mem::offset_of!(rksc_linear_w8_params, y_stride) - 76usize];
-    ["Offset of field: rksc_linear_w8_params::layer"][::core::mem::offset_of!(rksc_linear_w8_params, layer) - 80usize];
-    ["Offset of field: rksc_linear_w8_params::side"][::core::mem::offset_of!(rksc_linear_w8_params, side) - 84usize];
+        [::core::mem::offset_of!(rksc_linear_w8_params, y_stride) - 80usize];
+    ["Offset of field: rksc_linear_w8_params::layer"][::core::mem::offset_of!(rksc_linear_w8_params, layer) - 84usize];
+    ["Offset of field: rksc_linear_w8_params::side"][::core::mem::offset_of!(rksc_linear_w8_params, side) - 88usize];
+    ["Offset of field: rksc_linear_w8_params::reserved"]
+        [::core::mem::offset_of!(rksc_linear_w8_params, reserved) - 92usize];
 };
 impl Default for rksc_linear_w8_params {
     fn default() -> Self {
@@ -310,6 +326,48 @@ impl Default for rksc_linear_w8_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct rksc_gather_columns_params {
+    pub src: *const ::core::ffi::c_void,
+    pub columns: *const u32,
+    pub dst: *mut ::core::ffi::c_void,
+    pub num_rows: u32,
+    pub width: u32,
+    pub dtype: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of rksc_gather_columns_params"][::core::mem::size_of::<rksc_gather_columns_params>() - 40usize];
+    ["Alignment of rksc_gather_columns_params"][::core::mem::align_of::<rksc_gather_columns_params>() - 8usize];
+    ["Offset of field: rksc_gather_columns_params::src"]
+        [::core::mem::offset_of!(rksc_gather_columns_params, src) - 0usize];
+    ["Offset of field: rksc_gather_columns_params::columns"]
+        [::core::mem::offset_of!(rksc_gather_columns_params, columns) - 8usize];
+    ["Offset of field: rksc_gather_columns_params::dst"]
+        [::core::mem::offset_of!(rksc_gather_columns_params, dst) - 16usize];
+    ["Offset of field: rksc_gather_columns_params::num_rows"]
+        [::core::mem::offset_of!(rksc_gather_columns_params, num_rows) - 24usize];
+    ["Offset of field: rksc_gather_columns_params::width"]
+        [::core::mem::offset_of!(rksc_gather_columns_params, width) - 28usize];
+    ["Offset of field: rksc_gather_columns_params::dtype"]
+        [::core::mem::offset_of!(rksc_gather_columns_params, dtype) - 32usize];
+    ["Offset of field: rksc_gather_columns_params::reserved"]
+        [::core::mem::offset_of!(rksc_gather_columns_params, reserved) - 36usize];
+};
+impl Default for rksc_gather_columns_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+pub const RKSC_NORM_HEAD: rksc_norm_span = 0;
+pub const RKSC_NORM_ROW: rksc_norm_span = 1;
+pub type rksc_norm_span = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct rksc_rope_append_params {
@@ -328,12 +386,12 @@ pub struct rksc_rope_append_params {
     pub num_q_heads: u32,
     pub num_kv_heads: u32,
     pub head_dim: u32,
+    pub rotary_dim: u32,
     pub block_size: u32,
     pub dtype: u32,
+    pub norm_span: u32,
     pub rope_scale: f32,
-    pub q_norm_eps: f32,
-    pub k_norm_eps: f32,
-    pub reserved: u32,
+    pub norm_eps: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -367,18 +425,18 @@ const _: () = {
         [::core::mem::offset_of!(rksc_rope_append_params, num_kv_heads) - 96usize];
     ["Offset of field: rksc_rope_append_params::head_dim"]
         [::core::mem::offset_of!(rksc_rope_append_params, head_dim) - 100usize];
+    ["Offset of field: rksc_rope_append_params::rotary_dim"]
+        [::core::mem::offset_of!(rksc_rope_append_params, rotary_dim) - 104usize];
     ["Offset of field: rksc_rope_append_params::block_size"]
-        [::core::mem::offset_of!(rksc_rope_append_params, block_size) - 104usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, block_size) - 108usize];
     ["Offset of field: rksc_rope_append_params::dtype"]
-        [::core::mem::offset_of!(rksc_rope_append_params, dtype) - 108usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, dtype) - 112usize];
+    ["Offset of field: rksc_rope_append_params::norm_span"]
+        [::core::mem::offset_of!(rksc_rope_append_params, norm_span) - 116usize];
     ["Offset of field: rksc_rope_append_params::rope_scale"]
-        [::core::mem::offset_of!(rksc_rope_append_params, rope_scale) - 112usize];
-    ["Offset of field: rksc_rope_append_params::q_norm_eps"]
-        [::core::mem::offset_of!(rksc_rope_append_params, q_norm_eps) - 116usize];
-    ["Offset of field: rksc_rope_append_params::k_norm_eps"]
-        [::core::mem::offset_of!(rksc_rope_append_params, k_norm_eps) - 120usize];
-    ["Offset of field: rksc_rope_append_params::reserved"]
-        [::core::mem::offset_of!(rksc_rope_append_params, reserved) - 124usize];
+        [::core::mem::offset_of!(rksc_rope_append_params, rope_scale) - 120usize];
+    ["Offset of field: rksc_rope_append_params::norm_eps"]
+        [::core::mem::offset_of!(rksc_rope_append_params, norm_eps) - 124usize];
 };
 impl Default for rksc_rope_append_params {
     fn default() -> Self {
@@ -475,8 +533,8 @@ pub struct rksc_kv_transfer_params {
     pub num_kv_heads: u32,
     pub block_size: u32,
     pub head_dim: u32,
+    pub rotary_dim: u32,
     pub dtype: u32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -498,10 +556,10 @@ const _: () = {
         [::core::mem::offset_of!(rksc_kv_transfer_params, block_size) - 40usize];
     ["Offset of field: rksc_kv_transfer_params::head_dim"]
         [::core::mem::offset_of!(rksc_kv_transfer_params, head_dim) - 44usize];
+    ["Offset of field: rksc_kv_transfer_params::rotary_dim"]
+        [::core::mem::offset_of!(rksc_kv_transfer_params, rotary_dim) - 48usize];
     ["Offset of field: rksc_kv_transfer_params::dtype"]
-        [::core::mem::offset_of!(rksc_kv_transfer_params, dtype) - 48usize];
-    ["Offset of field: rksc_kv_transfer_params::reserved"]
-        [::core::mem::offset_of!(rksc_kv_transfer_params, reserved) - 52usize];
+        [::core::mem::offset_of!(rksc_kv_transfer_params, dtype) - 52usize];
 };
 impl Default for rksc_kv_transfer_params {
     fn default() -> Self {
@@ -585,11 +643,13 @@ pub struct rksc_paged_attention_params {
     pub block_size: u32,
     pub dtype: u32,
     pub sm_scale: f32,
+    pub window: u32,
+    pub softcap: f32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_paged_attention_params"][::core::mem::size_of::<rksc_paged_attention_params>() - 144usize];
+    ["Size of rksc_paged_attention_params"][::core::mem::size_of::<rksc_paged_attention_params>() - 152usize];
     ["Alignment of rksc_paged_attention_params"][::core::mem::align_of::<rksc_paged_attention_params>() - 8usize];
     ["Offset of field: rksc_paged_attention_params::q"]
         [::core::mem::offset_of!(rksc_paged_attention_params, q) - 0usize];
@@ -633,8 +693,12 @@ const _: () = {
         [::core::mem::offset_of!(rksc_paged_attention_params, dtype) - 132usize];
     ["Offset of field: rksc_paged_attention_params::sm_scale"]
         [::core::mem::offset_of!(rksc_paged_attention_params, sm_scale) - 136usize];
+    ["Offset of field: rksc_paged_attention_params::window"]
+        [::core::mem::offset_of!(rksc_paged_attention_params, window) - 140usize];
+    ["Offset of field: rksc_paged_attention_params::softcap"]
+        [::core::mem::offset_of!(rksc_paged_attention_params, softcap) - 144usize];
     ["Offset of field: rksc_paged_attention_params::reserved"]
-        [::core::mem::offset_of!(rksc_paged_attention_params, reserved) - 140usize];
+        [::core::mem::offset_of!(rksc_paged_attention_params, reserved) - 148usize];
 };
 impl Default for rksc_paged_attention_params {
     fn default() -> Self {
@@ -683,10 +747,12 @@ pub struct rksc_attention_mass_params {
     pub block_size: u32,
     pub dtype: u32,
     pub sm_scale: f32,
+    pub window: u32,
+    pub softcap: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_attention_mass_params"][::core::mem::size_of::<rksc_attention_mass_params>() - 80usize];
+    ["Size of rksc_attention_mass_params"][::core::mem::size_of::<rksc_attention_mass_params>() - 88usize];
     ["Alignment of rksc_attention_mass_params"][::core::mem::align_of::<rksc_attention_mass_params>() - 8usize];
     ["Offset of field: rksc_attention_mass_params::q"][::core::mem::offset_of!(rksc_attention_mass_params, q) - 0usize];
     ["Offset of field: rksc_attention_mass_params::k_cache"]
@@ -715,6 +781,10 @@ const _: () = {
         [::core::mem::offset_of!(rksc_attention_mass_params, dtype) - 72usize];
     ["Offset of field: rksc_attention_mass_params::sm_scale"]
         [::core::mem::offset_of!(rksc_attention_mass_params, sm_scale) - 76usize];
+    ["Offset of field: rksc_attention_mass_params::window"]
+        [::core::mem::offset_of!(rksc_attention_mass_params, window) - 80usize];
+    ["Offset of field: rksc_attention_mass_params::softcap"]
+        [::core::mem::offset_of!(rksc_attention_mass_params, softcap) - 84usize];
 };
 impl Default for rksc_attention_mass_params {
     fn default() -> Self {
@@ -725,31 +795,32 @@ impl Default for rksc_attention_mass_params {
         }
     }
 }
+pub const RKSC_SILU: rksc_activation = 0;
+pub const RKSC_GELU_TANH: rksc_activation = 1;
+pub type rksc_activation = ::core::ffi::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct rksc_silu_mul_params {
+pub struct rksc_glu_params {
     pub gate_up: *const f32,
     pub y: *mut ::core::ffi::c_void,
     pub num_rows: u32,
     pub intermediate: u32,
+    pub activation: u32,
     pub dtype: u32,
-    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_silu_mul_params"][::core::mem::size_of::<rksc_silu_mul_params>() - 32usize];
-    ["Alignment of rksc_silu_mul_params"][::core::mem::align_of::<rksc_silu_mul_params>() - 8usize];
-    ["Offset of field: rksc_silu_mul_params::gate_up"][::core::mem::offset_of!(rksc_silu_mul_params, gate_up) - 0usize];
-    ["Offset of field: rksc_silu_mul_params::y"][::core::mem::offset_of!(rksc_silu_mul_params, y) - 8usize];
-    ["Offset of field: rksc_silu_mul_params::num_rows"]
-        [::core::mem::offset_of!(rksc_silu_mul_params, num_rows) - 16usize];
-    ["Offset of field: rksc_silu_mul_params::intermediate"]
-        [::core::mem::offset_of!(rksc_silu_mul_params, intermediate) - 20usize];
-    ["Offset of field: rksc_silu_mul_params::dtype"][::core::mem::offset_of!(rksc_silu_mul_params, dtype) - 24usize];
-    ["Offset of field: rksc_silu_mul_params::reserved"]
-        [::core::mem::offset_of!(rksc_silu_mul_params, reserved) - 28usize];
+    ["Size of rksc_glu_params"][::core::mem::size_of::<rksc_glu_params>() - 32usize];
+    ["Alignment of rksc_glu_params"][::core::mem::align_of::<rksc_glu_params>() - 8usize];
+    ["Offset of field: rksc_glu_params::gate_up"][::core::mem::offset_of!(rksc_glu_params, gate_up) - 0usize];
+    ["Offset of field: rksc_glu_params::y"][::core::mem::offset_of!(rksc_glu_params, y) - 8usize];
+    ["Offset of field: rksc_glu_params::num_rows"][::core::mem::offset_of!(rksc_glu_params, num_rows) - 16usize];
+    ["Offset of field: rksc_glu_params::intermediate"]
+        [::core::mem::offset_of!(rksc_glu_params, intermediate) - 20usize];
+    ["Offset of field: rksc_glu_params::activation"][::core::mem::offset_of!(rksc_glu_params, activation) - 24usize];
+    ["Offset of field: rksc_glu_params::dtype"][::core::mem::offset_of!(rksc_glu_params, dtype) - 28usize];
 };
-impl Default for rksc_silu_mul_params {
+impl Default for rksc_glu_params {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -780,6 +851,35 @@ const _: () = {
         [::core::mem::offset_of!(rksc_gather_rows_params, width) - 28usize];
 };
 impl Default for rksc_gather_rows_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct rksc_softcap_params {
+    pub logits: *mut f32,
+    pub num_rows: u32,
+    pub vocab: u32,
+    pub cap: f32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of rksc_softcap_params"][::core::mem::size_of::<rksc_softcap_params>() - 24usize];
+    ["Alignment of rksc_softcap_params"][::core::mem::align_of::<rksc_softcap_params>() - 8usize];
+    ["Offset of field: rksc_softcap_params::logits"][::core::mem::offset_of!(rksc_softcap_params, logits) - 0usize];
+    ["Offset of field: rksc_softcap_params::num_rows"][::core::mem::offset_of!(rksc_softcap_params, num_rows) - 8usize];
+    ["Offset of field: rksc_softcap_params::vocab"][::core::mem::offset_of!(rksc_softcap_params, vocab) - 12usize];
+    ["Offset of field: rksc_softcap_params::cap"][::core::mem::offset_of!(rksc_softcap_params, cap) - 16usize];
+    ["Offset of field: rksc_softcap_params::reserved"]
+        [::core::mem::offset_of!(rksc_softcap_params, reserved) - 20usize];
+};
+impl Default for rksc_softcap_params {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -857,8 +957,8 @@ pub struct rksc_sample_row {
     pub history_start: u32,
     pub num_prompt: u32,
     pub num_generated: u32,
-    pub banned_start: u32,
-    pub num_banned: u32,
+    pub bias_start: u32,
+    pub num_bias: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -882,9 +982,8 @@ const _: () = {
     ["Offset of field: rksc_sample_row::num_prompt"][::core::mem::offset_of!(rksc_sample_row, num_prompt) - 56usize];
     ["Offset of field: rksc_sample_row::num_generated"]
         [::core::mem::offset_of!(rksc_sample_row, num_generated) - 60usize];
-    ["Offset of field: rksc_sample_row::banned_start"]
-        [::core::mem::offset_of!(rksc_sample_row, banned_start) - 64usize];
-    ["Offset of field: rksc_sample_row::num_banned"][::core::mem::offset_of!(rksc_sample_row, num_banned) - 68usize];
+    ["Offset of field: rksc_sample_row::bias_start"][::core::mem::offset_of!(rksc_sample_row, bias_start) - 64usize];
+    ["Offset of field: rksc_sample_row::num_bias"][::core::mem::offset_of!(rksc_sample_row, num_bias) - 68usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone, PartialEq, :: bytemuck :: Zeroable, :: bytemuck :: Pod)]
@@ -1072,10 +1171,12 @@ pub struct rksc_kv_scores_params {
     pub lambda: f32,
     pub threshold: f32,
     pub position_stride: u32,
+    pub softcap: f32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of rksc_kv_scores_params"][::core::mem::size_of::<rksc_kv_scores_params>() - 120usize];
+    ["Size of rksc_kv_scores_params"][::core::mem::size_of::<rksc_kv_scores_params>() - 128usize];
     ["Alignment of rksc_kv_scores_params"][::core::mem::align_of::<rksc_kv_scores_params>() - 8usize];
     ["Offset of field: rksc_kv_scores_params::queries"]
         [::core::mem::offset_of!(rksc_kv_scores_params, queries) - 0usize];
@@ -1120,6 +1221,10 @@ const _: () = {
         [::core::mem::offset_of!(rksc_kv_scores_params, threshold) - 112usize];
     ["Offset of field: rksc_kv_scores_params::position_stride"]
         [::core::mem::offset_of!(rksc_kv_scores_params, position_stride) - 116usize];
+    ["Offset of field: rksc_kv_scores_params::softcap"]
+        [::core::mem::offset_of!(rksc_kv_scores_params, softcap) - 120usize];
+    ["Offset of field: rksc_kv_scores_params::reserved"]
+        [::core::mem::offset_of!(rksc_kv_scores_params, reserved) - 124usize];
 };
 impl Default for rksc_kv_scores_params {
     fn default() -> Self {
@@ -1194,13 +1299,15 @@ unsafe extern "C" {
     pub fn rksc_linear_workspace_bytes(num_rows: u32, in_features: u32, out_features: u32) -> usize;
     pub fn rksc_linear_w4(p: *const rksc_linear_w4_params, stream: rksc_stream) -> i32;
     pub fn rksc_linear_w8(p: *const rksc_linear_w8_params, stream: rksc_stream) -> i32;
+    pub fn rksc_gather_columns(p: *const rksc_gather_columns_params, stream: rksc_stream) -> i32;
     pub fn rksc_rope_append(p: *const rksc_rope_append_params, stream: rksc_stream) -> i32;
     pub fn rksc_kv_copy_blocks(p: *const rksc_kv_copy_blocks_params, stream: rksc_stream) -> i32;
     pub fn rksc_kv_transfer(p: *const rksc_kv_transfer_params, stream: rksc_stream) -> i32;
     pub fn rksc_paged_attention(p: *const rksc_paged_attention_params, stream: rksc_stream) -> i32;
     pub fn rksc_attention_mass(p: *const rksc_attention_mass_params, stream: rksc_stream) -> i32;
-    pub fn rksc_silu_mul(p: *const rksc_silu_mul_params, stream: rksc_stream) -> i32;
+    pub fn rksc_glu(p: *const rksc_glu_params, stream: rksc_stream) -> i32;
     pub fn rksc_gather_rows(p: *const rksc_gather_rows_params, stream: rksc_stream) -> i32;
+    pub fn rksc_softcap(p: *const rksc_softcap_params, stream: rksc_stream) -> i32;
     pub fn rksc_row_stats(p: *const rksc_row_stats_params, stream: rksc_stream) -> i32;
     pub fn rksc_row_stats_workspace_bytes(num_rows: u32, vocab: u32) -> usize;
     pub fn rksc_sample(p: *const rksc_sample_params, stream: rksc_stream) -> i32;
@@ -1227,13 +1334,15 @@ unsafe extern "C" {
     pub fn rksc_emu_linear_workspace_bytes(num_rows: u32, in_features: u32, out_features: u32) -> usize;
     pub fn rksc_emu_linear_w4(p: *const rksc_linear_w4_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_linear_w8(p: *const rksc_linear_w8_params, stream: rksc_stream) -> i32;
+    pub fn rksc_emu_gather_columns(p: *const rksc_gather_columns_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_rope_append(p: *const rksc_rope_append_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_kv_copy_blocks(p: *const rksc_kv_copy_blocks_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_kv_transfer(p: *const rksc_kv_transfer_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_paged_attention(p: *const rksc_paged_attention_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_attention_mass(p: *const rksc_attention_mass_params, stream: rksc_stream) -> i32;
-    pub fn rksc_emu_silu_mul(p: *const rksc_silu_mul_params, stream: rksc_stream) -> i32;
+    pub fn rksc_emu_glu(p: *const rksc_glu_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_gather_rows(p: *const rksc_gather_rows_params, stream: rksc_stream) -> i32;
+    pub fn rksc_emu_softcap(p: *const rksc_softcap_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_row_stats(p: *const rksc_row_stats_params, stream: rksc_stream) -> i32;
     pub fn rksc_emu_row_stats_workspace_bytes(num_rows: u32, vocab: u32) -> usize;
     pub fn rksc_emu_sample(p: *const rksc_sample_params, stream: rksc_stream) -> i32;

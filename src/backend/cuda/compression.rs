@@ -59,6 +59,8 @@ impl Cuda {
             lambda: p.lambda,
             threshold: p.threshold,
             position_stride: 0,
+            softcap: p.softcap.unwrap_or(0.0),
+            reserved: 0,
         };
         self.launch(self.device.kernels().kv_scores, &params)
     }

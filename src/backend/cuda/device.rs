@@ -268,7 +268,7 @@ impl Device {
 
     // ---- work ---------------------------------------------------------------------------------------------------
 
-    /// Launches an op: `device.launch(device.kernels().silu_mul, &params)`. Becomes a part of a graph being captured.
+    /// Launches an op: `device.launch(device.kernels().glu, &params)`. Becomes a part of a graph being captured.
     pub fn launch<P: Copy + 'static>(&mut self, launcher: Launcher<P>, params: &P) -> Result<()> {
         self.alive()?;
         let code = either!(&mut self.kind, d => d.launch(launcher, params));

@@ -13,6 +13,7 @@ use super::bindings::{RKSC_NO_SLOT, rksc_attention_group, rksc_attention_item, r
 use super::device::{Device, DeviceBuf};
 use super::graphs::{Shape, bucket};
 use crate::backend::{PassInputs, checks};
+use crate::batch::AttentionPlan;
 use crate::error::{Error, Result};
 
 /// Where a pass's inputs lie, and what the host needs to know of them. Valid until the next pass is staged.
@@ -26,8 +27,8 @@ pub struct CudaInputs {
     pub(super) num_ring_rows: usize,
     /// Counts rounded up.
     pub(super) shape: Shape,
-    /// KV slots attention reads, shared runs once.
-    pub(super) slots_read: usize,
+    /// Who attends to what, for counting.
+    pub(super) plan: AttentionPlan,
     /// Slots copied on write.
     pub(super) slots_copied: usize,
     sections: Sections,
@@ -167,18 +168,18 @@ impl InputStore {
     pub(super) fn stage(
         &mut self,
         device: &mut Device,
-        inputs: &PassInputs,
+        inputs: PassInputs,
         params: &ItemParams,
     ) -> Result<(CudaInputs, bool)> {
-        let plan = AttentionItems::new(&inputs.plan, params);
+        let list = AttentionItems::new(&inputs.plan, params);
         let num_rows = inputs.token_ids.len();
         let num_ring_rows = checks::ring_rows(&inputs.ring_rows, num_rows)?;
         let ring_rows = if num_ring_rows > 0 { inputs.ring_rows.as_slice() } else { &[] };
         let shape = Shape {
             rows: bucket(num_rows),
             queries: bucket(inputs.query_rows.len()),
-            items: plan.items.len().next_power_of_two(),
-            partials: plan.num_partials.next_power_of_two(),
+            items: list.items.len().next_power_of_two(),
+            partials: list.num_partials.next_power_of_two(),
             keeps_queries: num_ring_rows > 0,
             gates: inputs.exits.len(),
             variant: 0,
@@ -202,12 +203,12 @@ impl InputStore {
             let padded: Vec<[u32; 2]> = exits.iter().copied().chain(std::iter::repeat(last)).take(shape.rows).collect();
             put(sections.exits + 2 * shape.rows * gate, padded.as_flattened(), 0);
         }
-        put(sections.num_items, &[plan.items.len() as u32], 0);
-        put(sections.items, bytemuck::cast_slice(&plan.items), 0);
-        put(sections.groups, bytemuck::cast_slice(&plan.groups), 0);
-        put(sections.copies, &copies(inputs), 0);
-        put(sections.transfers, &transfers(inputs), 0);
-        put(sections.blocks, &plan.blocks, 0);
+        put(sections.num_items, &[list.items.len() as u32], 0);
+        put(sections.items, bytemuck::cast_slice(&list.items), 0);
+        put(sections.groups, bytemuck::cast_slice(&list.groups), 0);
+        put(sections.copies, &copies(&inputs), 0);
+        put(sections.transfers, &transfers(&inputs), 0);
+        put(sections.blocks, &list.blocks, 0);
         let fits = self.buffer.as_ref().is_some_and(|b| b.len() >= self.words.len());
         if !fits {
             self.buffer = Some(device.alloc(2 * self.words.len().next_power_of_two())?);
@@ -224,7 +225,7 @@ impl InputStore {
             num_transfers: inputs.transfers.len(),
             num_ring_rows,
             shape,
-            slots_read: inputs.plan.slots_read(),
+            plan: inputs.plan,
             slots_copied: inputs.copies.iter().map(|c| c.num_slots as usize).sum(),
             sections,
             base,

@@ -108,8 +108,10 @@ kernels! {
         "kv_transfer" kv_transfer(rksc_kv_transfer_params) rksc_kv_transfer rksc_emu_kv_transfer;
         "paged_attention" paged_attention(rksc_paged_attention_params) rksc_paged_attention rksc_emu_paged_attention;
         "attention_mass" attention_mass(rksc_attention_mass_params) rksc_attention_mass rksc_emu_attention_mass;
-        "silu_mul" silu_mul(rksc_silu_mul_params) rksc_silu_mul rksc_emu_silu_mul;
+        "glu" glu(rksc_glu_params) rksc_glu rksc_emu_glu;
         "gather_rows" gather_rows(rksc_gather_rows_params) rksc_gather_rows rksc_emu_gather_rows;
+        "softcap" softcap(rksc_softcap_params) rksc_softcap rksc_emu_softcap;
+        "gather_columns" gather_columns(rksc_gather_columns_params) rksc_gather_columns rksc_emu_gather_columns;
         "row_stats" row_stats(rksc_row_stats_params) rksc_row_stats rksc_emu_row_stats;
         "sample" sample(rksc_sample_params) rksc_sample rksc_emu_sample;
         "entropy_probe" entropy_probe(rksc_entropy_probe_params) rksc_entropy_probe rksc_emu_entropy_probe;

@@ -134,23 +134,59 @@ impl Cuda {
 
     /// [`SKINNY_ROWS`] rows at a time the weights stream by once, a launch for each part.
     fn linear_skinny(&mut self, rows: Range<usize>, operands: &Operands<'_>, y: &mut CudaBuf) -> Result<()> {
+        let (k, dtype) = (operands.w.in_features, operands.w.dtype);
+        let moved = self.as_codes_stand(rows.clone(), operands)?;
         for from in rows.clone().step_by(SKINNY_ROWS) {
+            let chunk = from..rows.end.min(from + SKINNY_ROWS);
             for part in &operands.w.parts {
-                self.linear_part(from..rows.end.min(from + SKINNY_ROWS), operands, part, y)?;
+                let x = match (moved, &part.memory) {
+                    (Some(moved), PartMemory::Codes(_)) => {
+                        moved.wrapping_add((from - rows.start) * k * dtype.size_bytes())
+                    }
+                    _ => operands.x.at(OP, dtype, from * k, chunk.len() * k)?,
+                };
+                self.linear_part(chunk.clone(), operands, x, part, y)?;
             }
         }
         Ok(())
     }
 
-    fn linear_part(&mut self, rows: Range<usize>, operands: &Operands<'_>, part: &Part, y: &mut CudaBuf) -> Result<()> {
-        let Operands { x, w, bias, side } = operands;
+    /// Rows of x with their columns in the order of those of the codes; `None` where that is their own.
+    fn as_codes_stand(&mut self, rows: Range<usize>, operands: &Operands<'_>) -> Result<Option<*const u8>> {
+        let Operands { x, w, .. } = operands;
+        let Some(columns) = &w.columns else { return Ok(None) };
+        let (start, len) = (rows.start * w.in_features, rows.len() * w.in_features);
+        let dst = grow(&self.device, &mut self.graphs, &mut self.scratch.columns, len * w.dtype.size_bytes())?;
+        let params = rksc_gather_columns_params {
+            src: x.at(OP, w.dtype, start, len)?.cast(),
+            columns: columns.ptr(),
+            dst: dst.cast(),
+            num_rows: rows.len() as u32,
+            width: w.in_features as u32,
+            dtype: code(w.dtype),
+            reserved: 0,
+        };
+        self.launch(self.device.kernels().gather_columns, &params)?;
+        Ok(Some(dst))
+    }
+
+    /// `x` is where the first of `rows` is.
+    fn linear_part(
+        &mut self,
+        rows: Range<usize>,
+        operands: &Operands<'_>,
+        x: *const u8,
+        part: &Part,
+        y: &mut CudaBuf,
+    ) -> Result<()> {
+        let Operands { w, bias, side, .. } = operands;
         let (start, len, null) = (rows.start, rows.len(), std::ptr::null);
         let bytes = self.device.kernels().linear_workspace_bytes(len, w.in_features, part.num_outs);
         let workspace = grow(&self.device, &mut self.graphs, &mut self.scratch.linear, bytes)?;
         y.check(OP, DType::F32, start * w.out_features, len * w.out_features)?;
         let first_sum = start * w.out_features + part.first_out;
         let launch = Launch {
-            x: x.at(OP, w.dtype, start * w.in_features, len * w.in_features)?.cast(),
+            x: x.cast(),
             bias: bias.map_or(Ok(null()), |b| b.at(OP, DType::F32, part.first_out, part.num_outs))?.cast(),
             y: y.at_mut(OP, DType::F32, first_sum, 0)?.cast(),
             workspace: workspace.cast(),
@@ -170,7 +206,7 @@ impl Cuda {
             }
             PartMemory::Codes(codes) => match codes.format.bits {
                 CodeBits::W4 => self.launch(self.device.kernels().linear_w4, &launch.w4(codes)),
-                CodeBits::W8 => self.launch(self.device.kernels().linear_w8, &launch.w8(codes)),
+                CodeBits::W8 | CodeBits::F8 => self.launch(self.device.kernels().linear_w8, &launch.w8(codes)),
             },
         }
     }
@@ -236,10 +272,12 @@ impl Launch {
             in_features: self.in_features,
             out_features: self.out_features,
             group_size: w.format.group as u32,
+            number: if w.format.bits == CodeBits::F8 { RKSC_NUMBER_E4M3 } else { RKSC_NUMBER_INTEGER },
             dtype: self.dtype,
             y_stride: self.y_stride,
             layer: self.layer,
             side: self.side,
+            reserved: 0,
         }
     }
 }

@@ -4,11 +4,13 @@ use super::device::{Device, DeviceBuf};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::weights::Tensor;
-use crate::quant::{CodeBits, MatrixPart, QuantTensor, ZeroKind, Zeros};
+use crate::quant::{CodeBits, MatrixPart, QuantTensor, ZeroKind, Zeros, columns_of};
 
 /// `[out, in]` on the device, in the compute type or in codes.
 pub struct CudaMatrix {
     pub(super) parts: Vec<Part>,
+    /// See [`QuantTensor::columns`]; of all parts in codes.
+    pub(super) columns: Option<DeviceBuf<u32>>,
     pub(super) dtype: DType,
     pub(super) out_features: usize,
     pub(super) in_features: usize,
@@ -46,7 +48,8 @@ pub(super) struct Format {
 
 impl CudaMatrix {
     pub(super) fn new(device: &mut Device, parts: &[MatrixPart], dtype: DType) -> Result<Self> {
-        let mut matrix = Self { parts: Vec::new(), dtype, out_features: 0, in_features: 0 };
+        let columns = columns_of(parts)?.map(|columns| device.buffer(columns)).transpose()?;
+        let mut matrix = Self { parts: Vec::new(), columns, dtype, out_features: 0, in_features: 0 };
         for like in parts.chunk_by(|a, b| format_of(a) == format_of(b)) {
             for part in like {
                 let width = width(part);
@@ -134,7 +137,7 @@ fn codes(device: &mut Device, parts: &[MatrixPart], format: Format, dtype: DType
         if dtype == DType::F32 {
             return refuse(format!("{} in codes with f32 activations on a CUDA device (bf16 or f16 will do)", w.name));
         }
-        if w.bits == CodeBits::W8 && w.zero_kind != ZeroKind::None {
+        if w.bits != CodeBits::W4 && w.zero_kind != ZeroKind::None {
             return refuse(format!("codes of 8 bits with zeros in {}", w.name));
         }
     }
@@ -150,7 +153,7 @@ fn codes(device: &mut Device, parts: &[MatrixPart], format: Format, dtype: DType
     Ok(Codes {
         format,
         codes: join(|w| bytemuck::cast_slice(w.codes()))?,
-        scales: join(|w| bytemuck::cast_slice(w.scales()))?,
+        scales: join(|w| w.scales().bytes())?,
         zeros: join(|w| match w.zeros() {
             Zeros::None => &[],
             Zeros::Integer(z) => z,

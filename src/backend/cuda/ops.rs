@@ -9,9 +9,9 @@ use super::graphs::{Mode, Shape};
 use super::inputs::CudaInputs;
 use super::{Cuda, CudaBuf, CudaMatrix, Heads, Padding, grow, put};
 use crate::backend::{
-    AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, ExitRows, ExitRule,
-    GatherRows, KvCompact, KvCopyBlocks, KvScores, KvTransfer, Linear, PagedAttention, PassInputs, RopeAppend, RowIds,
-    RowStats, RowStatsOp, Sample, SampleRow, SiluMul, checks,
+    Activation, AddRmsNorm, AttentionMass, Backend, BranchSimilarity, Counters, Embed, EntropyProbe, ExitRows,
+    ExitRule, GatherRows, Glu, KvCompact, KvCopyBlocks, KvScores, KvTransfer, Linear, NormOutput, NormSpan,
+    PagedAttention, PassInputs, QkNorm, RopeAppend, RowIds, RowStats, RowStatsOp, Sample, SampleRow, Softcap, checks,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -31,6 +31,11 @@ pub(super) fn code(dtype: DType) -> u32 {
         DType::Bf16 => RKSC_BF16,
         DType::F16 => RKSC_F16,
     }
+}
+
+/// Of a window over slots: 0 is none, and no sequence has more than u32 counts.
+pub(super) fn window_code(window: Option<usize>) -> u32 {
+    window.map_or(0, |w| u32::try_from(w).unwrap_or(u32::MAX))
 }
 
 impl Backend for Cuda {
@@ -108,7 +113,7 @@ impl Backend for Cuda {
             self.graphs.abandon(&mut self.device)?;
         }
         let params = self.item_params();
-        let (staged, moved) = self.inputs.stage(&mut self.device, &inputs, &params)?;
+        let (staged, moved) = self.inputs.stage(&mut self.device, inputs, &params)?;
         if moved {
             self.graphs.forget();
         }
@@ -174,6 +179,8 @@ impl Backend for Cuda {
                 hidden: p.hidden as u32,
                 vocab: p.table.out_features as u32,
                 dtype: code(p.table.dtype),
+                scale: p.scale,
+                reserved: 0,
             },
         )
     }
@@ -191,11 +198,22 @@ impl Backend for Cuda {
             None => (null::<u8>(), null_mut::<u8>()),
         };
         let dtype = p.y.dtype;
+        let weight = |w: Option<&CudaBuf>| match w {
+            Some(w) => Ok(w.at(op, DType::F32, 0, p.hidden)?.cast()),
+            None => Ok(null()),
+        };
+        let y = p.y.at_mut(op, dtype, start, len)?.cast();
+        let (y, norm) = match p.output {
+            NormOutput::None => (null_mut(), None),
+            NormOutput::Rounded => (y, None),
+            NormOutput::Normed(norm) => (y, Some(norm)),
+        };
         let params = rksc_add_rms_norm_params {
             x: p.x.at_mut(op, DType::F32, start, len)?.cast(),
             delta: p.delta.map_or(Ok(null()), |d| d.at(op, DType::F32, start, len))?.cast(),
-            weight: p.weight.map_or(Ok(null()), |w| w.at(op, DType::F32, 0, p.hidden))?.cast(),
-            y: p.y.at_mut(op, dtype, start, len)?.cast(),
+            post_norm: weight(p.post_norm.filter(|_| p.delta.is_some()))?,
+            weight: weight(norm)?,
+            y,
             keep: p.keep.map_or(Ok(null_mut()), |k| k.at_mut(op, DType::F32, start, len))?.cast(),
             reference: reference.cast(),
             similarity: similarity.cast(),
@@ -244,22 +262,28 @@ impl Backend for Cuda {
     fn rope_append(&mut self, p: RopeAppend<'_, Self>) -> Result<()> {
         let op = "rope_append";
         let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
+        checks::rotary(op, p.rotary_dim, head_dim)?;
         let bytes = 2 * p.rows.len() * num_kv_heads * head_dim * dtype.size_bytes();
         self.launched().kv_write_bytes += bytes as u64;
         let rows = self.padded(p.rows.len());
         let width = (p.num_q_heads + 2 * num_kv_heads) * head_dim;
         let q_width = p.num_q_heads * head_dim;
         let cache_len = p.layout.num_blocks * p.layout.block_elems();
-        let norm = |n: Option<(&CudaBuf, f32)>| match n {
-            Some((w, eps)) => Ok((w.at(op, DType::F32, 0, head_dim)?.cast(), eps)),
-            None => Ok((std::ptr::null(), 0.0)),
+        let (q_norm, k_norm, norm_eps, norm_span) = match p.qk_norm {
+            Some(QkNorm { q, k, eps, span }) => {
+                let (q_len, k_len, span) = match span {
+                    NormSpan::Head => (head_dim, head_dim, RKSC_NORM_HEAD),
+                    NormSpan::Row => (q_width, num_kv_heads * head_dim, RKSC_NORM_ROW),
+                };
+                (q.at(op, DType::F32, 0, q_len)?.cast(), k.at(op, DType::F32, 0, k_len)?.cast(), eps, span)
+            }
+            None => (null(), null(), 0.0, RKSC_NORM_HEAD),
         };
-        let ((q_norm, q_norm_eps), (k_norm, k_norm_eps)) = (norm(p.q_norm)?, norm(p.k_norm)?);
         let num_ring_rows = p.inputs.num_ring_rows;
         checks::ring_is_there(num_ring_rows, p.query_ring.is_some())?;
         let query_ring = match p.query_ring {
             Some(ring) if num_ring_rows > 0 => ring.at_mut(op, dtype, 0, num_ring_rows * q_width)?.cast(),
-            _ => std::ptr::null_mut(),
+            _ => null_mut(),
         };
         let ring_rows = p.inputs.ring_rows();
         let params = rksc_rope_append_params {
@@ -271,19 +295,19 @@ impl Backend for Cuda {
             positions: p.inputs.positions().wrapping_add(p.rows.start),
             slots: p.inputs.slots().wrapping_add(p.rows.start),
             ring_rows: if ring_rows.is_null() { ring_rows } else { ring_rows.wrapping_add(p.rows.start) },
-            inv_freq: p.inv_freq.at(op, DType::F32, 0, head_dim / 2)?.cast(),
+            inv_freq: p.inv_freq.at(op, DType::F32, 0, p.rotary_dim / 2)?.cast(),
             q_norm,
             k_norm,
             num_rows: rows as u32,
             num_q_heads: p.num_q_heads as u32,
             num_kv_heads: num_kv_heads as u32,
             head_dim: head_dim as u32,
+            rotary_dim: p.rotary_dim as u32,
             block_size: block_size as u32,
             dtype: code(dtype),
+            norm_span,
             rope_scale: p.rope_scale,
-            q_norm_eps,
-            k_norm_eps,
-            reserved: 0,
+            norm_eps,
         };
         self.launch(self.device.kernels().rope_append, &params)
     }
@@ -311,6 +335,7 @@ impl Backend for Cuda {
     fn kv_transfer(&mut self, p: KvTransfer<'_, Self>) -> Result<()> {
         let op = "kv_transfer";
         let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
+        checks::rotary(op, p.rotary_dim, head_dim)?;
         let bytes = 2 * p.inputs.num_transfers * num_kv_heads * head_dim * dtype.size_bytes();
         self.launched().kv_write_bytes += bytes as u64;
         let cache_len = p.layout.num_blocks * p.layout.block_elems();
@@ -318,13 +343,13 @@ impl Backend for Cuda {
             transfers: p.inputs.transfers(),
             k_cache: p.k_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
             v_cache: p.v_cache.at_mut(op, dtype, 0, cache_len)?.cast(),
-            inv_freq: p.inv_freq.at(op, DType::F32, 0, head_dim / 2)?.cast(),
+            inv_freq: p.inv_freq.at(op, DType::F32, 0, p.rotary_dim / 2)?.cast(),
             num_transfers: p.inputs.num_transfers as u32,
             num_kv_heads: num_kv_heads as u32,
             block_size: block_size as u32,
             head_dim: head_dim as u32,
+            rotary_dim: p.rotary_dim as u32,
             dtype: code(dtype),
-            reserved: 0,
         };
         self.launch(self.device.kernels().kv_transfer, &params)
     }
@@ -332,7 +357,8 @@ impl Backend for Cuda {
     fn paged_attention(&mut self, p: PagedAttention<'_, Self>) -> Result<()> {
         let op = "paged_attention";
         let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
-        let bytes = 2 * p.inputs.slots_read * num_kv_heads * head_dim * dtype.size_bytes();
+        checks::window_and_softcap(op, p.window, p.softcap)?;
+        let bytes = 2 * p.inputs.plan.slots_read(p.window) * num_kv_heads * head_dim * dtype.size_bytes();
         self.launched().kv_read_bytes += bytes as u64;
         let (num_rows, num_partials) = (p.inputs.num_rows, p.inputs.shape.partials);
         let (device, graphs, scratch) = (&self.device, &mut self.graphs, &mut self.scratch);
@@ -364,26 +390,31 @@ impl Backend for Cuda {
             block_size: block_size as u32,
             dtype: code(dtype),
             sm_scale: p.sm_scale,
+            window: window_code(p.window),
+            softcap: p.softcap.unwrap_or(0.0),
             reserved: 0,
         };
         self.launch(self.device.kernels().paged_attention, &params)
     }
 
-    fn silu_mul(&mut self, p: SiluMul<'_, Self>) -> Result<()> {
-        let op = "silu_mul";
+    fn glu(&mut self, p: Glu<'_, Self>) -> Result<()> {
+        let op = "glu";
         let rows = self.padded(p.rows.len());
         let (start, len) = (p.rows.start * p.intermediate, rows * p.intermediate);
         self.launched();
         let dtype = p.y.dtype;
-        let params = rksc_silu_mul_params {
+        let params = rksc_glu_params {
             gate_up: p.gate_up.at(op, DType::F32, 2 * start, 2 * len)?.cast(),
             y: p.y.at_mut(op, dtype, start, len)?.cast(),
             num_rows: rows as u32,
             intermediate: p.intermediate as u32,
+            activation: match p.activation {
+                Activation::Silu => RKSC_SILU,
+                Activation::GeluTanh => RKSC_GELU_TANH,
+            },
             dtype: code(dtype),
-            reserved: 0,
         };
-        self.launch(self.device.kernels().silu_mul, &params)
+        self.launch(self.device.kernels().glu, &params)
     }
 
     fn gather_rows(&mut self, p: GatherRows<'_, Self>) -> Result<()> {
@@ -411,6 +442,20 @@ impl Backend for Cuda {
             width: p.width as u32,
         };
         self.launch(self.device.kernels().gather_rows, &params)
+    }
+
+    fn softcap(&mut self, p: Softcap<'_, Self>) -> Result<()> {
+        checks::softcap(p.cap)?;
+        let rows = self.padded(p.num_rows);
+        self.launched();
+        let params = rksc_softcap_params {
+            logits: p.logits.at_mut("softcap", DType::F32, 0, rows * p.vocab)?.cast(),
+            num_rows: rows as u32,
+            vocab: p.vocab as u32,
+            cap: p.cap,
+            reserved: 0,
+        };
+        self.launch(self.device.kernels().softcap, &params)
     }
 
     fn row_stats(&mut self, p: RowStatsOp<'_, Self>) -> Result<()> {
@@ -513,8 +558,9 @@ fn sample_row(row: &SampleRow<'_>, history: &mut Vec<u32>) -> rksc_sample_row {
     let history_start = history.len() as u32;
     history.extend_from_slice(row.prompt);
     history.extend_from_slice(row.generated);
-    let banned_start = history.len() as u32;
-    history.extend_from_slice(row.banned);
+    let bias_start = history.len() as u32;
+    history.extend(row.bias.iter().map(|(token, _)| token));
+    history.extend(row.bias.iter().map(|(_, bias)| bias.to_bits()));
     rksc_sample_row {
         seed: row.params.seed,
         path: row.key.path,
@@ -529,7 +575,7 @@ fn sample_row(row: &SampleRow<'_>, history: &mut Vec<u32>) -> rksc_sample_row {
         history_start,
         num_prompt: row.prompt.len() as u32,
         num_generated: row.generated.len() as u32,
-        banned_start,
-        num_banned: row.banned.len() as u32,
+        bias_start,
+        num_bias: row.bias.len() as u32,
     }
 }

@@ -5,7 +5,7 @@
 
 use super::bindings::*;
 use super::graphs::Mode;
-use super::ops::code;
+use super::ops::{code, window_code};
 use super::{Cuda, grow, put};
 use crate::backend::{AttentionMass, BranchSimilarity, EntropyProbe, Similarity, checks};
 use crate::dtype::DType;
@@ -130,11 +130,13 @@ impl Cuda {
         self.outside_recording(op)?;
         let KvLayout { num_kv_heads, head_dim, block_size, dtype, .. } = *p.layout;
         let q_width = p.num_q_heads * head_dim;
+        checks::window_and_softcap(op, p.window, p.softcap)?;
         let num_rows = p.sequences.iter().map(|s| s.rows.end).max().unwrap_or(0);
         let num_slots = checks::sequences(p.sequences, p.blocks, num_rows, p.layout)?;
+        let slots_read: usize = p.sequences.iter().map(|s| s.slots_read(p.window)).sum();
         let counters = self.launched();
         counters.read_backs += 1;
-        counters.kv_read_bytes += (num_slots * num_kv_heads * head_dim * dtype.size_bytes()) as u64;
+        counters.kv_read_bytes += (slots_read * num_kv_heads * head_dim * dtype.size_bytes()) as u64;
         // The words of `rksc_mass_sequence`.
         let (mut sequences, mut mass_start) = (Vec::with_capacity(5 * p.sequences.len()), 0);
         for s in p.sequences {
@@ -162,6 +164,8 @@ impl Cuda {
             block_size: block_size as u32,
             dtype: code(dtype),
             sm_scale: p.sm_scale,
+            window: window_code(p.window),
+            softcap: p.softcap.unwrap_or(0.0),
         };
         self.launch(self.device.kernels().attention_mass, &params)?;
         p.mass.clear();

@@ -33,6 +33,10 @@ pub(crate) struct EngineArgs {
     /// CPU threads [default: one per core].
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
+    /// Positions to make room for, prompt and answer together [default: what config.json says]. More than the model was
+    /// trained for is possible where its config.json has a rule for that (longrope, dynamic, yarn, linear).
+    #[arg(long, value_name = "N")]
+    max_context: Option<usize>,
     /// Memory for the KV cache, e.g. 512MiB or 8GiB [default: a quarter of the free memory, at most 64 contexts].
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     kv_cache_memory: Option<u64>,
@@ -69,6 +73,7 @@ impl EngineArgs {
             device: self.device.clone(),
             simd: self.simd.clone(),
             threads: self.threads,
+            max_context: self.max_context,
             kv_cache_memory: self.kv_cache_memory,
             block_size: self.block_size,
             max_batch_tokens: self.max_batch_tokens,
@@ -139,14 +144,28 @@ pub(crate) struct SamplingArgs {
     /// Subtracted for every time a token was generated before.
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     frequency_penalty: f32,
+    /// Added to the logit of a token, -inf to ban it, e.g. 1234=-2.5. May be given several times.
+    #[arg(long, value_name = "ID=BIAS", value_parser = parse_bias, allow_hyphen_values = true)]
+    logit_bias: Vec<(u32, f32)>,
     /// Key of the draws.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
+/// `1234=-2.5`.
+fn parse_bias(text: &str) -> std::result::Result<(u32, f32), String> {
+    let parsed = text.split_once('=').and_then(|(id, bias)| Some((id.trim().parse().ok()?, bias.trim().parse().ok()?)));
+    parsed.ok_or_else(|| format!("{text:?} is no token id with a bias, e.g. 1234=-2.5"))
+}
+
 impl SamplingArgs {
-    pub(crate) fn params(&self) -> SamplingParams {
-        SamplingParams {
+    /// Truncations that change nothing are refused.
+    pub(crate) fn params(&self) -> Result<SamplingParams> {
+        let given = [("top-k", self.top_k != 0), ("top-p", self.top_p != 1.0), ("min-p", self.min_p != 0.0)];
+        if let (0.0, Some((flag, _))) = (self.temperature, given.iter().find(|(_, given)| *given)) {
+            return Err(refused(flag, "changes nothing at temperature 0, which is greedy; give --temperature too"));
+        }
+        let params = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
@@ -154,8 +173,11 @@ impl SamplingArgs {
             repetition_penalty: self.repetition_penalty,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
             seed: self.seed,
-        }
+        };
+        params.validate()?;
+        Ok(params)
     }
 }
 

@@ -6,19 +6,19 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args as ClapArgs;
-use rksc::engine::{
-    BranchId, BranchStats, EndReason, Engine, EventKind, GenerateParams, GeneratedToken, PrefillOptions,
-};
+use rksc::chat::{Message, RenderOptions};
+use rksc::engine::{BranchId, BranchStats, Engine, GenerateParams, PrefillOptions};
 use rksc::gate::river::River;
 use rksc::kv::budget::{KvLimit, KvPrompt};
-use rksc::quant::QuantOptions;
 use rksc::report::kv::{KvTotals, limit_in_words};
-use rksc::report::river::{RiverTotals, exactness, river_in_words};
-use rksc::tokenizer::{IncrementalDecoder, StopMatcher, Tokenizer};
+use rksc::report::river::{exactness, river_in_words};
+use rksc::tokenizer::{StopMatcher, Tokenizer};
 
+use crate::choice::{self, Choice, NON_FINITE};
 use crate::common::{self, EngineArgs, SamplingArgs, print_json, read_text, refused};
 use crate::kv::KvArgs;
-use crate::river::RiverArgs;
+use crate::river::{RiverArgs, RiverReport};
+use crate::template::required_template;
 
 #[derive(ClapArgs)]
 pub(crate) struct Args {
@@ -30,6 +30,9 @@ pub(crate) struct Args {
     /// The prompt, from a file.
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     prompt_file: Option<PathBuf>,
+    /// The prompt is what a user says, and the model's chat template writes it down.
+    #[arg(long)]
+    chat: bool,
     /// Continuations; they share the prompt.
     #[arg(short, default_value_t = 1)]
     n: usize,
@@ -59,21 +62,6 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
 }
 
-/// Why a continuation ended whose numbers broke.
-const NON_FINITE: &str = "error: non_finite";
-
-/// One continuation on its way.
-struct Choice {
-    branch: BranchId,
-    decoder: IncrementalDecoder,
-    stops: StopMatcher,
-    text: String,
-    tokens: Vec<u32>,
-    logprobs: Vec<f32>,
-    entropies: Vec<f32>,
-    finish: Option<String>,
-}
-
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!((1..=1024).contains(&args.n), "-n: must be between 1 and 1024");
     anyhow::ensure!(!args.stream || args.n == 1, "--stream: shows one continuation; drop -n {}", args.n);
@@ -97,34 +85,29 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if limit.is_some() {
         river.iter().try_for_each(River::check_budget)?;
     }
+    let template = args.chat.then(|| required_template(&args.engine.source())).transpose()?;
     let mut engine = common::open(config)?;
     engine.set_river(river)?;
     let tokenizer = args.engine.tokenizer()?;
+    let mut end_tokens = if args.ignore_eos { Vec::new() } else { args.engine.source().end_tokens(engine.model())? };
+    let prompt = if let Some(template) = template {
+        end_tokens.extend(template.turn_end(&tokenizer).filter(|_| !args.ignore_eos));
+        template.render(&[Message::user(prompt)], &RenderOptions::prompt())?
+    } else {
+        prompt
+    };
     let prompt_tokens = tokenizer.encode(&prompt)?;
-    let end_tokens = if args.ignore_eos { Vec::new() } else { args.engine.source().end_tokens(engine.model())? };
     let params = GenerateParams {
-        sampling: args.sampling.params(),
+        sampling: args.sampling.params()?,
         max_new_tokens: args.max_new_tokens,
         min_new_tokens: args.min_new_tokens,
         end_tokens,
     };
     let mut choices = start(&mut engine, &tokenizer, &prompt_tokens, (&params, limit.as_ref()), args)?;
     let started = Instant::now();
-    let mut first_token_ms = None;
-    while choices.iter().any(|c| c.finish.is_none()) {
-        engine.step()?;
-        while let Some(event) = engine.next_event() {
-            let Some(choice) = choices.iter_mut().find(|c| c.branch == event.branch) else { continue };
-            match event.kind {
-                EventKind::Token(token) => {
-                    first_token_ms.get_or_insert_with(|| started.elapsed().as_secs_f64() * 1e3);
-                    choice.take(&mut engine, &token, &params, args.stream)?;
-                }
-                EventKind::Ended(reason) => choice.end(reason, args.stream)?,
-                EventKind::Ready | EventKind::Preempted | EventKind::Aliased { .. } => {}
-            }
-        }
-    }
+    let first_token_ms = choice::run(&mut engine, &mut choices, &params.end_tokens, &mut |text| {
+        if args.stream { choice::show(text) } else { Ok(()) }
+    })?;
     let timing = (started.elapsed().as_secs_f64(), first_token_ms);
     report(args, &engine, &prompt_tokens, (&choices, limit.as_ref()), timing)
 }
@@ -154,87 +137,9 @@ fn start(
             if params.max_new_tokens > 0 {
                 engine.exit_prompt(branch)?;
             }
-            Ok(Choice {
-                branch,
-                decoder: tokenizer.visible_decoder(),
-                stops: StopMatcher::new(args.stop.clone()),
-                text: String::new(),
-                tokens: Vec::new(),
-                logprobs: Vec::new(),
-                entropies: Vec::new(),
-                finish: None,
-            })
+            Ok(Choice::new(branch, tokenizer.visible_decoder(), StopMatcher::new(args.stop.clone())))
         })
         .collect()
-}
-
-/// What the river was to do, and what it did.
-#[derive(serde::Serialize)]
-struct RiverReport {
-    policy: River,
-    codes: Option<QuantOptions>,
-    totals: RiverTotals,
-}
-
-impl RiverReport {
-    fn of(engine: &Engine) -> Option<Self> {
-        let policy = *engine.river()?;
-        Some(Self { policy, codes: engine.config().river, totals: RiverTotals::of(engine) })
-    }
-}
-
-impl Choice {
-    fn take(
-        &mut self,
-        engine: &mut Engine,
-        &GeneratedToken { token, logprob, stats }: &GeneratedToken,
-        params: &GenerateParams,
-        stream: bool,
-    ) -> anyhow::Result<()> {
-        if self.finish.is_some() || params.end_tokens.contains(&token) {
-            return Ok(());
-        }
-        self.tokens.push(token);
-        self.logprobs.push(logprob);
-        self.entropies.push(stats.entropy);
-        let (text, hit) = self.stops.push(&self.decoder.push(token)?);
-        self.emit(&text, stream)?;
-        if hit.is_some() {
-            engine.stop(self.branch)?;
-            self.finish = Some("stop".into());
-        }
-        Ok(())
-    }
-
-    fn end(&mut self, reason: EndReason, stream: bool) -> anyhow::Result<()> {
-        if self.finish.is_some() {
-            return Ok(());
-        }
-        let rest = self.decoder.flush();
-        let (text, hit) = self.stops.push(&rest);
-        self.emit(&text, stream)?;
-        if hit.is_none() {
-            let held = self.stops.flush();
-            self.emit(&held, stream)?;
-        }
-        self.finish = Some(match reason {
-            EndReason::EndToken => "stop".into(),
-            EndReason::Length | EndReason::Context => "length".into(),
-            EndReason::NonFinite => NON_FINITE.into(),
-            EndReason::Stopped | EndReason::Dropped | EndReason::Merged => "cancelled".into(),
-        });
-        Ok(())
-    }
-
-    fn emit(&mut self, text: &str, stream: bool) -> anyhow::Result<()> {
-        self.text.push_str(text);
-        if stream {
-            let mut out = std::io::stdout().lock();
-            out.write_all(text.as_bytes())?;
-            out.flush()?;
-        }
-        Ok(())
-    }
 }
 
 fn report(

@@ -7,6 +7,7 @@ use rksc::backend::cpu::simd::SimdLevel;
 use rksc::backend::cuda::device::DeviceInfo;
 use rksc::model::family::ModelConfig;
 use rksc::model::weights::WeightStore;
+use rksc::quant::Survey;
 use rksc::{ModelSource, Result};
 
 use crate::common::{EngineArgs, JsonFlag, human_bytes, print_json};
@@ -25,11 +26,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let source = args.engine.source();
     let (model, store) = open(&source)?;
-    let missing: Vec<String> = model
-        .tensor_shapes()
-        .into_iter()
-        .filter_map(|(name, shape)| store.get(&name, &shape).err().map(|e| e.to_string()))
-        .collect();
+    let survey = Survey::new(&model, &store);
+    let weight_bytes = survey.code_bytes + survey.dense_bytes;
+    let problems: Vec<String> = survey.problems.iter().map(ToString::to_string).collect();
     let tokenizer = source.tokenizer();
     let names: Vec<&str> = store.names().collect();
     if args.format.json {
@@ -37,9 +36,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             "family": model.family.name, "hidden": model.hidden, "intermediate": model.intermediate,
             "num_layers": model.num_layers, "num_q_heads": model.num_q_heads, "num_kv_heads": model.num_kv_heads,
             "head_dim": model.head_dim, "vocab_size": model.vocab_size,
-            "max_position_embeddings": model.max_position_embeddings, "rope_theta": model.rope_theta,
+            "max_position_embeddings": model.max_position_embeddings, "context_limit": model.context_limit,
+            "rope": model.rope, "local_rope": model.local_rope, "windows": model.windows,
             "tie_word_embeddings": model.tie_word_embeddings, "num_params": model.num_params() as u64,
-            "weight_bytes": store.num_bytes(), "num_tensors": names.len(), "problems": missing,
+            "quantization": model.quantization, "num_code_matrices": survey.num_matrices, "code_bytes": survey.code_bytes,
+            "weight_bytes": weight_bytes, "num_tensors": names.len(), "problems": problems,
             "tokenizer_vocab": tokenizer.as_ref().ok().map(|t| t.vocab_size()),
             "end_tokens": source.end_tokens(&model)?,
             "tensors": if args.tensors { names } else { Vec::new() },
@@ -56,9 +57,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         model.vocab_size,
         if model.tie_word_embeddings { "tied" } else { "untied" }
     )?;
-    writeln!(out, "context      {}", model.max_position_embeddings)?;
+    writeln!(out, "context      {}", in_words(&model))?;
     writeln!(out, "end tokens   {:?}", source.end_tokens(&model)?)?;
-    writeln!(out, "weights      {} tensors, {}", names.len(), human_bytes(store.num_bytes()))?;
+    writeln!(out, "weights      {} tensors, {}", names.len(), human_bytes(weight_bytes))?;
+    if let Some(format) = &model.quantization {
+        writeln!(out, "in codes     {} matrices, {}: {format}", survey.num_matrices, human_bytes(survey.code_bytes))?;
+    }
     match tokenizer {
         Ok(t) => writeln!(out, "tokenizer    {} entries", t.vocab_size())?,
         Err(e) => writeln!(out, "tokenizer    none ({e})")?,
@@ -66,15 +70,28 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.tensors {
         names.iter().try_for_each(|name| writeln!(out, "  {name}"))?;
     }
-    for problem in &missing {
+    for problem in &problems {
         writeln!(out, "PROBLEM      {problem}")?;
     }
     Ok(())
 }
 
+/// Positions, and what is special about them.
+fn in_words(model: &ModelConfig) -> String {
+    let mut words = vec![model.max_position_embeddings.to_string()];
+    if model.context_limit > model.max_position_embeddings {
+        words.push(format!("up to {} with --max-context", model.context_limit));
+    }
+    let local: Vec<usize> = model.windows.iter().flatten().copied().collect();
+    if let (Some(window), true) = (local.first(), model.has_windows()) {
+        words.push(format!("{} of {} layers attend to the last {window}", local.len(), model.num_layers));
+    }
+    words.join(", ")
+}
+
 fn open(source: &ModelSource) -> Result<(ModelConfig, WeightStore)> {
     match source {
-        ModelSource::Dir(dir) => Ok((ModelConfig::from_dir(dir)?, WeightStore::open(dir)?)),
+        ModelSource::Dir(dir) => rksc::model::open(dir),
         #[cfg(feature = "bundled-model")]
         ModelSource::Bundled => Ok((rksc::bundled::config()?, rksc::bundled::weights()?)),
         _ => Err(rksc::Error::Config { field: "model".into(), why: "give a folder with -m DIR".into() }),

@@ -11,6 +11,8 @@ macro_rules! say {
 mod bench;
 mod calibrate;
 mod calibration;
+mod chat;
+mod choice;
 mod common;
 mod gates;
 mod generate;
@@ -24,6 +26,7 @@ mod river;
 mod score;
 mod search;
 mod solve;
+mod template;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -49,6 +52,10 @@ enum Command {
     Calibrate(Box<calibrate::Args>),
     /// Continue a prompt.
     Generate(Box<generate::Args>),
+    /// Talk with a chat model; the KV of the conversation stays from turn to turn.
+    Chat(Box<chat::Args>),
+    /// What a model's chat template makes of messages.
+    Template(template::Args),
     /// Log-probabilities of given texts or token ids.
     Score(score::Args),
     /// What a model folder holds.
@@ -89,6 +96,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Solve(args) => solve::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
+        Command::Template(args) => template::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Plan(args) => plan::run(&args),

@@ -82,7 +82,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let mut row = |name: &str, bytes: u64, what: &str| writeln!(out, "{name:<22}{:>12}  {what}", human_bytes(bytes));
     row("weights", plan.weight_bytes, "mapped from the file, or random")?;
-    if let Some(codes) = config.river.or(config.quantise) {
+    if let Some(format) = &model.quantization {
+        row("projections in codes", plan.code_bytes, &format!("{format}, all of them"))?;
+    } else if let Some(codes) = config.river.or(config.quantise) {
         row("weights in codes", plan.code_bytes, &format!("{codes}, mapped from their file, or made"))?;
     }
     row("workspace", plan.workspace_bytes, "activations of the largest pass; touched as used")?;

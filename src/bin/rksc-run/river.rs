@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 use rksc::Result;
 use rksc::config::EngineConfig;
+use rksc::engine::Engine;
 use rksc::gate::river::{River, RiverExit};
+use rksc::quant::QuantOptions;
+use rksc::report::river::RiverTotals;
 
 use crate::common::refused;
 use crate::quant::{QuantArgs, Wanted};
@@ -122,5 +125,20 @@ impl RiverArgs {
             self.river_batch_min && !is_tau,
             "is of --river tau: otherwise all tokens leave after the same layer anyway; drop one of the two",
         )
+    }
+}
+
+/// What the river was to do, and what it did.
+#[derive(serde::Serialize)]
+pub(crate) struct RiverReport {
+    pub(crate) policy: River,
+    codes: Option<QuantOptions>,
+    pub(crate) totals: RiverTotals,
+}
+
+impl RiverReport {
+    pub(crate) fn of(engine: &Engine) -> Option<Self> {
+        let policy = *engine.river()?;
+        Some(Self { policy, codes: engine.config().river, totals: RiverTotals::of(engine) })
     }
 }

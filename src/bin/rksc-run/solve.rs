@@ -45,7 +45,7 @@ pub(crate) struct Args {
     /// Text in front of every problem (few-shot examples); `bundled` takes the bundled one.
     #[arg(long, value_name = "FILE")]
     prefix: Option<PathBuf>,
-    /// Prompt pack [default: prompts.json beside the model].
+    /// Prompt pack [default: prompts.json beside the model; for a chat model without one, the built-in pack].
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// One approach a line, instead of the pack's.
@@ -176,13 +176,13 @@ impl PolicyArgs {
         }
     }
 
-    pub(crate) fn config(&self, sampling: &SamplingArgs) -> SolverConfig {
+    pub(crate) fn config(&self, sampling: &SamplingArgs) -> rksc::Result<SolverConfig> {
         let mut c = SolverConfig::preset(self.policy);
         c.num_branches = self.branches;
         c.max_new_tokens = self.max_new_tokens;
         c.concurrency = self.concurrency;
         c.cold_cache = self.cache == Cache::Cold;
-        c.sampling = sampling.params();
+        c.sampling = sampling.params()?;
         if let Some(verify) = self.verify {
             c.verify = match verify {
                 Verify::Suffix => VerifyMode::Suffix,
@@ -213,12 +213,12 @@ impl PolicyArgs {
         if let Some(select) = self.select {
             c.select = select;
         }
-        c
+        Ok(c)
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let mut config = args.policy.config(&args.sampling);
+    let mut config = args.policy.config(&args.sampling)?;
     args.search.apply(&mut config);
     args.gates.apply(&mut config);
     let mut engine_config = args.engine.config();
@@ -329,8 +329,14 @@ pub(crate) fn compile_pack(
     pack: PromptPack,
     prefix: &str,
 ) -> anyhow::Result<Arc<CompiledPack>> {
-    let end_tokens = args.source().end_tokens(engine.model())?;
-    Ok(Arc::new(CompiledPack::new(pack, args.tokenizer()?, prefix, &end_tokens)?))
+    let source = args.source();
+    let (end_tokens, tokenizer) = (source.end_tokens(engine.model())?, args.tokenizer()?);
+    let template = if pack.chat.is_some() { source.chat_template(None, None)? } else { None };
+    let compiled = match template {
+        Some(template) => CompiledPack::with_template(pack, &template, tokenizer, prefix, &end_tokens),
+        None => CompiledPack::new(pack, tokenizer, prefix, &end_tokens),
+    };
+    Ok(Arc::new(compiled?))
 }
 
 pub(crate) fn text_tasks(pack: &Arc<CompiledPack>, problems: &[Problem]) -> anyhow::Result<Vec<Box<dyn Task>>> {

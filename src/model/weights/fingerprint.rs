@@ -2,7 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::WeightStore;
+use super::{Stored, WeightStore};
 use crate::model::family::ModelConfig;
 
 /// Bytes looked at, at either end of a tensor.
@@ -15,15 +15,40 @@ impl WeightStore {
     /// matter.
     pub fn fingerprint(&self, model: &ModelConfig) -> String {
         let mut hash = Sha256::new();
-        hash.update(format!("{model:?}"));
-        for (_, tensor) in self.ready() {
-            let bytes = tensor.bytes();
-            hash.update(format!("\n{} {} {:?}\n", tensor.name, tensor.dtype, tensor.shape));
+        hash.update(shape(model));
+        for (name, (_, stored)) in &self.tensors {
+            let (dtype, shape, bytes) = match stored {
+                Stored::Ready(tensor) => (tensor.dtype.to_string(), &tensor.shape, tensor.bytes()),
+                Stored::Packed(packed) => (packed.dtype.to_string(), &packed.shape, packed.data.bytes()),
+            };
+            hash.update(format!("\n{name} {dtype} {shape:?}\n"));
             hash.update(&bytes[..bytes.len().min(SAMPLE)]);
             hash.update(&bytes[bytes.len().saturating_sub(SAMPLE)..]);
         }
         hex(&hash.finalize())
     }
+}
+
+/// What the tensors do not say of a model: how they are put together. Written out, so that a field more in
+/// [`ModelConfig`] does not make another model of every checkpoint.
+fn shape(m: &ModelConfig) -> String {
+    format!(
+        "{} {} layers, {} / {} heads of {}, eps {}, {:?} {:?} {} {:?}, caps {:?} {:?}, windows {:?}, {} positions",
+        m.family.name,
+        m.num_layers,
+        m.num_q_heads,
+        m.num_kv_heads,
+        m.head_dim,
+        m.rms_norm_eps,
+        m.rope,
+        m.local_rope,
+        m.sm_scale,
+        m.activation,
+        m.attn_softcap,
+        m.logit_softcap,
+        m.windows,
+        m.max_position_embeddings,
+    )
 }
 
 /// SHA-256 of a text or a file, as `sha256sum` prints it.
@@ -53,6 +78,6 @@ mod tests {
         assert_eq!(one, of(&tiny, 1, DType::Bf16));
         assert_ne!(one, of(&tiny, 2, DType::Bf16));
         assert_ne!(one, of(&tiny, 1, DType::F32));
-        assert_ne!(one, of(&ModelConfig { rope_theta: 5.0, ..tiny.clone() }, 1, DType::Bf16));
+        assert_ne!(one, of(&ModelConfig { rms_norm_eps: 5e-5, ..tiny.clone() }, 1, DType::Bf16));
     }
 }

@@ -16,7 +16,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, IntoDeserializer, MapAccess, Visitor};
 
-use super::{Stored, Tensor, TensorData, shown_shape, weights_error};
+use super::{Packed, Stored, Tensor, TensorData, shown_shape, weights_error};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::fields::{json_why, read_small};
@@ -89,18 +89,19 @@ pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Store
     let mut out = Vec::new();
     let mut copied = 0;
     for Located { name, dtype, shape, range } in locate(path, bytes)?.0 {
+        let in_place = |range: Range<usize>| match source {
+            Source::Mapped(map) => TensorData::Mapped { map: Arc::clone(map), range },
+            Source::Static(all) => TensorData::Static(&all[range]),
+        };
         let stored = match dtype_of(dtype) {
-            None => Stored::Unsupported(dtype.to_string()),
+            None => Stored::Packed(Packed { dtype, shape, data: in_place(range) }),
             Some(dtype) => {
                 let slice = &bytes[range.clone()];
                 let data = if slice.as_ptr().align_offset(4) != 0 {
                     copied += slice.len();
                     TensorData::Owned(aligned_copy(slice))
                 } else {
-                    match source {
-                        Source::Mapped(map) => TensorData::Mapped { map: Arc::clone(map), range },
-                        Source::Static(all) => TensorData::Static(&all[range]),
-                    }
+                    in_place(range)
                 };
                 Stored::Ready(Tensor { name: Arc::clone(&name), dtype, shape, data })
             }
@@ -119,6 +120,14 @@ fn dtype_of(dtype: Dtype) -> Option<DType> {
         Dtype::BF16 => Some(DType::Bf16),
         Dtype::F16 => Some(DType::F16),
         _ => None,
+    }
+}
+
+pub(super) fn dtype_in_file(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::Bf16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
     }
 }
 

@@ -1,14 +1,15 @@
 //! `attention_mass`: how much attention each cached slot received from a sequence's rows.
 //!
-//! formula: mass\[h, j\] = sum over rows that attend to slot j, and query heads of kv head h, of exp(sm_scale q k_j - lse)
+//! formula: mass\[h, j\] = sum over rows that attend to slot j, and query heads of kv head h, of exp(score - lse)
 //! work split: units of (sequence, kv head, tile); a unit owns its slots, so threads never divide a sum
 //! numerics: scores as in `paged_attention`, to the bit; a slot's sum runs over queries in order, in f32
-//! traffic: K once; the queries again for every tile, from the caches
+//! traffic: K once, where some row attends to it; the queries again for every tile, from the caches
 //! oracle: `testing::attention::attention_mass`; tests: `tests/kernels/attention_mass.rs`
 #![allow(unsafe_code)]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::scale::ScoreScale;
 use super::tile::{Scratch, TileRows};
 use super::{AttentionScratch, THREAD_WORK};
 use crate::backend::cpu::elem::Elem;
@@ -16,7 +17,7 @@ use crate::backend::cpu::pool::{SharedMut, ThreadPool};
 use crate::backend::cpu::simd::SimdLevel;
 use crate::backend::cpu::vector::{Kernel, LOG2_E, Vector, dispatch};
 use crate::backend::{MassSequence, checks};
-use crate::batch::TILE_SLOTS;
+use crate::batch::{TILE_SLOTS, window_start};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::KvLayout;
@@ -38,8 +39,12 @@ pub struct AttentionMassArgs<'a, T> {
     pub sequences: &'a [MassSequence],
     /// Query heads.
     pub num_q_heads: usize,
-    /// Multiplies the scores.
+    /// Multiplies q k.
     pub sm_scale: f32,
+    /// Newest slots that a row attends to, at least 1; `None`: all.
+    pub window: Option<usize>,
+    /// Bound of the scores; above zero.
+    pub softcap: Option<f32>,
     /// Geometry of the cache.
     pub layout: &'a KvLayout,
     /// `[Hkv, kv_len]` of each sequence, written.
@@ -55,17 +60,18 @@ pub fn attention_mass<T: Elem>(
 ) -> Result<()> {
     let layout = args.layout;
     let (heads, dim) = (layout.num_kv_heads, layout.head_dim);
+    checks::window_and_softcap("attention_mass", args.window, args.softcap)?;
     let num_rows = check(&args)?;
     let num_slots = checks::sequences(args.sequences, args.blocks, num_rows, layout)?;
     let (mut units, mut mass_start, mut work) = (Vec::new(), 0, 0);
     for s in args.sequences {
         for head in 0..heads {
             let of_head = mass_start + head * s.kv_len;
-            let tiles = (0..s.kv_len).step_by(TILE_SLOTS);
+            let tiles = (s.first_slot(args.window)..s.kv_len).step_by(TILE_SLOTS);
             units.extend(tiles.map(|first_slot| Unit { sequence: s, head, first_slot, mass_at: of_head + first_slot }));
         }
         mass_start += heads * s.kv_len;
-        work += s.rows.len() * s.kv_len * args.num_q_heads * dim;
+        work += s.rows.len() * s.slots_read(args.window) * args.num_q_heads * dim;
     }
     args.mass.clear();
     args.mass.resize(num_slots * heads, 0.0);
@@ -77,7 +83,8 @@ pub fn attention_mass<T: Elem>(
         lse: args.lse,
         blocks: args.blocks,
         num_q_heads: args.num_q_heads,
-        scale: args.sm_scale * LOG2_E,
+        scale: ScoreScale::new(args.sm_scale, args.softcap),
+        window: args.window,
         layout,
         mass: SharedMut::new(args.mass),
         units: &units,
@@ -136,8 +143,8 @@ struct Job<'a, T> {
     lse: &'a [f32],
     blocks: &'a [u32],
     num_q_heads: usize,
-    /// sm_scale * log2(e)
-    scale: f32,
+    scale: ScoreScale,
+    window: Option<usize>,
     layout: &'a KvLayout,
     mass: SharedMut<'a, f32>,
     units: &'a [Unit<'a>],
@@ -191,21 +198,25 @@ impl<T: Elem> Job<'_, T> {
                 num_slots,
             },
         );
-        // Row i attends to kv_len - (rows - 1 - i) slots; rows before the first that reaches this tile add nothing.
+        // Row i sees kv_len - (rows - 1 - i) slots; rows before the first that reaches this tile add nothing, nor do those
+        // from the first on that has left it behind.
         let shortest = s.kv_len + 1 - s.rows.len();
         let first_row = (unit.first_slot + 1).saturating_sub(shortest);
+        let past_row = self.window.map_or(usize::MAX, |w| (unit.first_slot + num_slots).saturating_add(w) - shortest);
         let mut mass = [0.0; TILE_SLOTS];
-        let mut queries = [(0, 0.0); RUN];
-        let (mut start, end) = (first_row * group, s.rows.len() * group);
+        let mut queries = [const { (0..0, 0.0) }; RUN];
+        let (mut start, end) = (first_row * group, s.rows.len().min(past_row) * group);
         while start < end {
             let count = RUN.min(end - start);
             for (i, query) in queries[..count].iter_mut().enumerate() {
                 let (row, head) = ((start + i) / group, (start + i) % group);
                 let at = (s.rows.start + row) * self.num_q_heads + unit.head * group + head;
                 own.set_query::<V, T, PAIRS>(v, i, &self.q[at * dim..(at + 1) * dim]);
-                *query = ((shortest + row - unit.first_slot).min(num_slots), self.lse[at] * LOG2_E);
+                let of_tile = |end: usize| end.saturating_sub(unit.first_slot).min(num_slots);
+                let (from, to) = (window_start(shortest + row, self.window), shortest + row);
+                *query = (of_tile(from)..of_tile(to), self.lse[at] * LOG2_E);
             }
-            own.add_mass::<V, T, PAIRS>(v, &queries[..count], self.scale, &mut mass);
+            own.add_mass::<V, T, PAIRS>(v, &queries[..count], &self.scale, &mut mass);
             start += count;
         }
         // SAFETY: every unit has slots of its own.

@@ -3,19 +3,23 @@
 //! ```text
 //! K tile [step][64 slots], V tile [slot step][D], both of 32-bit words: an f32, or (PACKED) a pair of bf16
 //!
-//! s[slot]  = sm_scale * log2(e) * sum over steps of q * k     -inf at and past the row's kv_len
+//! s[slot]  = sm_scale * log2(e) * sum over steps of q * k     -inf at and past the row's kv_len, and below its window;
+//!            capped: softcap * log2(e) * tanh(sm_scale / softcap * sum)
 //! m'       = max(m, max s)        a = 2^(m - m')       p = 2^(s - m')
 //! l'       = a * l + sum p        (LANES partial sums, added up at the end)
-//! o'       = a * o + sum over slots below kv_len of round(p) * v
+//! o'       = a * o + sum over the slots attended to of round(p) * v
 //! ```
 //!
 //! A query's sums run over steps in ascending order in its own accumulators, so how many queries go through the tile
-//! together (1, 2 or 4, for register reuse) cannot change a bit. V past a query's `kv_len` is not multiplied by a zero
-//! but left out: it may be another row's NaN.
+//! together (1, 2 or 4, for register reuse) cannot change a bit. V past a query's `kv_len` or below its window is not
+//! multiplied by a zero but left out: it may be another row's NaN.
+
+use std::ops::Range;
 
 use bytemuck::cast_slice_mut;
 use half::bf16;
 
+use super::scale::ScoreScale;
 use crate::backend::cpu::elem::{Elem, MAX_LANES, load_part};
 use crate::backend::cpu::vector::Vector;
 use crate::batch::TILE_SLOTS;
@@ -194,28 +198,26 @@ impl Scratch {
         }
     }
 
-    /// Folds the current tile into queries `[first, first + count)`, which all attend to its first `valid` slots.
+    /// Folds the current tile into `queries`, which all attend to the same `slots` of it, one at least.
     #[inline(always)]
     pub(super) fn fold<V: Vector, T: Elem, const PAIRS: bool>(
         &mut self,
         v: V,
-        first: usize,
-        count: usize,
-        valid: usize,
-        scale: f32,
+        queries: Range<usize>,
+        slots: &Range<usize>,
+        scale: &ScoreScale,
     ) {
-        let mut at = first;
-        let end = first + count;
+        let Range { start: mut at, end } = queries;
         while V::QUERIES >= 4 && at + 4 <= end {
-            self.fold_some::<V, T, PAIRS, 4>(v, at, valid, scale);
+            self.fold_some::<V, T, PAIRS, 4>(v, at, slots, scale);
             at += 4;
         }
         while V::QUERIES >= 2 && at + 2 <= end {
-            self.fold_some::<V, T, PAIRS, 2>(v, at, valid, scale);
+            self.fold_some::<V, T, PAIRS, 2>(v, at, slots, scale);
             at += 2;
         }
         while at < end {
-            self.fold_some::<V, T, PAIRS, 1>(v, at, valid, scale);
+            self.fold_some::<V, T, PAIRS, 1>(v, at, slots, scale);
             at += 1;
         }
     }
@@ -225,13 +227,14 @@ impl Scratch {
         &mut self,
         v: V,
         first: usize,
-        valid: usize,
-        scale: f32,
+        slots: &Range<usize>,
+        scale: &ScoreScale,
     ) {
         let d = self.dims;
         let k = &self.k[..d.steps];
         let q = &self.q[first * d.steps..(first + R) * d.steps];
         score::<V, T, PAIRS, R>(v, k, q, &mut self.scores);
+        scale.cap(v, self.scores[..R].as_flattened_mut());
         let mut alpha = [v.splat(0.0); R];
         for (r, alpha) in alpha.iter_mut().enumerate() {
             let l = &mut self.l[(first + r) * MAX_LANES..][..MAX_LANES];
@@ -239,14 +242,14 @@ impl Scratch {
                 v,
                 &mut self.scores[r],
                 &mut self.probs[r],
-                valid,
-                scale,
+                slots,
+                scale.factor,
                 &mut self.m[first + r],
                 l,
             );
         }
         let o = &mut self.o[first * d.d_stride..(first + R) * d.d_stride];
-        let tile = ValueTile { words: &self.v, stride: d.d_stride, slots: valid };
+        let tile = ValueTile { words: &self.v, stride: d.d_stride, slots };
         let mut at = 0;
         while at < d.d_stride {
             let vecs = match (d.d_stride - at) / V::LANES {
@@ -269,8 +272,8 @@ impl Scratch {
     pub(super) fn add_mass<V: Vector, T: Elem, const PAIRS: bool>(
         &mut self,
         v: V,
-        queries: &[(usize, f32)],
-        scale: f32,
+        queries: &[(Range<usize>, f32)],
+        scale: &ScoreScale,
         mass: &mut [f32; TILE_SLOTS],
     ) {
         let (mut at, end) = (0, queries.len());
@@ -289,19 +292,20 @@ impl Scratch {
         &mut self,
         v: V,
         first: usize,
-        queries: &[(usize, f32)],
-        scale: f32,
+        queries: &[(Range<usize>, f32)],
+        scale: &ScoreScale,
         mass: &mut [f32; TILE_SLOTS],
     ) {
         let steps = self.dims.steps;
         let q = &self.q[first * steps..(first + R) * steps];
         score::<V, T, PAIRS, R>(v, &self.k[..steps], q, &mut self.scores);
-        let scale = v.splat(scale);
-        for (scores, &(valid, lse)) in self.scores.iter().zip(queries) {
+        scale.cap(v, self.scores[..R].as_flattened_mut());
+        let scale = v.splat(scale.factor);
+        for (scores, (slots, lse)) in self.scores.iter().zip(queries) {
             let lse = v.splat(-lse);
             for (c, (s, mass)) in scores.chunks_exact(V::LANES).zip(mass.chunks_exact_mut(V::LANES)).enumerate() {
                 let x = v.fma(v.load(s), scale, lse);
-                let x = v.keep_first(valid.saturating_sub(c * V::LANES), x, v.splat(f32::NEG_INFINITY));
+                let x = keep_slots(v, slots, c * V::LANES, x, v.splat(f32::NEG_INFINITY));
                 v.store(v.add(v.load(mass), v.exp2(x)), mass);
             }
         }
@@ -384,13 +388,20 @@ fn score<V: Vector, T: Elem, const PAIRS: bool, const R: usize>(
     }
 }
 
+/// `x`, whose lanes are slots from `first` on, where the slots are in `slots`, else `other`.
+#[inline(always)]
+fn keep_slots<V: Vector>(v: V, slots: &Range<usize>, first: usize, x: V::F, other: V::F) -> V::F {
+    let x = v.keep_first(slots.end.saturating_sub(first), x, other);
+    v.keep_first(slots.start.saturating_sub(first), other, x)
+}
+
 /// Turns scores into probabilities, updates m and l, and returns the factor for o.
 #[inline(always)]
 fn softmax<V: Vector, T: Elem, const PAIRS: bool>(
     v: V,
     scores: &mut [f32; TILE_SLOTS],
     probs: &mut [u32; TILE_SLOTS],
-    valid: usize,
+    slots: &Range<usize>,
     scale: f32,
     m: &mut f32,
     l: &mut [f32],
@@ -400,8 +411,8 @@ fn softmax<V: Vector, T: Elem, const PAIRS: bool>(
     let mut top = masked;
     for (c, chunk) in scores.chunks_exact_mut(V::LANES).enumerate() {
         let mut x = v.mul(v.load(chunk), scale);
-        if valid < TILE_SLOTS {
-            x = v.keep_first(valid.saturating_sub(c * V::LANES), x, masked);
+        if slots.len() < TILE_SLOTS {
+            x = keep_slots(v, slots, c * V::LANES, x, masked);
         }
         top = v.max(top, x);
         v.store(x, chunk);
@@ -434,7 +445,7 @@ struct ValueTile<'a> {
     words: &'a [u32],
     stride: usize,
     /// Slots the queries attend to.
-    slots: usize,
+    slots: &'a Range<usize>,
 }
 
 /// `o = alpha * o + p V` for `R` queries and `C` vectors of D from element `at`.
@@ -455,8 +466,18 @@ fn mix<V: Vector, T: Elem, const PAIRS: bool, const R: usize, const C: usize>(
         }
     }
     let packed = is_packed::<T>(PAIRS);
-    let steps = (if packed { tile.slots / 2 } else { tile.slots }).min(TILE_SLOTS);
-    let mut step = 0;
+    let Range { start, end } = *tile.slots;
+    let (mut step, steps) = if packed { (start / 2, end / 2) } else { (start, end.min(TILE_SLOTS)) };
+    if packed && start % 2 == 1 {
+        let row = &tile.words[step * tile.stride + at..][..C * V::LANES];
+        for c in 0..C {
+            let high = v.high_half(v.load_words(&row[c * V::LANES..]));
+            for r in 0..R {
+                acc[r][c] = dot::<V, T, PAIRS>(v, acc[r][c], v.splat_word(probs[r][step]), high);
+            }
+        }
+        step += 1;
+    }
     while step < steps {
         let row = &tile.words[step * tile.stride + at..][..C * V::LANES];
         let mut vv = [alpha[0]; C];
@@ -471,7 +492,7 @@ fn mix<V: Vector, T: Elem, const PAIRS: bool, const R: usize, const C: usize>(
         }
         step += 1;
     }
-    if packed && tile.slots % 2 == 1 {
+    if packed && end % 2 == 1 {
         let row = &tile.words[step * tile.stride + at..][..C * V::LANES];
         for c in 0..C {
             let low = v.low_half(v.load_words(&row[c * V::LANES..]));

@@ -4,13 +4,14 @@
 //! A register of words holds, at any one shift, every eighth (fourth) code of a stretch of k: a *block*. x is laid out once a
 //! call in the same way, so that codes become numbers by a shift and a look-up and never change places, and one lane of the
 //! sums covers neighbours in k, which is to say one group. Zeros stay outside: codes count from their middle, and what a
-//! group's zero differs from it is multiplied by the group's sum of x.
+//! group's zero differs from it is multiplied by the group's sum of x. Codes that are E4M3 numbers go the way of those of 8
+//! bits, have no zeros, and become numbers by their bits.
 //!
 //! The sum order, by the level, x, the width of a code and the group:
 //!
 //! | level | x | order |
 //! |---|---|---|
-//! | `avx512`, `amx` | bf16 | blocks of 16 words; a block: 16 lanes of `vdpbf16ps` by nibble, from 0; times the scales, FMA; halving tree |
+//! | `avx512`, `amx` | bf16 | blocks of 16 words; a block: 16 lanes of `vdpbf16ps` by nibble (E4M3: by code), from 0; times the scales, FMA; halving tree |
 //! | `avx512`, `amx` | widened to f32 | the same with 16 lanes of FMA |
 //! | `avx2` | widened to f32 | blocks of 8 words; a block: 8 lanes of FMA by code, from 0; times the scales, FMA; halving tree |
 //! | `portable` | widened to f32 | groups: 16 lanes of multiply and add of x (code - zero), from 0; times the scale; halving tree |
@@ -39,7 +40,7 @@ const LINE_FLOATS: usize = 16;
 /// Activations as the kernels for codes want them; only what the matrix at hand asks for is prepared.
 #[derive(Default)]
 pub(super) struct CodeScratch {
-    /// x for codes of 4 and of 8 bits.
+    /// x for words of 8 and of 4 codes.
     x: [Vec<Line>; 2],
     /// Sums of x over groups of 32, 64 and 128.
     sums: [Vec<Line>; 3],
@@ -174,7 +175,7 @@ impl Run<'_> {
         })
     }
 
-    /// Lays x out for each width of a code that there is.
+    /// Lays x out for each width of a code that there is; a layout looks at nothing but that.
     fn lay_out<S: Copy + Sync, D: bytemuck::Pod + Sync>(
         &self,
         pool: &mut ThreadPool,
@@ -185,7 +186,7 @@ impl Run<'_> {
     ) {
         let k = self.in_features;
         for bits in [CodeBits::W4, CodeBits::W8] {
-            if k == 0 || !self.code_parts().any(|w| w.bits == bits) {
+            if k == 0 || !self.code_parts().any(|w| w.bits.per_word() == bits.per_word()) {
                 continue;
             }
             let layout = layout(bits);
@@ -253,7 +254,7 @@ impl Run<'_> {
 fn place_of_bits(bits: CodeBits) -> usize {
     match bits {
         CodeBits::W4 => 0,
-        CodeBits::W8 => 1,
+        CodeBits::W8 | CodeBits::F8 => 1,
     }
 }
 

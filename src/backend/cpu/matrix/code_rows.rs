@@ -2,9 +2,7 @@
 
 use std::ops::Range;
 
-use half::f16;
-
-use crate::quant::{CodeBits, QuantTensor, Zeros};
+use crate::quant::{CodeBits, QuantTensor, Scales, Zeros};
 
 /// Rows `[num_rows, in]` of a [`QuantTensor`] that has been validated.
 #[derive(Clone, Copy, Debug)]
@@ -12,7 +10,7 @@ pub struct CodeRows<'a> {
     /// `[num_rows, in / codes per word]`, k ascending from the low bits.
     pub codes: &'a [u32],
     /// `[num_rows, in / group]`.
-    pub scales: &'a [f16],
+    pub scales: Scales<'a>,
     /// `[num_rows, in / group]`.
     pub zeros: Zeros<'a>,
     /// Width of a code.
@@ -42,7 +40,7 @@ impl<'a> CodeRows<'a> {
         let groups = of_width(self.num_groups());
         Self {
             codes: &self.codes[of_width(self.num_words())],
-            scales: &self.scales[groups.clone()],
+            scales: self.scales.groups(groups.clone()),
             zeros: match self.zeros {
                 Zeros::None => Zeros::None,
                 Zeros::Integer(z) => Zeros::Integer(&z[groups]),
@@ -69,30 +67,30 @@ impl<'a> CodeRows<'a> {
             Zeros::Integer(z) => size_of_val(z),
             Zeros::Fractional(z) => size_of_val(z),
         };
-        (size_of_val(self.codes) + size_of_val(self.scales) + zeros) as u64
+        (size_of_val(self.codes) + self.scales.bytes().len() + zeros) as u64
     }
 
     /// Writes the codes of group `group`, counted over all rows, less what the group takes for zero.
     pub fn unscaled(&self, group: usize, dst: &mut [f32]) {
         let (per_word, bits, max) = (self.bits.per_word(), self.bits.bits(), self.bits.max_code());
         let zero = match self.zeros {
-            Zeros::None => max.div_ceil(2) as f32,
+            Zeros::None => self.bits.middle(),
             Zeros::Integer(z) => f32::from(z[group]),
             Zeros::Fractional(z) => z[group].to_f32(),
         };
         let words = self.group / per_word;
         for (dst, &word) in dst.chunks_exact_mut(per_word).zip(&self.codes[group * words..(group + 1) * words]) {
             for (i, dst) in dst.iter_mut().enumerate() {
-                *dst = (word >> (bits * i) & max) as f32 - zero;
+                *dst = self.bits.number(word >> (bits * i) & max) - zero;
             }
         }
     }
 
-    /// Writes the first row's weights.
+    /// Writes the first row's weights, as the codes stand.
     pub fn widen(&self, dst: &mut [f32]) {
         for (group, dst) in dst.chunks_exact_mut(self.group).enumerate() {
             self.unscaled(group, dst);
-            let scale = self.scales[group].to_f32();
+            let scale = self.scales.get(group);
             dst.iter_mut().for_each(|w| *w *= scale);
         }
     }

@@ -259,6 +259,14 @@ impl Vector for Avx2 {
         unsafe { _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0xffff))) }
     }
     #[inline(always)]
+    fn high_half(self, x: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), high))
+        }
+    }
+    #[inline(always)]
     fn transpose(self, src: &[u32], src_stride: usize, dst: &mut [u32], dst_stride: usize) {
         let src = &src[..(N - 1) * src_stride + N];
         let dst = &mut dst[..(N - 1) * dst_stride + N];

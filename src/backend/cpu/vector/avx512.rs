@@ -269,6 +269,14 @@ impl Vector for Avx512 {
         unsafe { _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff))) }
     }
     #[inline(always)]
+    fn high_half(self, x: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), high))
+        }
+    }
+    #[inline(always)]
     fn zip_bf16(self, a: &[bf16], b: &[bf16], dst: &mut [u32]) {
         let dst = &mut dst[..2 * N];
         // SAFETY: see above.

@@ -164,4 +164,8 @@ impl Vector for Portable {
     fn low_half(self, x: Self::F) -> Self::F {
         map(|i| f32::from_bits(x[i].to_bits() & 0xffff))
     }
+    #[inline(always)]
+    fn high_half(self, x: Self::F) -> Self::F {
+        map(|i| f32::from_bits(x[i].to_bits() & 0xffff_0000))
+    }
 }

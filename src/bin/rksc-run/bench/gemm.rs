@@ -29,7 +29,7 @@ pub(crate) struct Args {
     /// Rows, one case each.
     #[arg(long, value_delimiter = ',', default_value = "1,8,256")]
     rows: Vec<usize>,
-    /// What the matrices hold: elements of the compute type, or codes of 4 bits (fractional zeros) or 8 bits (none).
+    /// What the matrices hold: elements of the compute type, or codes of 4 bits (fractional zeros), 8 bits (none), or E4M3.
     #[arg(long, value_enum, default_value_t)]
     weights: Weights,
     /// Neighbours along k that share a scale and a zero of codes.
@@ -48,6 +48,7 @@ enum Weights {
     Dense,
     W4,
     W8,
+    F8,
 }
 
 impl Weights {
@@ -59,6 +60,7 @@ impl Weights {
             Self::Dense => random_matrix(out, k, dtype, seed),
             Self::W4 => codes(CodeBits::W4, ZeroKind::Fractional),
             Self::W8 => codes(CodeBits::W8, ZeroKind::None),
+            Self::F8 => codes(CodeBits::F8, ZeroKind::None),
         }
     }
 }

@@ -56,7 +56,7 @@ pub(crate) struct Args {
 
 type Op = (&'static str, fn(&mut Bench) -> anyhow::Result<()>);
 
-const OPS: [Op; 20] = [
+const OPS: [Op; 22] = [
     ("embed", rows::embed),
     ("add_rms_norm", rows::add_rms_norm),
     ("exit_rows", rows::exit_rows),
@@ -69,8 +69,10 @@ const OPS: [Op; 20] = [
     ("kv_transfer", rows::kv_transfer),
     ("paged_attention", attention::paged_attention),
     ("attention_mass", attention::attention_mass),
-    ("silu_mul", rows::silu_mul),
+    ("glu", rows::glu),
     ("gather_rows", rows::gather_rows),
+    ("softcap", rows::softcap),
+    ("gather_columns", rows::gather_columns),
     ("row_stats", rows::row_stats),
     ("sample", rows::sample),
     ("entropy_probe", matrices::entropy_probe),

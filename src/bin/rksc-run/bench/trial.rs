@@ -77,7 +77,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             decode_exit: exit,
             trial_rule: TrialRule { confidence: confidence.unwrap_or(rule.confidence), ..rule },
             verify: VerifyMode::Off,
-            sampling: args.sampling.params(),
+            sampling: args.sampling.params()?,
             concurrency: args.concurrency,
             ..SolverConfig::preset(Policy::Exact)
         };

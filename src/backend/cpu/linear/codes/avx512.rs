@@ -1,17 +1,22 @@
 //! Codes with AVX-512. 16 words are a block; its nibbles become numbers by `vpermw` (bf16, two look-ups a word at once) or
 //! `vpermps` (f32), whose index is the shifted word itself: the bits above a nibble are ignored or find a table repeated.
 //!
-//! A code of 8 bits is two nibbles with a table each, `low` and `16 (high - 8)`: their sum is the code less 128.
+//! A code of 8 bits is two nibbles with a table each, `low` and `16 (high - 8)`: their sum is the code less 128. An E4M3
+//! number has its bits shifted to where the other type has them; its exponent is raised by an addition, or, below the
+//! smallest normal number, the whole is looked up: `vdpbf16ps` takes subnormal numbers for zeros.
 //! Lane m of the sums covers k 8m to 8m + 7 of a block (4m to 4m + 3), so a group is 2, 4, 8, .. neighbouring lanes.
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::bf16;
 
+use self::lanes::{Decode, E4m3, Lanes, LanesBf16, LanesF32, Nibbles, Scale};
 use super::{CodeJob, Layout};
 use crate::backend::cpu::linear::avx512::{reduce8, store_sums};
-use crate::quant::{CodeBits, Zeros};
+use crate::quant::{CodeBits, Scales, Zeros};
+
+mod lanes;
 
 /// A multiple of every `N` below, so that threads begin at whole blocks.
 pub(super) const GRAIN: usize = 8;
@@ -104,95 +109,6 @@ pub(super) unsafe fn sum_bf16(x: &[bf16], group: usize, sums: &mut [f32]) {
     }
 }
 
-/// One type of x: how nibbles become its numbers, and how these are multiplied.
-trait Lanes {
-    type X: Copy;
-    /// Look-ups that a block takes, one nibble of every lane each.
-    const LOOK_UPS: usize;
-    /// Numbers of a register.
-    const LANES: usize;
-
-    /// `f` of the 16 nibbles.
-    ///
-    /// # Safety
-    /// AVX-512 with BW is there.
-    unsafe fn table(f: impl Fn(i32) -> f32) -> __m512i;
-    /// Nibble i of every lane, looked up.
-    ///
-    /// # Safety
-    /// As [`table`](Self::table).
-    unsafe fn look_up(words: __m512i, i: usize, table: __m512i) -> __m512i;
-    /// # Safety
-    /// `LANES` numbers can be read at `x`.
-    unsafe fn load(x: *const Self::X) -> __m512i;
-    /// # Safety
-    /// AVX-512 with bf16 is there.
-    unsafe fn mul_add(x: __m512i, w: __m512i, acc: __m512) -> __m512;
-}
-
-struct LanesBf16;
-
-impl Lanes for LanesBf16 {
-    type X = bf16;
-    const LOOK_UPS: usize = 4;
-    const LANES: usize = 32;
-
-    #[inline(always)]
-    unsafe fn table(f: impl Fn(i32) -> f32) -> __m512i {
-        let table: [bf16; 32] = std::array::from_fn(|i| bf16::from_f32(f(i as i32 % 16)));
-        // SAFETY: the array is as large as the register.
-        unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
-    }
-    #[inline(always)]
-    unsafe fn look_up(words: __m512i, i: usize, table: __m512i) -> __m512i {
-        // SAFETY: as the trait demands.
-        unsafe { _mm512_permutexvar_epi16(_mm512_srl_epi16(words, _mm_cvtsi32_si128(4 * i as i32)), table) }
-    }
-    #[inline(always)]
-    unsafe fn load(x: *const bf16) -> __m512i {
-        // SAFETY: as the trait demands.
-        unsafe { _mm512_loadu_si512(x.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn mul_add(x: __m512i, w: __m512i, acc: __m512) -> __m512 {
-        // SAFETY: as the trait demands; both types are 64 plain bytes.
-        unsafe {
-            let (x, w) = (std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(w));
-            _mm512_dpbf16_ps(acc, x, w)
-        }
-    }
-}
-
-struct LanesF32;
-
-impl Lanes for LanesF32 {
-    type X = f32;
-    const LOOK_UPS: usize = 8;
-    const LANES: usize = 16;
-
-    #[inline(always)]
-    unsafe fn table(f: impl Fn(i32) -> f32) -> __m512i {
-        let table: [f32; 16] = std::array::from_fn(|i| f(i as i32));
-        // SAFETY: the array is as large as the register.
-        unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
-    }
-    #[inline(always)]
-    unsafe fn look_up(words: __m512i, i: usize, table: __m512i) -> __m512i {
-        // SAFETY: as the trait demands.
-        unsafe { _mm512_permutexvar_epi32(_mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * i as i32)), table) }
-    }
-    #[inline(always)]
-    unsafe fn load(x: *const f32) -> __m512i {
-        // SAFETY: as the trait demands.
-        unsafe { _mm512_loadu_si512(x.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn mul_add(x: __m512i, w: __m512i, acc: __m512) -> __m512 {
-        // SAFETY: as the trait demands.
-        unsafe { _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), acc) }
-    }
-}
-
 /// # Safety
 /// AVX-512 F, BW, VL, DQ and BF16 are there; x is laid out as [`layout`] says; the calling thread owns the outputs of `job`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
@@ -209,8 +125,6 @@ pub(super) unsafe fn multiply_f32(job: &CodeJob<'_, f32>) {
     unsafe { multiply::<LanesF32>(job) }
 }
 
-/// With the tables of a code's nibbles, from the lowest; what these say is in sum the code less its middle.
-///
 /// # Safety
 /// As [`multiply_bf16`].
 #[inline]
@@ -219,9 +133,16 @@ unsafe fn multiply<L: Lanes>(job: &CodeJob<'_, L::X>) {
     // SAFETY: handed on to the caller.
     unsafe {
         let high = |unit: i32| L::table(move |i| ((i - 8) * unit) as f32);
-        match job.w.bits {
-            CodeBits::W4 => pass::<L, 1>(job, [high(1)]),
-            CodeBits::W8 => pass::<L, 2>(job, [L::table(|i| i as f32), high(16)]),
+        match (job.w.bits, job.w.scales) {
+            (CodeBits::W4, Scales::F16(scales)) => pass::<L, _, _>(job, scales, Nibbles([high(1)])),
+            (CodeBits::W8, Scales::F16(scales)) => {
+                pass::<L, _, _>(job, scales, Nibbles([L::table(|i| i as f32), high(16)]))
+            }
+            (CodeBits::F8, Scales::F32(scales)) => {
+                pass::<L, _, _>(job, scales, E4m3(L::table(|i| CodeBits::F8.number(i as u32 % 8))))
+            }
+            // No tensor has such scales.
+            (CodeBits::F8, Scales::F16(_)) | (CodeBits::W4 | CodeBits::W8, Scales::F32(_)) => {}
         }
     }
 }
@@ -229,10 +150,10 @@ unsafe fn multiply<L: Lanes>(job: &CodeJob<'_, L::X>) {
 /// All rows of x against all rows of W, in pieces where there are many of both.
 ///
 /// # Safety
-/// As [`multiply_bf16`]; `tables` belong to the nibbles of a code.
+/// As [`multiply_bf16`]; `scales` are those of `job`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn pass<L: Lanes, const T: usize>(job: &CodeJob<'_, L::X>, tables: [__m512i; T]) {
+unsafe fn pass<L: Lanes, S: Scale, D: Decode<L>>(job: &CodeJob<'_, L::X>, scales: &[S], decode: D) {
     let resident = (RESIDENT_BYTES / (4 * job.w.num_words()).max(1) / GRAIN).max(1) * GRAIN;
     let resident = match job.rows {
         0..=4 => job.num_outs.max(1),
@@ -245,10 +166,12 @@ unsafe fn pass<L: Lanes, const T: usize>(job: &CodeJob<'_, L::X>, tables: [__m51
         unsafe {
             match job.rows {
                 0 => {}
-                1 => sweep::<L, T, 1, 8>(job, tables, 0, first, end),
-                2 => sweep::<L, T, 2, 4>(job, tables, 0, first, end),
-                3 | 4 => sweep::<L, T, 4, 4>(job, tables, 0, first, end),
-                rows => (0..rows).step_by(4).for_each(|row| sweep::<L, T, 4, 4>(job, tables, row, first, end)),
+                1 => sweep::<L, S, D, 1, 8>(job, (scales, decode), 0, first, end),
+                2 => sweep::<L, S, D, 2, 4>(job, (scales, decode), 0, first, end),
+                3 | 4 => sweep::<L, S, D, 4, 4>(job, (scales, decode), 0, first, end),
+                rows => {
+                    (0..rows).step_by(4).for_each(|row| sweep::<L, S, D, 4, 4>(job, (scales, decode), row, first, end))
+                }
             }
         }
     }
@@ -270,12 +193,12 @@ fn first_lanes(len: usize) -> __mmask16 {
 /// the last one and not stored.
 ///
 /// # Safety
-/// As [`multiply_bf16`]; `row < job.rows` and `end <= job.num_outs`.
+/// As [`pass`]; `row < job.rows` and `end <= job.num_outs`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn sweep<L: Lanes, const T: usize, const R: usize, const N: usize>(
+unsafe fn sweep<L: Lanes, S: Scale, D: Decode<L>, const R: usize, const N: usize>(
     job: &CodeJob<'_, L::X>,
-    tables: [__m512i; T],
+    (scales, decode): (&[S], D),
     row: usize,
     first: usize,
     end: usize,
@@ -287,11 +210,11 @@ unsafe fn sweep<L: Lanes, const T: usize, const R: usize, const N: usize>(
     let group_lanes = (job.w.group / job.w.bits.per_word()).ilog2();
     let (shift, lane) =
         (_mm_cvtsi32_si128(group_lanes as i32), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-    let block_len = L::LOOK_UPS / T * L::LANES;
+    let block_len = D::STEPS / D::PER_X * L::LANES;
     for out in (first..end).step_by(N) {
         let num_outs = N.min(end - out);
         let codes: [*const u32; N] = starts(job.w.codes, num_words, out, num_outs);
-        let scales: [*const f16; N] = starts(job.w.scales, num_groups, out, num_outs);
+        let scales: [*const S; N] = starts(scales, num_groups, out, num_outs);
         let mut acc = [[_mm512_setzero_ps(); N]; R];
         let mut block = 0;
         for group in (0..num_groups).step_by(CHUNK) {
@@ -301,7 +224,7 @@ unsafe fn sweep<L: Lanes, const T: usize, const R: usize, const N: usize>(
                 // SAFETY: the mask names groups of this row; a prefetch may name any address.
                 unsafe {
                     _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(N * num_groups + group).cast());
-                    *scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales.add(group).cast()));
+                    *scale = S::load(scales.add(group), mask);
                 }
             }
             if !matches!(job.w.zeros, Zeros::None) {
@@ -316,7 +239,7 @@ unsafe fn sweep<L: Lanes, const T: usize, const R: usize, const N: usize>(
                 }
                 let of_lane = _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * i)), shift);
                 let x = x.map(|x| x.wrapping_add(block * block_len));
-                let block_of = Block::<L, T, R, N> { codes, at, num_words, x, tables, scale, of_lane };
+                let block_of = Block::<L, D, R, N> { codes, at, num_words, x, decode, scale, of_lane };
                 // SAFETY: `at` is in every row of W, and x is padded to whole blocks.
                 unsafe { block_of.multiply(&mut acc) };
                 block += 1;
@@ -375,19 +298,19 @@ unsafe fn load_words(codes: *const u32, at: usize, num_words: usize, ahead: usiz
 }
 
 /// The blocks at word `at` of `N` rows of W, and what they are multiplied by.
-struct Block<L: Lanes, const T: usize, const R: usize, const N: usize> {
+struct Block<L: Lanes, D: Decode<L>, const R: usize, const N: usize> {
     codes: [*const u32; N],
     at: usize,
     num_words: usize,
     x: [*const L::X; R],
-    tables: [__m512i; T],
+    decode: D,
     /// 16 groups of each row of W.
     scale: [__m512; N],
     /// The group of each lane.
     of_lane: __m512i,
 }
 
-impl<L: Lanes, const T: usize, const R: usize, const N: usize> Block<L, T, R, N> {
+impl<L: Lanes, D: Decode<L>, const R: usize, const N: usize> Block<L, D, R, N> {
     /// Adds the products to `acc`.
     ///
     /// # Safety
@@ -395,18 +318,18 @@ impl<L: Lanes, const T: usize, const R: usize, const N: usize> Block<L, T, R, N>
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn multiply(&self, acc: &mut [[__m512; N]; R]) {
-        let Self { codes, at, num_words, x, tables, scale, of_lane } = *self;
+        let Self { codes, at, num_words, x, decode, scale, of_lane } = *self;
         let ahead = AHEAD * N * num_words;
         let mut part = [[_mm512_setzero_ps(); N]; R];
-        // SAFETY: as the caller promises; register j / T is in the block.
+        // SAFETY: as the caller promises; register j / PER_X is in the block.
         unsafe {
             if R == 1 {
                 // One output after the other: words of all of them would not fit the registers.
                 for n in 0..N {
                     let words = load_words(codes[n], at, num_words, ahead);
-                    for j in 0..L::LOOK_UPS {
-                        let w = L::look_up(words, j, tables[j % T]);
-                        part[0][n] = L::mul_add(L::load(x[0].add(j / T * L::LANES)), w, part[0][n]);
+                    for j in 0..D::STEPS {
+                        let w = decode.decode(words, j);
+                        part[0][n] = L::mul_add(L::load(x[0].add(j / D::PER_X * L::LANES)), w, part[0][n]);
                     }
                 }
             } else {
@@ -414,13 +337,13 @@ impl<L: Lanes, const T: usize, const R: usize, const N: usize> Block<L, T, R, N>
                 for n in 0..N {
                     words[n] = load_words(codes[n], at, num_words, ahead);
                 }
-                for j in 0..L::LOOK_UPS {
-                    let mut x_now = [L::load(x[0].add(j / T * L::LANES)); R];
+                for j in 0..D::STEPS {
+                    let mut x_now = [L::load(x[0].add(j / D::PER_X * L::LANES)); R];
                     for r in 1..R {
-                        x_now[r] = L::load(x[r].add(j / T * L::LANES));
+                        x_now[r] = L::load(x[r].add(j / D::PER_X * L::LANES));
                     }
                     for n in 0..N {
-                        let w = L::look_up(words[n], j, tables[j % T]);
+                        let w = decode.decode(words[n], j);
                         for r in 0..R {
                             part[r][n] = L::mul_add(x_now[r], w, part[r][n]);
                         }

@@ -27,7 +27,7 @@ pub(super) unsafe fn multiply(job: &CodeJob<'_, f32>) {
             let mut acc = [[0.0f32; LANES]; ROWS];
             for group in 0..groups {
                 w.unscaled(n * groups + group, unscaled);
-                let scale = w.scales[n * groups + group].to_f32();
+                let scale = w.scales.get(n * groups + group);
                 for (r, acc) in acc.iter_mut().enumerate().take(num_rows) {
                     let at = (first_row + r) * job.x_stride + group * w.group;
                     let mut part = [0.0f32; LANES];

@@ -9,7 +9,7 @@ use rksc::kv::KvLayout;
 use rksc::model::family::ModelConfig;
 use rksc::testing::attention::attention_mass as mass_oracle;
 use rksc::testing::fill::Fill;
-use rksc::testing::oracle;
+use rksc::testing::oracle::{self, Scoring};
 
 use super::harness::{Bench, COMPUTE, Noise};
 use super::report::{Measured, error};
@@ -140,9 +140,9 @@ fn attention_case(b: &mut Bench, m: &ModelConfig, shape: String, seqs: &Seqs) ->
             let (k, v) =
                 (cache.rows(&cache.k, table, kv_head, num_slots), cache.rows(&cache.v, table, kv_head, num_slots));
             let at = row * hq + head;
-            let scale = f64::from(params.sm_scale);
+            let scoring = Scoring::plain(f64::from(params.sm_scale));
             let (o_want, lse_want) =
-                oracle::attention(COMPUTE, &q.wide(at * dim, dim), &slices(&k), &slices(&v), scale);
+                oracle::attention(COMPUTE, &q.wide(at * dim, dim), &slices(&k), &slices(&v), &scoring);
             got.extend(b.read(COMPUTE, &o, at * dim, dim)?);
             want.extend(o_want);
             lse_error = lse_error.max(error(&b.read(DType::F32, &lse, at, 1)?, &[lse_want]));
@@ -223,6 +223,8 @@ impl Lists {
             block_size: 16,
             dtype: COMPUTE as u32,
             sm_scale: 1.0 / (m.head_dim as f32).sqrt(),
+            window: 0,
+            softcap: 0.0,
             reserved: 0,
         }
     }
@@ -268,6 +270,8 @@ pub(super) fn attention_mass(b: &mut Bench) -> anyhow::Result<()> {
                     block_size: 16,
                     dtype: COMPUTE as u32,
                     sm_scale: 1.0 / (dim as f32).sqrt(),
+                    window: 0,
+                    softcap: 0.0,
                 };
                 b.dev.launch(b.dev.kernels().attention_mass, &params)?;
                 // The last kv head of the last branch.
@@ -278,7 +282,7 @@ pub(super) fn attention_mass(b: &mut Bench) -> anyhow::Result<()> {
                     (0..group).map(|g| q.wide((branch * hq + head * group + g) * dim, dim)).collect();
                 let queries: Vec<(&[f64], f64, usize)> =
                     queries.iter().map(|q| (q.as_slice(), f64::from(LSE), kv_len)).collect();
-                let want = mass_oracle(&queries, &slices(&k), f64::from(params.sm_scale));
+                let want = mass_oracle(&queries, &slices(&k), &Scoring::plain(f64::from(params.sm_scale)));
                 let len = cache.len();
                 let times = b.time(cache.copies, |dev, set| {
                     let params = rksc_attention_mass_params { k_cache: cache.k.ptr(set * len), ..params };

@@ -95,6 +95,8 @@ pub(super) fn kv_scores(b: &mut Bench) -> anyhow::Result<()> {
                     lambda: 0.1,
                     threshold: 0.95,
                     position_stride: 0,
+                    softcap: 0.0,
+                    reserved: 0,
                 };
                 b.dev.launch(b.dev.kernels().kv_scores, &params)?;
                 // The last kv head.
@@ -114,6 +116,7 @@ pub(super) fn kv_scores(b: &mut Bench) -> anyhow::Result<()> {
                     pool_size: 7,
                     variant: RkvVariant::Code,
                     sm_scale: f64::from(params.sm_scale),
+                    softcap: None,
                     lambda: f64::from(params.lambda),
                     threshold: f64::from(params.threshold),
                 });

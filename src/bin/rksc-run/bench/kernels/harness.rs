@@ -17,6 +17,7 @@ use rksc::backend::cuda::device::{Device, DeviceBuf, Graph};
 use rksc::model::family::ModelConfig;
 use rksc::report::LatencyMs;
 use rksc::testing::fill::Fill;
+use rksc::testing::linear_quantised::without_nan;
 use rksc::testing::round_to;
 
 use super::report::{Measured, Report, Sink, Times};
@@ -135,7 +136,7 @@ impl Bench {
                     narrowed(dtype, &values)
                 }
                 Kind::Words => {
-                    words.extend((0..period).map(|_| fill.next_u64() as u32));
+                    words.extend((0..period).map(|_| without_nan(fill.next_u64() as u32)));
                     bytemuck::cast_slice(&words).to_vec()
                 }
             };
@@ -168,7 +169,7 @@ impl Bench {
         Ok(Noise { memory, values: Rc::clone(&self.pools[&kind].values), shift, size: dtype.size_bytes() })
     }
 
-    /// `len` random words.
+    /// `len` random words, each byte of which is an E4M3 number.
     pub(super) fn words(&mut self, len: usize) -> anyhow::Result<Words> {
         let (memory, shift) = self.tiled(Kind::Words, len, 4)?;
         Ok(Words { memory, words: Rc::clone(&self.pools[&Kind::Words].words), shift })

@@ -88,14 +88,19 @@ pub(super) fn linear_w4(b: &mut Bench) -> anyhow::Result<()> {
     linear_of_codes(b, "linear_w4", format, |dev, params| dev.launch(dev.kernels().linear_w4, params))
 }
 
-/// bytes: codes in out, scales 2 in out / group, x 2 t in, y 4 t out
+/// bytes: codes in out, scales 2 in out / group (E4M3: 4), x 2 t in, y 4 t out
 pub(super) fn linear_w8(b: &mut Bench) -> anyhow::Result<()> {
-    let format = CodeFormat { bits: CodeBits::W8, group: GROUP, zeros: ZeroKind::None };
+    linear_of_bytes(b, CodeBits::W8, RKSC_NUMBER_INTEGER)?;
+    linear_of_bytes(b, CodeBits::F8, RKSC_NUMBER_E4M3)
+}
+
+fn linear_of_bytes(b: &mut Bench, bits: CodeBits, number: rksc_number) -> anyhow::Result<()> {
+    let format = CodeFormat { bits, group: GROUP, zeros: ZeroKind::None };
     linear_of_codes(b, "linear_w8", format, |dev, p| {
         let params = rksc_linear_w8_params {
             x: p.x,
             codes: p.codes,
-            scales: p.scales,
+            scales: p.scales.cast(),
             bias: p.bias,
             y: p.y,
             workspace: p.workspace,
@@ -104,10 +109,12 @@ pub(super) fn linear_w8(b: &mut Bench) -> anyhow::Result<()> {
             in_features: p.in_features,
             out_features: p.out_features,
             group_size: p.group_size,
+            number,
             dtype: p.dtype,
             y_stride: p.y_stride,
             layer: p.layer,
             side: p.side,
+            reserved: 0,
         };
         dev.launch(dev.kernels().linear_w8, &params)
     })
@@ -127,19 +134,19 @@ fn linear_of_codes(
         if shape.contains("lm_head") {
             continue;
         }
-        b.case(op, format!("{shape}, groups of {GROUP}"), COMPUTE, |b| {
+        let number = if format.bits == CodeBits::F8 { ", E4M3" } else { "" };
+        b.case(op, format!("{shape}, groups of {GROUP}{number}"), COMPUTE, |b| {
             let copies = b.copies(4 * k / per_word * n);
             let (x, codes) = (b.noise(COMPUTE, t * k)?, b.words(copies * k / per_word * n)?);
             // Scales and zeros of a matrix of this shape, with the codes of the bench.
             let w = format.random(n, k, 1);
-            let scale_bits: Vec<u16> = w.scales().iter().map(|s| s.to_bits()).collect();
-            let (scale_buf, zero_buf) = (b.dev.buffer(&scale_bits)?, b.dev.buffer(w.zeros.bytes())?);
+            let (scale_buf, zero_buf) = (b.dev.buffer(w.scales().bytes())?, b.dev.buffer(w.zeros.bytes())?);
             let mut y = b.results(4 * t * n)?;
             let mut workspace = b.dev.zeroed::<u8>(b.dev.kernels().linear_workspace_bytes(t, k, n))?;
             let params = rksc_linear_w4_params {
                 x: x.ptr(0),
                 codes: codes.ptr(0),
-                scales: scale_buf.ptr(),
+                scales: scale_buf.ptr().cast(),
                 zeros: zero_buf.ptr().cast(),
                 y: y.ptr_mut().cast(),
                 workspace: workspace.ptr_mut().cast(),

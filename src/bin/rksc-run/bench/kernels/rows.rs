@@ -1,6 +1,7 @@
 //! Ops that work row by row: activations that the op before left in the caches, logits, copies of KV blocks.
 
 use rksc::DType;
+use rksc::backend::Activation;
 use rksc::backend::cuda::bindings::*;
 use rksc::kv::KvLayout;
 use rksc::sampler::{DrawKey, SamplingParams};
@@ -36,6 +37,8 @@ pub(super) fn embed(b: &mut Bench) -> anyhow::Result<()> {
                     hidden: m.hidden as u32,
                     vocab: m.vocab_size as u32,
                     dtype: COMPUTE as u32,
+                    scale: 1.0,
+                    reserved: 0,
                 };
                 b.dev.launch(b.dev.kernels().embed, &params)?;
                 let got = b.read(DType::F32, &x, (t - 1) * m.hidden, m.hidden)?;
@@ -52,40 +55,49 @@ pub(super) fn embed(b: &mut Bench) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// bytes: t hidden (x 4 read, 4 written; delta 4 read; y 2 written), weight 4 hidden
+/// bytes: t hidden (x 4 read, 4 written; delta 4 read; y 2 written), weight 4 hidden, and once more with a post-norm
 pub(super) fn add_rms_norm(b: &mut Bench) -> anyhow::Result<()> {
     for (model, m) in b.models()? {
-        let width = m.hidden;
         for &t in b.sizes(&[1, 8, 1024], &[3]) {
-            b.case("add_rms_norm", format!("{model} {t} x {width}"), COMPUTE, |b| {
-                let (mut x, delta) = (b.noise(DType::F32, t * width)?, b.noise(DType::F32, t * width)?);
-                let weight = b.noise(DType::F32, width)?;
-                let mut y = b.results(2 * t * width)?;
-                let params = rksc_add_rms_norm_params {
-                    x: x.ptr_mut(0).cast(),
-                    delta: delta.ptr(0).cast(),
-                    weight: weight.ptr(0).cast(),
-                    y: y.ptr_mut().cast(),
-                    keep: std::ptr::null_mut(),
-                    reference: std::ptr::null(),
-                    similarity: std::ptr::null_mut(),
-                    num_rows: t as u32,
-                    hidden: width as u32,
-                    dtype: COMPUTE as u32,
-                    eps: 1e-6,
-                };
-                b.dev.launch(b.dev.kernels().add_rms_norm, &params)?;
-                let last = (t - 1) * width;
-                let got = b.read(COMPUTE, &y, last, width)?;
-                let sum: Vec<f64> = (last..last + width).map(|i| f64::from(x.at(i) + delta.at(i))).collect();
-                let want = rounded(&oracle::rms_norm(&sum, &weight.wide(0, width), 1e-6));
-                let times = b.time(1, |dev, _| dev.launch(dev.kernels().add_rms_norm, &params))?;
-                let bytes = t * width * 14 + 4 * width;
-                Ok(Measured { bytes, flops: 0, error: error(&got, &want), tolerance: ROUNDED, times })
-            })?;
+            add_rms_norm_case(b, format!("{model} {t} x {}", m.hidden), (t, m.hidden), false)?;
+            add_rms_norm_case(b, format!("{model} {t} x {}, post-norm", m.hidden), (t, m.hidden), true)?;
         }
     }
     Ok(())
+}
+
+fn add_rms_norm_case(b: &mut Bench, shape: String, (t, width): (usize, usize), post: bool) -> anyhow::Result<()> {
+    b.case("add_rms_norm", shape, COMPUTE, |b| {
+        let (mut x, delta) = (b.noise(DType::F32, t * width)?, b.noise(DType::F32, t * width)?);
+        let (weight, post_norm) = (b.noise(DType::F32, width)?, b.noise(DType::F32, width)?);
+        let mut y = b.results(2 * t * width)?;
+        let params = rksc_add_rms_norm_params {
+            x: x.ptr_mut(0).cast(),
+            delta: delta.ptr(0).cast(),
+            post_norm: if post { post_norm.ptr(0).cast() } else { std::ptr::null() },
+            weight: weight.ptr(0).cast(),
+            y: y.ptr_mut().cast(),
+            keep: std::ptr::null_mut(),
+            reference: std::ptr::null(),
+            similarity: std::ptr::null_mut(),
+            num_rows: t as u32,
+            hidden: width as u32,
+            dtype: COMPUTE as u32,
+            eps: 1e-6,
+        };
+        b.dev.launch(b.dev.kernels().add_rms_norm, &params)?;
+        let last = (t - 1) * width;
+        let got = b.read(COMPUTE, &y, last, width)?;
+        let mut added = delta.wide(last, width);
+        if post {
+            added = oracle::rms_norm(&added, &post_norm.wide(0, width), 1e-6);
+        }
+        let sum: Vec<f64> = x.wide(last, width).iter().zip(&added).map(|(x, d)| x + d).collect();
+        let want = rounded(&oracle::rms_norm(&sum, &weight.wide(0, width), 1e-6));
+        let times = b.time(1, |dev, _| dev.launch(dev.kernels().add_rms_norm, &params))?;
+        let bytes = t * width * 14 + 4 * width * (1 + usize::from(post));
+        Ok(Measured { bytes, flops: 0, error: error(&got, &want), tolerance: ROUNDED, times })
+    })
 }
 
 /// bytes: t (exits 8, cosine 4, route 4 read and 4 written)
@@ -121,30 +133,33 @@ pub(super) fn exit_rows(b: &mut Bench) -> anyhow::Result<()> {
 }
 
 /// bytes: t intermediate (8 read, 2 written)
-pub(super) fn silu_mul(b: &mut Bench) -> anyhow::Result<()> {
+pub(super) fn glu(b: &mut Bench) -> anyhow::Result<()> {
+    let activations = [("silu", Activation::Silu, RKSC_SILU), ("gelu-tanh", Activation::GeluTanh, RKSC_GELU_TANH)];
     for (model, m) in b.models()? {
         let width = m.intermediate;
         for &t in b.sizes(&[1, 8, 1024], &[3]) {
-            b.case("silu_mul", format!("{model} {t} x {width}"), COMPUTE, |b| {
-                let gate_up = b.noise(DType::F32, 2 * t * width)?;
-                let mut y = b.results(2 * t * width)?;
-                let params = rksc_silu_mul_params {
-                    gate_up: gate_up.ptr(0).cast(),
-                    y: y.ptr_mut().cast(),
-                    num_rows: t as u32,
-                    intermediate: width as u32,
-                    dtype: COMPUTE as u32,
-                    reserved: 0,
-                };
-                b.dev.launch(b.dev.kernels().silu_mul, &params)?;
-                let got = b.read(COMPUTE, &y, (t - 1) * width, width)?;
-                let row = gate_up.wide(2 * (t - 1) * width, 2 * width);
-                let (gate, up) = row.split_at(width);
-                let want: Vec<f64> = gate.iter().zip(up).map(|(&g, &u)| oracle::silu_mul(g, u)).collect();
-                let times = b.time(1, |dev, _| dev.launch(dev.kernels().silu_mul, &params))?;
-                let error = error(&got, &rounded(&want));
-                Ok(Measured { bytes: t * width * 10, flops: 0, error, tolerance: ROUNDED, times })
-            })?;
+            for (name, activation, code) in activations {
+                b.case("glu", format!("{model} {t} x {width}, {name}"), COMPUTE, |b| {
+                    let gate_up = b.noise(DType::F32, 2 * t * width)?;
+                    let mut y = b.results(2 * t * width)?;
+                    let params = rksc_glu_params {
+                        gate_up: gate_up.ptr(0).cast(),
+                        y: y.ptr_mut().cast(),
+                        num_rows: t as u32,
+                        intermediate: width as u32,
+                        activation: code,
+                        dtype: COMPUTE as u32,
+                    };
+                    b.dev.launch(b.dev.kernels().glu, &params)?;
+                    let got = b.read(COMPUTE, &y, (t - 1) * width, width)?;
+                    let row = gate_up.wide(2 * (t - 1) * width, 2 * width);
+                    let (gate, up) = row.split_at(width);
+                    let want: Vec<f64> = gate.iter().zip(up).map(|(&g, &u)| oracle::glu(activation, g, u)).collect();
+                    let times = b.time(1, |dev, _| dev.launch(dev.kernels().glu, &params))?;
+                    let error = error(&got, &rounded(&want));
+                    Ok(Measured { bytes: t * width * 10, flops: 0, error, tolerance: ROUNDED, times })
+                })?;
+            }
         }
     }
     Ok(())
@@ -173,6 +188,66 @@ pub(super) fn gather_rows(b: &mut Bench) -> anyhow::Result<()> {
                 let times = b.time(1, |dev, _| dev.launch(dev.kernels().gather_rows, &params))?;
                 let error = error(&got, &want);
                 Ok(Measured { bytes: t * width * 8, flops: 0, error, tolerance: 0.0, times })
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// bytes: t vocab (4 read, 4 written)
+pub(super) fn softcap(b: &mut Bench) -> anyhow::Result<()> {
+    for (model, m) in b.models()? {
+        let vocab = m.vocab_size;
+        for &t in b.sizes(&[1, 8, 64], &[3]) {
+            b.case("softcap", format!("{model} {t} x {vocab}"), DType::F32, |b| {
+                let mut logits = b.noise(DType::F32, t * vocab)?;
+                let params = rksc_softcap_params {
+                    logits: logits.ptr_mut(0).cast(),
+                    num_rows: t as u32,
+                    vocab: vocab as u32,
+                    cap: 0.75,
+                    reserved: 0,
+                };
+                b.dev.launch(b.dev.kernels().softcap, &params)?;
+                let last = (t - 1) * vocab;
+                let got = b.read(DType::F32, &logits.memory, last, vocab)?;
+                let want: Vec<f64> = logits.wide(last, vocab).iter().map(|&x| oracle::softcap(0.75, x)).collect();
+                let times = b.time(1, |dev, _| dev.launch(dev.kernels().softcap, &params))?;
+                let error = error(&got, &want);
+                Ok(Measured { bytes: 8 * t * vocab, flops: 0, error, tolerance: 1e-6, times })
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// bytes: t hidden (2 read, 2 written), columns 4 hidden
+pub(super) fn gather_columns(b: &mut Bench) -> anyhow::Result<()> {
+    for (model, m) in b.models()? {
+        let width = m.hidden;
+        for &t in b.sizes(&[8, 256], &[3]) {
+            b.case("gather_columns", format!("{model} {t} x {width}"), COMPUTE, |b| {
+                let src = b.noise(COMPUTE, t * width)?;
+                let mut columns: Vec<u32> = (0..width as u32).collect();
+                columns.sort_by_key(|k| k.wrapping_mul(0x9e37_79b9));
+                let column_buf = b.dev.buffer(&columns)?;
+                let mut dst = b.results(2 * t * width)?;
+                let params = rksc_gather_columns_params {
+                    src: src.ptr(0),
+                    columns: column_buf.ptr(),
+                    dst: dst.ptr_mut().cast(),
+                    num_rows: t as u32,
+                    width: width as u32,
+                    dtype: COMPUTE as u32,
+                    reserved: 0,
+                };
+                b.dev.launch(b.dev.kernels().gather_columns, &params)?;
+                let got = b.read(COMPUTE, &dst, (t - 1) * width, width)?;
+                let row = src.wide((t - 1) * width, width);
+                let want: Vec<f64> = columns.iter().map(|&k| row[k as usize]).collect();
+                let times = b.time(1, |dev, _| dev.launch(dev.kernels().gather_columns, &params))?;
+                let error = error(&got, &want);
+                Ok(Measured { bytes: t * width * 4 + 4 * width, flops: 0, error, tolerance: 0.0, times })
             })?;
         }
     }
@@ -248,7 +323,7 @@ pub(super) fn sample(b: &mut Bench) -> anyhow::Result<()> {
                     let found = b.dev.to_vec(&sampled)?;
                     let token = |row: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|i| found[8 * row + i]));
                     let wrong = (0..t.min(8)).filter(|&row| {
-                        let request = Request { params: p, prompt: &[], generated: &[], banned: &[], key: key(row) };
+                        let request = Request { params: p, prompt: &[], generated: &[], bias: &[], key: key(row) };
                         sample_oracle(&logits.floats(row * vocab, vocab), &request) != token(row)
                     });
                     // The share of wrong tokens.
@@ -293,12 +368,12 @@ pub(super) fn rope_append(b: &mut Bench) -> anyhow::Result<()> {
                     num_q_heads: hq as u32,
                     num_kv_heads: hkv as u32,
                     head_dim: dim as u32,
+                    rotary_dim: dim as u32,
                     block_size: layout.block_size as u32,
                     dtype: COMPUTE as u32,
+                    norm_span: RKSC_NORM_HEAD,
                     rope_scale: 1.0,
-                    q_norm_eps: 0.0,
-                    k_norm_eps: 0.0,
-                    reserved: 0,
+                    norm_eps: 0.0,
                 };
                 b.dev.launch(b.dev.kernels().rope_append, &params)?;
                 // The last row's first query head, last key head and last value head.
@@ -374,7 +449,7 @@ pub(super) fn kv_transfer(b: &mut Bench) -> anyhow::Result<()> {
                 let first = (layout.num_blocks / 2 * 16) as u32;
                 let transfers: Vec<rksc_slot_transfer> =
                     (0..n as u32).map(|i| rksc_slot_transfer { src: i, dst: first + i, shift: 3 + i as i32 }).collect();
-                let inv_freq = m.inv_freq();
+                let inv_freq = m.rope.inv_freq(m.max_position_embeddings);
                 let (list, freqs) = (b.dev.buffer(&transfers)?, b.dev.buffer(&inv_freq)?);
                 let params = rksc_kv_transfer_params {
                     transfers: list.ptr(),
@@ -385,8 +460,8 @@ pub(super) fn kv_transfer(b: &mut Bench) -> anyhow::Result<()> {
                     num_kv_heads: m.num_kv_heads as u32,
                     block_size: layout.block_size as u32,
                     head_dim: m.head_dim as u32,
+                    rotary_dim: m.head_dim as u32,
                     dtype: COMPUTE as u32,
-                    reserved: 0,
                 };
                 b.dev.launch(b.dev.kernels().kv_transfer, &params)?;
                 let (head, last) = (m.num_kv_heads - 1, transfers[n - 1]);

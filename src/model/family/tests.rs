@@ -1,4 +1,7 @@
+use std::path::Path;
+
 use super::*;
+use crate::dtype::DType;
 
 const BASE: &str = r#""architectures":["LlamaForCausalLM"],"hidden_size":192,"intermediate_size":448,"num_hidden_layers":8,
 "num_attention_heads":4,"num_key_value_heads":2,"head_dim":32,"vocab_size":768,"max_position_embeddings":2048,"rms_norm_eps":1e-5"#;
@@ -28,29 +31,52 @@ fn both_rope_spellings_agree() {
     let new = parse(r#","rope_parameters":{"rope_type":"default","rope_theta":500000.0}"#).unwrap();
     let both = parse(r#","rope_theta":500000,"rope_parameters":{"rope_theta":500000}"#).unwrap();
     assert_eq!((&old, &old), (&new, &both));
-    assert_eq!(old.rope_theta, 500_000.0);
-    assert_eq!(parse("").unwrap().rope_theta, 10_000.0);
+    assert_eq!(old.rope, Rope::plain(500_000.0, 32));
+    assert_eq!(parse("").unwrap().rope.theta, 10_000.0);
     let odd = why(parse(r#","rope_theta":10000,"rope_parameters":{"rope_theta":20000}"#));
     assert!(odd.contains("20000 here and 10000"), "{odd}");
 }
 
 #[test]
-fn scaled_rope_is_refused_by_name() {
+fn a_rope_scaling_that_says_too_little_or_something_unknown_is_refused_by_name() {
     for (extra, name) in [
-        (r#","rope_scaling":{"type":"linear","factor":2.0}"#, "linear"),
-        (r#","rope_scaling":{"rope_type":"llama3"}"#, "llama3"),
-        (r#","rope_parameters":{"rope_type":"yarn","rope_theta":1e6}"#, "yarn"),
+        (r#","rope_scaling":{"type":"linear"}"#, "rope_scaling.factor"),
+        (r#","rope_scaling":{"type":"linear","factor":-2.0}"#, "factor"),
+        (r#","rope_scaling":{"rope_type":"llama3","factor":8}"#, "low_freq_factor"),
+        (
+            r#","rope_scaling":{"rope_type":"llama3","factor":8,"low_freq_factor":4,"high_freq_factor":4}"#,
+            "high_freq_factor",
+        ),
+        (r#","rope_scaling":{"rope_type":"longrope","short_factor":[1.0],"long_factor":[1.0]}"#, "short_factor"),
+        (r#","rope_parameters":{"rope_type":"proportional"}"#, "proportional"),
+        (r#","partial_rotary_factor":1.5"#, "partial_rotary_factor"),
     ] {
-        let result = parse(extra);
-        assert!(matches!(result, Err(Error::Unsupported { .. })), "{extra}");
-        assert!(why(result).contains(name));
+        let why = why(parse(extra));
+        assert!(why.contains(name), "{extra}: {why}");
     }
+}
+
+#[test]
+fn a_rule_for_long_contexts_says_how_far_it_reaches() {
+    let reach = |extra: &str| parse(extra).map(|c| (c.max_position_embeddings, c.context_limit)).unwrap();
+    assert_eq!(reach(""), (2048, 2048));
+    assert_eq!(reach(r#","rope_scaling":{"type":"linear","factor":2.0}"#), (2048, 4096));
+    assert_eq!(reach(r#","rope_scaling":{"type":"dynamic","factor":4.0}"#), (2048, 8192));
+    let yarn = r#","rope_scaling":{"type":"yarn","factor":4.0,"original_max_position_embeddings":1024}"#;
+    assert_eq!(reach(yarn), (2048, 4096));
+    let sixteen = vec!["1.5"; 16].join(",");
+    let longrope = format!(
+        r#","original_max_position_embeddings":512,"rope_scaling":{{"type":"su","short_factor":[{sixteen}],"long_factor":[{sixteen}]}}"#
+    );
+    assert_eq!(reach(&longrope), (512, 2048));
+    let config = parse(&longrope).unwrap();
+    assert!((f64::from(config.rope.scale()) - (1.0 + 4f64.ln() / 512f64.ln()).sqrt()).abs() < 1e-6);
 }
 
 #[test]
 fn inv_freq_matches_the_formula() {
     let config = parse(",\"rope_theta\":10000").unwrap();
-    let freq = config.inv_freq();
+    let freq = config.rope.inv_freq(2048);
     assert_eq!((freq.len(), freq[0]), (16, 1.0));
     assert_eq!(freq[8], 0.01);
     assert!((freq[15] - 1.778_279_4e-4).abs() < 1e-10);
@@ -64,13 +90,28 @@ fn families_differ_as_data() {
     };
     let has = |config: &ModelConfig, name: &str| config.tensor_shapes().iter().any(|(n, _)| n.ends_with(name));
     let qwen2 = of("Qwen2ForCausalLM", r#","use_sliding_window":false,"sliding_window":128"#).unwrap();
-    assert!(has(&qwen2, "k_proj.bias") && !has(&qwen2, "o_proj.bias") && qwen2.sliding_window.is_none());
+    assert!(has(&qwen2, "k_proj.bias") && !has(&qwen2, "o_proj.bias") && !qwen2.has_windows());
+    let used =
+        of("Qwen2ForCausalLM", r#","use_sliding_window":true,"sliding_window":128,"max_window_layers":6"#).unwrap();
+    assert_eq!((0..8).map(|l| used.window(l)).collect::<Vec<_>>(), [[None; 6].as_slice(), &[Some(128); 2]].concat());
     let qwen3 = of("Qwen3ForCausalLM", "").unwrap();
     assert!(has(&qwen3, "q_norm.weight") && !has(&qwen3, "q_proj.bias"));
     let mistral = of("MistralForCausalLM", r#","sliding_window":512"#).unwrap();
-    assert_eq!((mistral.sliding_window, mistral.max_position_embeddings), (Some(512), 512));
+    assert_eq!((mistral.window(7), mistral.max_position_embeddings), (Some(512), 2048));
+    assert!(!of("MistralForCausalLM", r#","sliding_window":null"#).unwrap().has_windows());
+    // Without the field transformers takes 4,096, which this context does not reach.
+    assert!(!of("MistralForCausalLM", "").unwrap().has_windows());
+    let gemma = of("Gemma2ForCausalLM", r#","attn_logit_softcapping":null,"sliding_window":64"#).unwrap();
+    assert_eq!((gemma.attn_softcap, gemma.logit_softcap, gemma.tie_word_embeddings), (None, Some(30.0), true));
+    assert_eq!((gemma.window(0), gemma.window(1), gemma.activation), (Some(64), None, Activation::GeluTanh));
+    let olmo = of("Olmo2ForCausalLM", "").unwrap();
+    assert!(has(&olmo, "post_feedforward_layernorm.weight") && !has(&olmo, "0.input_layernorm.weight"));
+    assert_eq!(olmo.qk_norm_lens(), Some((128, 64)));
     let llama = of("LlamaForCausalLM", r#","attention_bias":true,"mlp_bias":true"#).unwrap();
     assert!(has(&llama, "o_proj.bias") && has(&llama, "down_proj.bias"));
+    let quantised =
+        why(of("Phi3ForCausalLM", r#","quantization_config":{"quant_method":"gptq","bits":4,"group_size":128}"#));
+    assert!(quantised.contains("quantization_config") && quantised.contains("fused"), "{quantised}");
     let mixtral = why(of("MixtralForCausalLM", ""));
     assert!(mixtral.contains("mixture-of-experts") && mixtral.contains("LlamaForCausalLM"), "{mixtral}");
     assert!(!mixtral.contains('\n'));
