@@ -350,8 +350,7 @@ impl Engine {
     pub fn start(&mut self, branch: BranchId, params: GenerateParams) -> Result<()> {
         params.sampling.validate()?;
         self.check_tokens(&params.end_tokens)?;
-        let biased: Vec<u32> = params.sampling.logit_bias.iter().map(|(token, _)| *token).collect();
-        self.check_tokens(&biased)?;
+        self.check_tokens(params.sampling.logit_bias.iter().map(|(token, _)| token))?;
         let b = self.tree.get(branch)?;
         let new = params.max_new_tokens.min(self.model.max_position_embeddings.saturating_sub(b.tokens.len()));
         self.check_fits(b.tokens.len() + new, self.slots_behind(b, self.slots_once_run(b), new))?;
@@ -547,8 +546,8 @@ impl Engine {
         self.next_arrival
     }
 
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        match tokens.iter().find(|&&t| t as usize >= self.model.vocab_size) {
+    fn check_tokens<'a>(&self, tokens: impl IntoIterator<Item = &'a u32>) -> Result<()> {
+        match tokens.into_iter().find(|&&t| t as usize >= self.model.vocab_size) {
             Some(t) => Err(Error::config(
                 "tokens",
                 format!("token id {t} is outside the vocabulary of {}", self.model.vocab_size),

@@ -351,8 +351,29 @@ fn mixed_element_types_are_read_as_they_are() {
 fn a_context_beyond_the_reach_of_the_model_is_refused() {
     let phi = ModelConfig::from_file(&folder().join("phi4_mini/config.json")).unwrap();
     assert_eq!((phi.max_position_embeddings, phi.context_limit), (128, 512));
-    let why = phi.with_context(513).unwrap_err().to_string();
+    let why = phi.with_context(Some(513)).unwrap_err().to_string();
     assert!(why.contains("context") && why.contains("513") && why.contains("512"), "{why}");
+}
+
+/// Every command that reads a model reads it for the context that is asked for.
+#[test]
+fn inspect_and_plan_know_the_context_that_is_asked_for() {
+    let case = case("phi4_mini");
+    let field = |command: &str, context: &[&str], name: &str| {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_rksc-run"))
+            .args([command, "--json", "-m"])
+            .arg(case.dir.path())
+            .args(context)
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        serde_json::from_slice::<serde_json::Value>(&out.stdout).unwrap()[name].as_u64().unwrap()
+    };
+    let longest = ["--max-context", "512"];
+    assert_eq!(field("inspect", &[], "max_position_embeddings"), 128);
+    assert_eq!(field("inspect", &longest, "max_position_embeddings"), 512);
+    // 64 contexts' worth.
+    assert_eq!(field("plan", &longest, "kv_blocks"), 4 * field("plan", &[], "kv_blocks"));
 }
 
 #[test]

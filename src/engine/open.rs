@@ -229,10 +229,7 @@ fn runner<B: Backend>(
 /// The model's shape and its weights, from wherever the configuration says.
 pub(crate) fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> {
     let (model, store) = load_whole(config)?;
-    match config.max_context {
-        Some(positions) => Ok((model.with_context(positions)?, store)),
-        None => Ok((model, store)),
-    }
+    Ok((model.with_context(config.max_context)?, store))
 }
 
 fn load_whole(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> {

@@ -81,6 +81,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let file = args.messages.as_deref().map(MessageFile::read).transpose()?;
     let template = args.template.template(&source)?;
     let options = args.template.options(file.as_ref().and_then(|f| f.tools.clone()))?;
+    let sampling = args.sampling.params()?;
     let mut config = args.engine.config();
     let limit = args.kv.limit(&mut config)?;
     let river = args.river.policy(false, &mut config)?;
@@ -92,12 +93,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let tokenizer = args.engine.tokenizer()?;
     let mut end_tokens = source.end_tokens(engine.model())?;
     end_tokens.extend(template.turn_end(&tokenizer));
-    let params = GenerateParams {
-        sampling: args.sampling.params()?,
-        max_new_tokens: args.max_new_tokens,
-        min_new_tokens: 0,
-        end_tokens,
-    };
+    let params = GenerateParams { sampling, max_new_tokens: args.max_new_tokens, min_new_tokens: 0, end_tokens };
     let mut session = Session::new(template, tokenizer.clone(), options, limit);
     args.system.iter().for_each(|text| session.push(Message::system(text)));
     let mut chat = Chat { args, engine, tokenizer, session, params, turns: Vec::new() };

@@ -75,6 +75,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (prompt, None) => prompt.clone().unwrap_or_default(),
     };
     anyhow::ensure!(!prompt.is_empty(), "--prompt: is empty");
+    let sampling = args.sampling.params()?;
     let mut config = args.engine.config();
     let limit = args.kv.limit(&mut config)?;
     if args.n > 1 && limit.is_some_and(|l| l.prompt == KvPrompt::Evict) {
@@ -98,7 +99,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     };
     let prompt_tokens = tokenizer.encode(&prompt)?;
     let params = GenerateParams {
-        sampling: args.sampling.params()?,
+        sampling,
         max_new_tokens: args.max_new_tokens,
         min_new_tokens: args.min_new_tokens,
         end_tokens,

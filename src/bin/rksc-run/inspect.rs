@@ -5,10 +5,9 @@ use std::io::Write;
 use clap::Args as ClapArgs;
 use rksc::backend::cpu::simd::SimdLevel;
 use rksc::backend::cuda::device::DeviceInfo;
+use rksc::engine::Engine;
 use rksc::model::family::ModelConfig;
-use rksc::model::weights::WeightStore;
 use rksc::quant::Survey;
-use rksc::{ModelSource, Result};
 
 use crate::common::{EngineArgs, JsonFlag, human_bytes, print_json};
 
@@ -25,7 +24,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let source = args.engine.source();
-    let (model, store) = open(&source)?;
+    let (model, store) = Engine::load(&args.engine.config())?;
     let survey = Survey::new(&model, &store);
     let weight_bytes = survey.code_bytes + survey.dense_bytes;
     let problems: Vec<String> = survey.problems.iter().map(ToString::to_string).collect();
@@ -87,15 +86,6 @@ fn in_words(model: &ModelConfig) -> String {
         words.push(format!("{} of {} layers attend to the last {window}", local.len(), model.num_layers));
     }
     words.join(", ")
-}
-
-fn open(source: &ModelSource) -> Result<(ModelConfig, WeightStore)> {
-    match source {
-        ModelSource::Dir(dir) => rksc::model::open(dir),
-        #[cfg(feature = "bundled-model")]
-        ModelSource::Bundled => Ok((rksc::bundled::config()?, rksc::bundled::weights()?)),
-        _ => Err(rksc::Error::Config { field: "model".into(), why: "give a folder with -m DIR".into() }),
-    }
 }
 
 pub(crate) fn devices(args: &JsonFlag) -> anyhow::Result<()> {

@@ -69,6 +69,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (None, _) => anyhow::bail!("model: give a folder with -m DIR, or a --shape"),
     };
     let mut config = args.engine.config();
+    let model = model.with_context(config.max_context)?;
     args.quant.apply(&Wanted { river: args.river.is_on(), quantise: args.quantise }, &mut config)?;
     let held = args.own.min(args.most_held(&config)?);
     let plan = MemoryPlan::new(&config, &model, args.prefix, held)?;

@@ -140,9 +140,10 @@ impl ModelConfig {
         })
     }
 
-    /// The model for a context of so many positions. It decides about frequencies where the rule for long contexts
+    /// The model for a context of so many positions; `None` leaves what config.json says. It decides about frequencies where the rule for long contexts
     /// depends on it ([`Rope`]): longrope's long factors, dynamic's base.
-    pub fn with_context(self, positions: usize) -> Result<Self> {
+    pub fn with_context(self, positions: Option<usize>) -> Result<Self> {
+        let positions = positions.unwrap_or(self.max_position_embeddings);
         if positions == 0 || positions > self.context_limit {
             let why = format!("{positions} is out of range; the model reaches from 1 to {}", self.context_limit);
             return Err(Error::config("max-context", why));
