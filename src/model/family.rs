@@ -45,6 +45,8 @@ pub struct Family {
     pub scales_embedding: bool,
     /// q, k and v are one tensor in the file, and so are gate and up.
     pub fused: bool,
+    /// `partial_rotary_factor` in config.json leaves a part of each head unrotated.
+    pub partial_rotary: bool,
     /// Which layers a `sliding_window` is for.
     pub window: WindowRule,
     /// The window where config.json has no `sliding_window`.
@@ -123,6 +125,7 @@ pub const LLAMA: Family = Family {
     activation: Activation::Silu,
     scales_embedding: false,
     fused: false,
+    partial_rotary: false,
     window: WindowRule::Never,
     default_window: None,
     query_scalar: None,
@@ -174,6 +177,7 @@ const PHI3: Family = Family {
     config_attention_bias: false,
     config_mlp_bias: false,
     fused: true,
+    partial_rotary: true,
     window: WindowRule::Always,
     ..LLAMA
 };

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::rope::FULL_ATTENTION;
 use super::{Family, Rope, WindowRule, unsupported};
 use crate::backend::{Activation, NormSpan};
 use crate::dtype::DType;
@@ -107,7 +108,10 @@ impl ModelConfig {
             return Err(f.bad("rms_norm_eps", format!("{rms_norm_eps} must lie between 0 and 1")));
         }
         let num_layers = f.count("num_hidden_layers", 1 << 14)?;
-        let rope = Rope::from_fields(&f, "full_attention", family.default_rope_theta, heads.head_dim)?;
+        let rope = Rope::from_fields(&f, FULL_ATTENTION, family.default_rope_theta, heads.head_dim)?;
+        if rope.rotary_dim != heads.head_dim && !family.partial_rotary {
+            return Err(unsupported(format!("partial_rotary_factor in a {} model", family.name)));
+        }
         let (context, context_limit) = rope.reach(f.count("max_position_embeddings", MAX_ABSURD)?);
         let vocab_size = f.count("vocab_size", 1 << 28)?;
         Ok(Self {
@@ -330,7 +334,7 @@ fn windows(f: &Fields<'_>, family: &Family, num_layers: usize, longest: usize) -
     if !kinds.is_empty() && kinds.len() != num_layers {
         return Err(f.bad("layer_types", format!("{} entries; there are {num_layers} layers", kinds.len())));
     }
-    if let Some(kind) = kinds.iter().find(|k| !["full_attention", "sliding_attention"].contains(k)) {
+    if let Some(kind) = kinds.iter().find(|k| ![FULL_ATTENTION, "sliding_attention"].contains(k)) {
         return Err(unsupported(format!("layer_types {kind:?} (supported: full_attention, sliding_attention)")));
     }
     let used = f.flag("use_sliding_window")?.unwrap_or(false);

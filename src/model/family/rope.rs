@@ -87,6 +87,9 @@ pub enum RopeScaling {
     },
 }
 
+/// The kind of layers that attend to everything, as config.json calls it.
+pub(super) const FULL_ATTENTION: &str = "full_attention";
+
 impl Rope {
     /// No scaling.
     pub fn plain(theta: f64, rotary_dim: usize) -> Self {
@@ -165,27 +168,31 @@ impl Rope {
         }
     }
 
-    /// Of the layers of one kind: `kind` is the entry of a `rope_parameters` that has one for each; `theta` holds where
-    /// config.json says nothing.
+    /// Of the layers of one kind: `kind` is the entry of a `rope_parameters` that has one for each; what is said without a
+    /// kind is for those with full attention. `rope_scaling` counts where both are there; `theta` holds where config.json
+    /// says nothing.
     pub(super) fn from_fields(f: &Fields<'_>, kind: &str, theta: f64, head_dim: usize) -> Result<Self> {
         let outer = f.opt_number("rope_theta")?;
+        let (mut said, mut rope) = (outer, None);
         for field in ["rope_parameters", "rope_scaling"] {
             let Some(whole) = f.object(field)? else { continue };
-            let nested = whole.object(kind)?;
-            let rope = nested.as_ref().unwrap_or(&whole);
-            let inner = rope.opt_number("rope_theta")?;
-            if let (Some(outer), Some(inner)) = (outer, inner)
-                && outer != inner
-                && nested.is_none()
-            {
-                let why = format!("rope_theta is {inner} here and {outer} at the top; make them equal");
-                return Err(f.bad(field, why));
+            let part = match whole.object(kind)? {
+                Some(nested) => nested,
+                None if kind == FULL_ATTENTION => whole,
+                None => continue,
+            };
+            match (said, part.opt_number("rope_theta")?) {
+                (Some(one), Some(other)) if one != other && kind == FULL_ATTENTION => {
+                    let why = format!("rope_theta is {other} here and {one} at the top; make them equal");
+                    return Err(f.bad(field, why));
+                }
+                (_, inner) => said = inner.or(said),
             }
-            let theta = inner.or(outer).unwrap_or(theta);
-            let rotary_dim = rotary_dim(f, Some(rope), head_dim)?;
-            return Self { theta, rotary_dim, scaling: scaling(f, rope, rotary_dim)? }.checked(f);
+            rope = Some(part);
         }
-        Self::plain(outer.unwrap_or(theta), rotary_dim(f, None, head_dim)?).checked(f)
+        let rotary_dim = rotary_dim(f, rope.as_ref(), head_dim)?;
+        let scaling = rope.map_or(Ok(RopeScaling::Default), |rope| scaling(f, &rope, rotary_dim))?;
+        Self { theta: said.unwrap_or(theta), rotary_dim, scaling }.checked(f)
     }
 
     fn checked(self, f: &Fields<'_>) -> Result<Self> {
@@ -233,8 +240,7 @@ fn scaling(f: &Fields<'_>, rope: &Fields<'_>, rotary_dim: usize) -> Result<RopeS
             Ok(RopeScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, trained })
         }
         Some("yarn") if f.string("model_type")? != Some("phi3") => {
-            let trained = trained()?;
-            let factor = optional("factor")?.unwrap_or(positions as f64 / trained as f64);
+            let (factor, trained) = (number("factor")?, trained()?);
             let mscale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
             let inferred = match (optional("mscale")?, optional("mscale_all_dim")?) {
                 (Some(over), Some(under)) => mscale(over) / mscale(under),
