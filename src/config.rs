@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::eviction::Eviction;
+use crate::model::weights::Access;
 use crate::quant::{QuantFile, QuantOptions};
 
 /// Where the weights come from.
@@ -89,6 +90,8 @@ pub struct EngineConfig {
     pub river: Option<QuantOptions>,
     /// File of the codes; `None` keeps them beside the model, or in the user's cache.
     pub codes: Option<PathBuf>,
+    /// Whether the weights of a folder are mapped or read.
+    pub access: Access,
     /// Look for NaN and infinities in the weights while opening.
     pub check_tensors: bool,
 }
@@ -113,6 +116,7 @@ impl Default for EngineConfig {
             quantise: None,
             river: None,
             codes: None,
+            access: Access::Map,
             check_tensors: false,
         }
     }

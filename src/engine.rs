@@ -419,6 +419,11 @@ impl Engine {
         self.finish_score(branch, logprobs)
     }
 
+    /// The most likely token in the place of each that was scored last; `None` for the first token of a root.
+    pub fn predicted(&self, branch: BranchId) -> Result<&[Option<u32>]> {
+        Ok(&self.tree.get(branch)?.predicted)
+    }
+
     /// Runs until the scores are there. After an error nothing is scored any more; what has run stays computed.
     fn finish_score(&mut self, branch: BranchId, logprobs: &mut [f32]) -> Result<()> {
         let outcome = self.run_until_computed(branch);
@@ -441,6 +446,7 @@ impl Engine {
         let b = self.tree.get_mut(branch)?;
         b.score_from = Some(from);
         b.scores = vec![f32::NAN; b.tokens.len() - from];
+        b.predicted = vec![None; b.scores.len()];
         Ok(())
     }
 

@@ -26,6 +26,7 @@ pub mod error;
 pub mod gate;
 pub mod kv;
 pub mod model;
+pub mod openai;
 pub mod problems;
 pub mod prompts;
 pub mod quant;

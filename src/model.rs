@@ -43,11 +43,11 @@ use load::Loader;
 pub(crate) use load::workspace_bytes;
 use river::Routes;
 pub(crate) use river::route_bytes;
-use weights::WeightStore;
+use weights::{Access, WeightStore};
 
 /// The config.json and the tensors of a Hugging Face folder, fused tensors in their parts.
-pub fn open(dir: &Path) -> Result<(ModelConfig, WeightStore)> {
-    let (config, mut store) = (ModelConfig::from_dir(dir)?, WeightStore::open(dir)?);
+pub fn open(dir: &Path, access: Access) -> Result<(ModelConfig, WeightStore)> {
+    let (config, mut store) = (ModelConfig::from_dir(dir)?, WeightStore::open_by(dir, access)?);
     store.split_fused(&config)?;
     Ok((config, store))
 }

@@ -63,6 +63,17 @@ impl SamplingParams {
         check(self.logit_bias.iter().all(|(_, bias)| sane(*bias)), "logit-bias", "finite, or -inf to ban the token")
     }
 
+    /// Refuses truncations that cannot act: at temperature 0 the most likely token is taken whatever else is kept.
+    pub fn refuse_idle(&self) -> Result<()> {
+        let given = [("top-k", self.top_k != 0), ("top-p", self.top_p != 1.0), ("min-p", self.min_p != 0.0)];
+        match given.into_iter().find(|(_, is_given)| *is_given) {
+            Some((field, _)) if self.temperature == 0.0 => {
+                Err(Error::config(field, "changes nothing at temperature 0, which is greedy; give a temperature too"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// True when the most likely token is always taken, so that no logits need to leave the device.
     pub fn is_argmax(&self) -> bool {
         self.temperature == 0.0 && !self.has_penalties() && self.logit_bias.is_empty()

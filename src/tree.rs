@@ -159,6 +159,8 @@ pub(crate) struct Branch {
     /// Log-probabilities wanted for `tokens[score_from..]`.
     pub(crate) score_from: Option<usize>,
     pub(crate) scores: Vec<f32>,
+    /// The most likely tokens in their places.
+    pub(crate) predicted: Vec<Option<u32>>,
     pub(crate) last: Option<RowAnswer>,
     /// Sum over generated steps of the top-1 probability.
     pub(crate) confidence_sum: f64,
@@ -229,6 +231,7 @@ impl Branch {
             top_k: 0,
             score_from: None,
             scores: Vec::new(),
+            predicted: Vec::new(),
             last: None,
             confidence_sum: 0.0,
             confidence_steps: 0,

@@ -363,6 +363,37 @@ fn score_of_text_and_of_its_tokens_agree() {
 }
 
 #[test]
+fn a_context_is_not_scored_and_lines_share_it() {
+    let dir = folder();
+    let (prompt, continuation) = golden(0);
+    let text = continuation.split_once("<|eos|>").unwrap().0;
+    let encode = |text: &str| tokenizer().encode(text).unwrap().len();
+    let (context, total) = (encode(&prompt), encode(&format!("{prompt}{text}")));
+    let input = [
+        serde_json::json!({"text": format!("{prompt}{text}")}),
+        serde_json::json!({"context": prompt, "text": text}),
+        serde_json::json!({"context": prompt, "text": text}),
+    ];
+    let input: Vec<String> = input.iter().map(Value::to_string).collect();
+    std::fs::write(dir.path().join("in"), input.join("\n")).unwrap();
+    let sums = json(dir.path(), &["score", "--in", "in", "--out", "out", "--json"]);
+    assert_eq!(sums["scored"], total - 1 + 2 * (total - context));
+    // A line that is scored whole leaves no blocks; the third finds those of the context that end before its last row.
+    let shared = (context - 1) / 16 * 16;
+    assert_eq!(sums["stats"]["tokens_computed"], 3 * total - shared);
+    let records = lines(&dir.path().join("out"));
+    for record in &records[1..] {
+        for key in ["token_logprobs", "predicted"] {
+            let (record, whole) = (record[key].as_array().unwrap(), records[0][key].as_array().unwrap());
+            assert!(record[..context].iter().all(Value::is_null));
+            assert_eq!(record[context..], whole[context..]);
+        }
+        // The text is the model's own.
+        assert_eq!(record["predicted"].as_array().unwrap()[context..], record["tokens"].as_array().unwrap()[context..]);
+    }
+}
+
+#[test]
 fn score_without_a_tokenizer_takes_tokens_and_no_text() {
     let dir = folder();
     let model = dir.path().join("m");

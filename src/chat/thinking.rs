@@ -31,6 +31,12 @@ impl ThinkTags {
         Some(Self { open: open.into(), close: close.into() })
     }
 
+    /// The tags that are special tokens, which a decoder of visible text leaves out, with their texts.
+    pub fn special_tokens(&self, tokenizer: &Tokenizer) -> Vec<(u32, String)> {
+        let special = |text: &String| tokenizer.token_id(text).filter(|&id| tokenizer.is_special(id));
+        [&self.open, &self.close].into_iter().filter_map(|text| Some((special(text)?, text.clone()))).collect()
+    }
+
     /// Whether a prompt ends by opening a block, which the reply then goes on with. A tag that a message speaks of opens
     /// nothing.
     pub fn is_open(&self, prompt: &str) -> bool {

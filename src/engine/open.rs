@@ -234,7 +234,7 @@ pub(crate) fn load(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> 
 
 fn load_whole(config: &EngineConfig) -> Result<(ModelConfig, WeightStore)> {
     match &config.model {
-        ModelSource::Dir(dir) => crate::model::open(dir),
+        ModelSource::Dir(dir) => crate::model::open(dir, config.access),
         ModelSource::Random { shape, seed } => {
             let model = ModelConfig::shape(shape)?;
             let store = WeightStore::random(&model, *seed, config.dtype)?;

@@ -98,6 +98,8 @@ impl Engine {
         let Some(salt) = b.salt.filter(|_| has_nothing) else { return Ok(()) };
         // The last token always runs: its row is what the caller waits for. What may be dropped must be the branch's own.
         let most = (b.tokens.len() - 1).min(b.limited.as_ref().map_or(usize::MAX, |l| l.num_permanent()));
+        // The row before the first token to be scored is needed too.
+        let most = most.min(b.score_from.map_or(usize::MAX, |from| from.saturating_sub(1)));
         let blocks = self.cache.lookup(salt, &b.tokens, most, &mut self.pool)?;
         let num_evicted = self.cache.num_evicted_blocks(salt, &b.tokens[..most], blocks.len());
         b.num_lost = b.num_lost.max((blocks.len() + num_evicted) * self.layout.block_size);
@@ -491,7 +493,10 @@ impl Engine {
     fn commit_score(&mut self, branch: BranchId, idx: usize, answer: RowAnswer) -> Result<()> {
         let b = self.tree.get_mut(branch)?;
         match (b.scores.get_mut(idx), answer.watched.first()) {
-            (Some(score), Some(&logprob)) => *score = logprob,
+            (Some(score), Some(&logprob)) => {
+                *score = logprob;
+                b.predicted[idx] = Some(answer.stats.argmax);
+            }
             // One event, however many rows are broken.
             _ if b.mode != Mode::Ended(EndReason::NonFinite) => {
                 b.mode = Mode::Ended(EndReason::NonFinite);

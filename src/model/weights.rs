@@ -13,9 +13,12 @@ use ::safetensors::Dtype;
 use half::{bf16, f16};
 use memmap2::Mmap;
 
+pub use checksums::check_sums;
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
+mod checksums;
 pub(crate) mod fingerprint;
 mod fused;
 mod random;
@@ -155,21 +158,36 @@ pub struct WeightStore {
     tensors: BTreeMap<Arc<str>, (usize, Stored)>,
 }
 
+/// How the bytes of weights files are reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Access {
+    /// Mapped: pages are read as they are used, and shared with others. Nobody may change a file while it is open.
+    #[default]
+    Map,
+    /// Read into memory first: what happens to a file afterwards does not matter.
+    Read,
+}
+
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 
 impl WeightStore {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists, in `dir`.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_by(dir, Access::Map)
+    }
+
+    /// As [`open`](Self::open), with a choice of access.
+    pub fn open_by(dir: &Path, access: Access) -> Result<Self> {
         let single = dir.join(SINGLE_FILE);
         let index = dir.join(INDEX_FILE);
         if single.exists() {
             let mut store = Self::empty(single.clone());
-            store.add_file(single)?;
+            store.add_file(single, access)?;
             return Ok(store);
         }
         if index.exists() {
-            return Self::open_sharded(dir, &index);
+            return Self::open_sharded(dir, &index, access);
         }
         std::fs::metadata(dir).map_err(|e| Error::io(dir, e))?;
         let why = format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}; -m takes a Hugging Face model folder");
@@ -273,7 +291,7 @@ impl WeightStore {
         Self { path, files: Vec::new(), tensors: BTreeMap::new() }
     }
 
-    fn open_sharded(dir: &Path, index: &Path) -> Result<Self> {
+    fn open_sharded(dir: &Path, index: &Path, access: Access) -> Result<Self> {
         let weight_map = safetensors::read_index(index)?;
         let mut store = Self::empty(index.to_owned());
         let mut shards: Vec<&str> = weight_map.iter().map(|(_, shard)| shard.as_str()).collect();
@@ -287,7 +305,7 @@ impl WeightStore {
                     format!("weight_map names shard {shard}, which is not there; fetch it"),
                 ));
             }
-            store.add_file(path)?;
+            store.add_file(path, access)?;
         }
         for (name, shard) in &weight_map {
             let found = store.tensors.get(name.as_str()).and_then(|(file, _)| store.files.get(*file));
@@ -299,9 +317,9 @@ impl WeightStore {
         Ok(store)
     }
 
-    fn add_file(&mut self, path: PathBuf) -> Result<()> {
-        let map = safetensors::map(&path)?;
-        self.add_bytes(path, &safetensors::Source::Mapped(map))
+    fn add_file(&mut self, path: PathBuf, access: Access) -> Result<()> {
+        let bytes = safetensors::load(&path, access)?;
+        self.add_bytes(path, &safetensors::Source::Mapped(bytes))
     }
 
     fn add_bytes(&mut self, path: PathBuf, source: &safetensors::Source) -> Result<()> {

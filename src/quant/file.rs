@@ -26,8 +26,9 @@ use super::weights::{Projection, QuantWeights, check_model, inputs, projections}
 use super::{QuantTensor, Scales, ZeroKind, Zeros};
 use crate::error::{Error, Result};
 use crate::model::family::ModelConfig;
+use crate::model::weights::Access;
 use crate::model::weights::fingerprint::sha256;
-use crate::model::weights::safetensors::{Located, aligned_copy, locate, map};
+use crate::model::weights::safetensors::{Located, aligned_copy, load, locate};
 use crate::model::weights::{TensorData, WeightStore, weights_error};
 
 const FORMAT: &str = "rksc-codes";
@@ -170,7 +171,7 @@ fn header(parts: &[Part<'_>], metadata: &serde_json::Value) -> Result<Vec<u8>> {
 pub(super) fn check_replaceable(path: &Path) -> Result<()> {
     let (probe, _) = temporary(path)?;
     let _ = std::fs::remove_file(probe);
-    let format = match map(path) {
+    let format = match load(path, Access::Map) {
         Ok(map) => locate(path, &map).ok().and_then(|(_, metadata)| metadata.get("format").cloned()),
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(()),
         Err(_) => None,
@@ -200,7 +201,7 @@ fn temporary(path: &Path) -> Result<(std::path::PathBuf, std::fs::File)> {
 /// Maps and checks a file. A damaged one is an error.
 pub(super) fn read(path: &Path, wanted: &Wanted<'_>) -> Result<Content> {
     check_model(wanted.model, &wanted.options)?;
-    let map = map(path).map_err(with_way_out)?;
+    let map = load(path, Access::Map).map_err(with_way_out)?;
     let (located, metadata) = locate(path, &map).map_err(with_way_out)?;
     if let Some(what) = what_else(path, &metadata, wanted)? {
         return Ok(Content::Other(what));

@@ -11,7 +11,7 @@ use rksc::gate::river::River;
 use rksc::kv::budget::KvLimit;
 use rksc::report::kv::limit_in_words;
 use rksc::report::river::{exactness, river_in_words};
-use rksc::tokenizer::{StopMatcher, Tokenizer};
+use rksc::tokenizer::Tokenizer;
 
 use crate::choice::{self, Choice, show};
 use crate::common::{self, EngineArgs, SamplingArgs, print_json, refused};
@@ -190,13 +190,13 @@ impl Chat<'_> {
         if self.params.max_new_tokens > 0 {
             self.engine.exit_prompt(placement.branch)?;
         }
-        let stops = StopMatcher::new(self.args.stop.clone());
-        let choice =
-            Choice::new(placement.branch, self.tokenizer.visible_decoder(), stops).showing(self.tags_as_tokens());
-        let mut choices = [choice];
+        let end_tokens = self.params.end_tokens.as_slice().into();
+        let choice = Choice::new(placement.branch, &self.tokenizer, &self.args.stop, end_tokens);
+        let mut choices =
+            [choice.showing(self.session.tags().map(|t| t.special_tokens(&self.tokenizer)).unwrap_or_default())];
         let mut shown = Shown::new(self.args);
         let mut emit = |text: &str| shown.take(placement.splitter.push(text));
-        let outcome = choice::run(&mut self.engine, &mut choices, &self.params.end_tokens, &mut emit);
+        let outcome = choice::run(&mut self.engine, &mut choices, &mut emit);
         let [choice] = &mut choices;
         let ttft_ms = match outcome {
             Err(error) if matches!(error.downcast_ref(), Some(rksc::Error::Cancelled)) => {
@@ -226,13 +226,6 @@ impl Chat<'_> {
         }
         self.turns.push(turn);
         Ok(())
-    }
-
-    /// The tags of reasoning where they are special tokens, which are not shown otherwise.
-    fn tags_as_tokens(&self) -> Vec<(u32, String)> {
-        let tags = self.session.tags().into_iter().flat_map(|tags| [&tags.open, &tags.close]);
-        let special = |text: &String| self.tokenizer.token_id(text).filter(|&id| self.tokenizer.is_special(id));
-        tags.filter_map(|text| Some((special(text)?, text.clone()))).collect()
     }
 
     fn report(&self, limit: Option<&KvLimit>) -> anyhow::Result<()> {

@@ -1,10 +1,11 @@
 //! Continuations on their way: what the engine's tokens become as text, and where that ends.
 
 use std::io::Write;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rksc::engine::{BranchId, EndReason, Engine, EventKind, GeneratedToken};
-use rksc::tokenizer::{IncrementalDecoder, StopMatcher};
+use rksc::tokenizer::{IncrementalDecoder, StopMatcher, Tokenizer};
 
 /// Why a continuation ended whose numbers broke.
 pub(crate) const NON_FINITE: &str = "error: non_finite";
@@ -14,12 +15,16 @@ pub(crate) struct Choice {
     pub(crate) branch: BranchId,
     decoder: IncrementalDecoder,
     stops: StopMatcher,
+    /// Tokens that end it, and are no part of it.
+    end_tokens: Arc<[u32]>,
     /// Special tokens that are shown all the same, as these texts.
     shown: Vec<(u32, String)>,
     pub(crate) text: String,
     pub(crate) tokens: Vec<u32>,
     pub(crate) logprobs: Vec<f32>,
     pub(crate) entropies: Vec<f32>,
+    /// The most likely tokens in the place of each, where the branch watches them.
+    pub(crate) top: Vec<Vec<(u32, f32)>>,
     pub(crate) finish: Option<String>,
 }
 
@@ -27,26 +32,17 @@ pub(crate) struct Choice {
 pub(crate) type Emit<'a> = dyn FnMut(&str) -> anyhow::Result<()> + 'a;
 
 /// Steps until all have ended; the time of the first token, in milliseconds. After an error they hold what has come so far.
-pub(crate) fn run(
-    engine: &mut Engine,
-    choices: &mut [Choice],
-    end_tokens: &[u32],
-    emit: &mut Emit,
-) -> anyhow::Result<Option<f64>> {
+pub(crate) fn run(engine: &mut Engine, choices: &mut [Choice], emit: &mut Emit) -> anyhow::Result<Option<f64>> {
     let started = Instant::now();
     let mut first_token_ms = None;
     while choices.iter().any(|c| c.finish.is_none()) {
         engine.step()?;
         while let Some(event) = engine.next_event() {
             let Some(choice) = choices.iter_mut().find(|c| c.branch == event.branch) else { continue };
-            match event.kind {
-                EventKind::Token(token) => {
-                    first_token_ms.get_or_insert_with(|| started.elapsed().as_secs_f64() * 1e3);
-                    choice.take(engine, &token, end_tokens, emit)?;
-                }
-                EventKind::Ended(reason) => choice.end(reason, emit)?,
-                EventKind::Ready | EventKind::Preempted | EventKind::Aliased { .. } => {}
+            if matches!(event.kind, EventKind::Token(_)) {
+                first_token_ms.get_or_insert_with(|| started.elapsed().as_secs_f64() * 1e3);
             }
+            choice.take(engine, event.kind, emit)?;
         }
     }
     Ok(first_token_ms)
@@ -60,16 +56,18 @@ pub(crate) fn show(text: &str) -> anyhow::Result<()> {
 }
 
 impl Choice {
-    pub(crate) fn new(branch: BranchId, decoder: IncrementalDecoder, stops: StopMatcher) -> Self {
+    pub(crate) fn new(branch: BranchId, tokenizer: &Tokenizer, stop: &[String], end_tokens: Arc<[u32]>) -> Self {
         Self {
             branch,
-            decoder,
-            stops,
+            decoder: tokenizer.visible_decoder(),
+            stops: StopMatcher::new(stop.to_vec()),
+            end_tokens,
             shown: Vec::new(),
             text: String::new(),
             tokens: Vec::new(),
             logprobs: Vec::new(),
             entropies: Vec::new(),
+            top: Vec::new(),
             finish: None,
         }
     }
@@ -79,19 +77,28 @@ impl Choice {
         Self { shown, ..self }
     }
 
-    fn take(
+    /// What happened to its branch in the step just run.
+    pub(crate) fn take(&mut self, engine: &mut Engine, event: EventKind, emit: &mut Emit) -> anyhow::Result<()> {
+        match event {
+            EventKind::Token(token) => self.token(engine, &token, emit),
+            EventKind::Ended(reason) => self.end(reason, emit),
+            EventKind::Ready | EventKind::Preempted | EventKind::Aliased { .. } => Ok(()),
+        }
+    }
+
+    fn token(
         &mut self,
         engine: &mut Engine,
         &GeneratedToken { token, logprob, stats }: &GeneratedToken,
-        end_tokens: &[u32],
         emit: &mut Emit,
     ) -> anyhow::Result<()> {
-        if self.finish.is_some() || end_tokens.contains(&token) {
+        if self.finish.is_some() || self.end_tokens.contains(&token) {
             return Ok(());
         }
         self.tokens.push(token);
         self.logprobs.push(logprob);
         self.entropies.push(stats.entropy);
+        self.top.extend(engine.row(self.branch)?.map(|row| row.top.clone()));
         let mut text = self.decoder.push(token)?;
         if let Some((_, shown)) = self.shown.iter().find(|(id, _)| *id == token) {
             text = self.decoder.flush() + shown;

@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rksc::config::{EngineConfig, ModelSource};
 use rksc::engine::{CancelFlag, Engine};
 use rksc::kv::eviction::Eviction;
+use rksc::model::weights::Access;
 use rksc::sampler::SamplingParams;
 use rksc::tokenizer::Tokenizer;
 use rksc::{DType, Error, Result};
@@ -52,6 +53,9 @@ pub(crate) struct EngineArgs {
     /// Whose KV blocks go when the cache is full: lru, fifo, or mass (the least attended first).
     #[arg(long, value_name = "POLICY", default_value_t)]
     eviction: Eviction,
+    /// Read the weights into memory instead of mapping their files, which nobody may change while they are mapped.
+    #[arg(long)]
+    no_mmap: bool,
     /// Look for NaN and infinities in the weights first.
     #[arg(long)]
     check_tensors: bool,
@@ -79,6 +83,7 @@ impl EngineArgs {
             max_batch_tokens: self.max_batch_tokens,
             swap_space: self.swap_space,
             eviction: self.eviction,
+            access: if self.no_mmap { Access::Read } else { Access::Map },
             check_tensors: self.check_tensors,
             ..EngineConfig::default()
         }
@@ -161,10 +166,6 @@ fn parse_bias(text: &str) -> std::result::Result<(u32, f32), String> {
 impl SamplingArgs {
     /// Truncations that change nothing are refused.
     pub(crate) fn params(&self) -> Result<SamplingParams> {
-        let given = [("top-k", self.top_k != 0), ("top-p", self.top_p != 1.0), ("min-p", self.min_p != 0.0)];
-        if let (0.0, Some((flag, _))) = (self.temperature, given.iter().find(|(_, given)| *given)) {
-            return Err(refused(flag, "changes nothing at temperature 0, which is greedy; give --temperature too"));
-        }
         let params = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
@@ -177,6 +178,7 @@ impl SamplingArgs {
             seed: self.seed,
         };
         params.validate()?;
+        params.refuse_idle()?;
         Ok(params)
     }
 }

@@ -2,17 +2,18 @@
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args as ClapArgs;
 use rksc::chat::{Message, RenderOptions};
 use rksc::engine::{BranchId, BranchStats, Engine, GenerateParams, PrefillOptions};
-use rksc::gate::river::River;
+use rksc::gate::river::{River, RiverExit};
 use rksc::kv::budget::{KvLimit, KvPrompt};
 use rksc::report::kv::{KvTotals, limit_in_words};
 use rksc::report::river::{exactness, river_in_words};
-use rksc::tokenizer::{StopMatcher, Tokenizer};
+use rksc::tokenizer::Tokenizer;
 
 use crate::choice::{self, Choice, NON_FINITE};
 use crate::common::{self, EngineArgs, SamplingArgs, print_json, read_text, refused};
@@ -45,6 +46,9 @@ pub(crate) struct Args {
     /// Run on past the model's end tokens.
     #[arg(long)]
     ignore_eos: bool,
+    /// A token that ends a continuation, beside the model's end tokens; not part of the output. May be given several times.
+    #[arg(long, value_name = "ID")]
+    stop_id: Vec<u32>,
     /// Ends a continuation; not part of the output. May be given several times.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
@@ -54,6 +58,9 @@ pub(crate) struct Args {
     /// One JSON object on stdout instead of text.
     #[arg(long)]
     json: bool,
+    /// So many of the most likely tokens beside each one, with their log-probabilities (with --json).
+    #[arg(long, value_name = "K", default_value_t = 0, requires = "json")]
+    top_logprobs: usize,
     #[command(flatten)]
     kv: KvArgs,
     #[command(flatten)]
@@ -62,9 +69,20 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
 }
 
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+/// Refuses what cannot act beside the rest.
+fn check(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!((1..=1024).contains(&args.n), "-n: must be between 1 and 1024");
     anyhow::ensure!(!args.stream || args.n == 1, "--stream: shows one continuation; drop -n {}", args.n);
+    let never_ends = args.ignore_eos && args.stop_id.is_empty();
+    anyhow::ensure!(
+        args.min_new_tokens == 0 || !never_ends,
+        "--min-new-tokens: changes nothing beside --ignore-eos; drop one of the two"
+    );
+    Ok(())
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    check(args)?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (_, Some(path)) => read_text(path)?,
         (Some(dash), None) if dash == "-" => {
@@ -83,6 +101,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         return Err(refused("kv-prompt", why).into());
     }
     let river = args.river.policy(false, &mut config)?;
+    if args.top_logprobs > 0 && river.as_ref().is_some_and(|r| matches!(r.exit, RiverExit::Draft(_))) {
+        return Err(refused(
+            "top-logprobs",
+            "draft settles several tokens in a step, and only the last one's row is kept; drop one of the two",
+        )
+        .into());
+    }
     if limit.is_some() {
         river.iter().try_for_each(River::check_budget)?;
     }
@@ -90,7 +115,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut engine = common::open(config)?;
     engine.set_river(river)?;
     let tokenizer = args.engine.tokenizer()?;
-    let mut end_tokens = if args.ignore_eos { Vec::new() } else { args.engine.source().end_tokens(engine.model())? };
+    let mut end_tokens = args.stop_id.clone();
+    if !args.ignore_eos {
+        end_tokens.extend(args.engine.source().end_tokens(engine.model())?);
+    }
     let prompt = if let Some(template) = template {
         end_tokens.extend(template.turn_end(&tokenizer).filter(|_| !args.ignore_eos));
         template.render(&[Message::user(prompt)], &RenderOptions::prompt())?
@@ -106,7 +134,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     };
     let mut choices = start(&mut engine, &tokenizer, &prompt_tokens, (&params, limit.as_ref()), args)?;
     let started = Instant::now();
-    let first_token_ms = choice::run(&mut engine, &mut choices, &params.end_tokens, &mut |text| {
+    let first_token_ms = choice::run(&mut engine, &mut choices, &mut |text| {
         if args.stream { choice::show(text) } else { Ok(()) }
     })?;
     let timing = (started.elapsed().as_secs_f64(), first_token_ms);
@@ -128,6 +156,7 @@ fn start(
         _ => engine.fork(root, &mut branches)?,
     }
     engine.exit_prompt(root)?;
+    let end_tokens: Arc<[u32]> = params.end_tokens.as_slice().into();
     branches
         .into_iter()
         .map(|branch| {
@@ -138,7 +167,10 @@ fn start(
             if params.max_new_tokens > 0 {
                 engine.exit_prompt(branch)?;
             }
-            Ok(Choice::new(branch, tokenizer.visible_decoder(), StopMatcher::new(args.stop.clone())))
+            if args.top_logprobs > 0 {
+                engine.watch(branch, &[], args.top_logprobs)?;
+            }
+            Ok(Choice::new(branch, tokenizer, &args.stop, Arc::clone(&end_tokens)))
         })
         .collect()
 }
@@ -163,6 +195,7 @@ fn report(
             .map(|(index, (c, s))| {
                 serde_json::json!({
                     "index": index, "text": c.text, "tokens": c.tokens, "token_logprobs": c.logprobs,
+                    "top_logprobs": (args.top_logprobs > 0).then_some(&c.top),
                     "entropies": c.entropies, "finish_reason": c.finish,
                     "kv_slots": s.num_slots, "kv_cuts": s.kv_cuts,
                 })

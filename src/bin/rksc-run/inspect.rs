@@ -1,12 +1,15 @@
 //! `rksc-run inspect` and `rksc-run devices`.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use clap::Args as ClapArgs;
+use rksc::ModelSource;
 use rksc::backend::cpu::simd::SimdLevel;
 use rksc::backend::cuda::device::DeviceInfo;
 use rksc::engine::Engine;
 use rksc::model::family::ModelConfig;
+use rksc::model::weights::check_sums;
 use rksc::quant::Survey;
 
 use crate::common::{EngineArgs, JsonFlag, human_bytes, print_json};
@@ -15,6 +18,9 @@ use crate::common::{EngineArgs, JsonFlag, human_bytes, print_json};
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
+    /// Compare the folder's files with a list that sha256sum wrote.
+    #[arg(long, value_name = "FILE", requires = "model")]
+    checksums: Option<PathBuf>,
     /// List every tensor.
     #[arg(long)]
     tensors: bool,
@@ -24,6 +30,10 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let source = args.engine.source();
+    let num_checked = match (&args.checksums, &source) {
+        (Some(list), ModelSource::Dir(dir)) => Some(check_sums(dir, list)?),
+        _ => None,
+    };
     let (model, store) = Engine::load(&args.engine.config())?;
     let survey = Survey::new(&model, &store);
     let weight_bytes = survey.code_bytes + survey.dense_bytes;
@@ -41,7 +51,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             "quantization": model.quantization, "num_code_matrices": survey.num_matrices, "code_bytes": survey.code_bytes,
             "weight_bytes": weight_bytes, "num_tensors": names.len(), "problems": problems,
             "tokenizer_vocab": tokenizer.as_ref().ok().map(|t| t.vocab_size()),
-            "end_tokens": source.end_tokens(&model)?,
+            "end_tokens": source.end_tokens(&model)?, "files_checked": num_checked,
             "tensors": if args.tensors { names } else { Vec::new() },
         }));
     }
@@ -61,6 +71,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     writeln!(out, "weights      {} tensors, {}", names.len(), human_bytes(weight_bytes))?;
     if let Some(format) = &model.quantization {
         writeln!(out, "in codes     {} matrices, {}: {format}", survey.num_matrices, human_bytes(survey.code_bytes))?;
+    }
+    if let Some(count) = num_checked {
+        writeln!(out, "checksums    {count} files are what the list says")?;
     }
     match tokenizer {
         Ok(t) => writeln!(out, "tokenizer    {} entries", t.vocab_size())?,

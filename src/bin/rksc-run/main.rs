@@ -8,6 +8,7 @@ macro_rules! say {
     }};
 }
 
+mod batch;
 mod bench;
 mod calibrate;
 mod calibration;
@@ -18,6 +19,7 @@ mod gates;
 mod generate;
 mod inspect;
 mod kv;
+mod line_file;
 mod plan;
 mod quant;
 mod quantise;
@@ -56,6 +58,8 @@ enum Command {
     Chat(Box<chat::Args>),
     /// What a model's chat template makes of messages.
     Template(template::Args),
+    /// Answer a file of requests in OpenAI's batch format.
+    Batch(Box<batch::Args>),
     /// Log-probabilities of given texts or token ids.
     Score(score::Args),
     /// What a model folder holds.
@@ -98,6 +102,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Template(args) => template::run(&args),
+        Command::Batch(args) => batch::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Plan(args) => plan::run(&args),

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use clap::Args as ClapArgs;
+use clap::builder::PossibleValuesParser;
 use rksc::config::{EngineConfig, available_memory};
 use rksc::kv::budget::KvLimit;
 use rksc::model::family::ModelConfig;
@@ -17,8 +18,8 @@ use crate::river;
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
-    /// A named shape instead of a model: qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, llama-3-8b.
-    #[arg(long, conflicts_with = "model")]
+    /// A known model's shape instead of a folder.
+    #[arg(long, conflicts_with = "model", value_parser = PossibleValuesParser::new(ModelConfig::shapes()))]
     shape: Option<String>,
     /// Tokens shared by the branches of a problem.
     #[arg(long, default_value_t = 1024)]

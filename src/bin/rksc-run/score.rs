@@ -19,10 +19,12 @@ use crate::common::{EngineArgs, print_json, progress, read_text};
 pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
-    /// JSON lines: {"id"?, "text"} or {"id"?, "tokens"} with a list of token ids.
+    /// JSON lines: {"id"?, "text"} or {"id"?, "tokens"} with a list of token ids; {"context", "text"} scores the text alone,
+    /// and lines with the same context compute it once.
     #[arg(long = "in", value_name = "FILE")]
     input: PathBuf,
-    /// JSON lines: "id", "tokens", "token_logprobs" (null first) and "last_top" (pairs of id and logprob), natural logs.
+    /// JSON lines: "id", "tokens", "token_logprobs" and "predicted" (the most likely token in each one's place), null for
+    /// the first or those of the context, and "last_top" (pairs of id and logprob); natural logs.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Most likely next tokens to report.
@@ -36,6 +38,7 @@ pub(crate) struct Args {
 #[derive(Deserialize)]
 struct Line {
     id: Option<serde_json::Value>,
+    context: Option<String>,
     text: Option<String>,
     tokens: Option<Vec<u32>>,
 }
@@ -46,6 +49,8 @@ struct Item {
     at: String,
     id: serde_json::Value,
     tokens: Vec<u32>,
+    /// Of those, the first that are not scored.
+    num_context: usize,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -74,7 +79,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         return print_json(&serde_json::json!({
             "model": engine.info(), "lines": items.len(), "tokens": items.iter().map(|i| i.tokens.len()).sum::<usize>(),
             "scored": scored, "mean_logprob": (scored > 0).then(|| sum / f64::from(scored)),
-            "seconds": started.elapsed().as_secs_f64(),
+            "seconds": started.elapsed().as_secs_f64(), "stats": engine.engine_stats(),
         }));
     }
     Ok(())
@@ -89,7 +94,13 @@ fn parse(args: &Args, text: &str) -> Result<Vec<(usize, Line)>, Error> {
             let bad = |why: String| Error::Format { path: args.input.clone(), why: format!("line {}: {why}", i + 1) };
             let line: Line = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
             let given = usize::from(line.text.is_some()) + usize::from(line.tokens.is_some());
-            if given == 1 { Ok((i + 1, line)) } else { Err(bad("needs either \"text\" or \"tokens\"".into())) }
+            match line {
+                _ if given != 1 => Err(bad("needs either \"text\" or \"tokens\"".into())),
+                Line { context: Some(_), ref text, .. } if text.as_ref().is_none_or(String::is_empty) => {
+                    Err(bad("\"context\" needs a \"text\" behind it".into()))
+                }
+                line => Ok((i + 1, line)),
+            }
         })
         .collect()
 }
@@ -100,17 +111,23 @@ fn encode(args: &Args, lines: Vec<(usize, Line)>) -> anyhow::Result<Vec<Item>> {
     let mut items = Vec::with_capacity(lines.len());
     for (number, line) in lines {
         let at = format!("{}: line {number}", args.input.display());
-        let tokens = match (line.tokens, line.text) {
-            (Some(tokens), _) => tokens,
-            (None, text) => {
+        let (tokens, num_context) = match line.tokens {
+            Some(tokens) => (tokens, 0),
+            None => {
                 let tokenizer = match &tokenizer {
                     Some(tokenizer) => tokenizer,
                     None => tokenizer.insert(args.engine.tokenizer()?),
                 };
-                tokenizer.encode(&text.unwrap_or_default()).with_context(|| at.clone())?
+                let context = line.context.unwrap_or_default();
+                let num_context = tokenizer.encode(&context).with_context(|| at.clone())?.len();
+                let whole = context + &line.text.unwrap_or_default();
+                let tokens = tokenizer.encode(&whole).with_context(|| at.clone())?;
+                // Where the two grow together, the last token of the context is the first of the text.
+                let num_context = num_context.min(tokens.len().saturating_sub(1));
+                (tokens, num_context)
             }
         };
-        items.push(Item { at, id: line.id.unwrap_or_else(|| format!("line-{number}").into()), tokens });
+        items.push(Item { at, id: line.id.unwrap_or_else(|| format!("line-{number}").into()), tokens, num_context });
     }
     Ok(items)
 }
@@ -121,17 +138,29 @@ struct Record<'a> {
     id: &'a serde_json::Value,
     tokens: &'a [u32],
     token_logprobs: Vec<Option<f32>>,
+    predicted: Vec<Option<u32>>,
     last_top: Vec<(u32, f32)>,
 }
 
 fn score<'a>(engine: &mut Engine, top_k: usize, item: &'a Item) -> rksc::Result<Record<'a>> {
-    let branch = engine.prefill(&item.tokens, PrefillOptions::default())?;
+    let (context, scored) = item.tokens.split_at(item.num_context);
     let mut logprobs = vec![f32::NAN; item.tokens.len()];
-    engine.watch(branch, &[], top_k)?;
-    engine.score_prompt(branch, &mut logprobs)?;
+    let branch = if context.is_empty() {
+        let branch = engine.prefill(scored, PrefillOptions::default())?;
+        engine.watch(branch, &[], top_k)?;
+        engine.score_prompt(branch, &mut logprobs)?;
+        branch
+    } else {
+        let branch = engine.prefill(context, PrefillOptions::default())?;
+        engine.watch(branch, &[], top_k)?;
+        engine.score(branch, scored, &mut logprobs[context.len()..])?;
+        branch
+    };
+    let mut predicted = vec![None; context.len()];
+    predicted.extend_from_slice(engine.predicted(branch)?);
     let last_top = engine.row(branch)?.map(|row| row.top.clone()).unwrap_or_default();
     engine.prune(branch)?;
     while engine.next_event().is_some() {}
     let token_logprobs = logprobs.into_iter().map(|x| x.is_finite().then_some(x)).collect();
-    Ok(Record { id: &item.id, tokens: &item.tokens, token_logprobs, last_top })
+    Ok(Record { id: &item.id, tokens: &item.tokens, token_logprobs, predicted, last_top })
 }

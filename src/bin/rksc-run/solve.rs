@@ -1,12 +1,9 @@
 //! `rksc-run solve`.
 
-use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context;
 use clap::{Args as ClapArgs, ValueEnum};
 use rksc::ModelSource;
 use rksc::calibrate::{Setup, Usable};
@@ -28,6 +25,7 @@ use crate::calibration::{self, CalibrationArgs};
 use crate::common::{self, EngineArgs, SamplingArgs, print_json, progress, read_text};
 use crate::gates::GateArgs;
 use crate::kv::KvArgs;
+use crate::line_file::LineFile;
 use crate::report_file::{self, ReportFile};
 use crate::river::RiverArgs;
 use crate::search::SearchArgs;
@@ -250,7 +248,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut tasks = text_tasks(&compile_pack(&args.engine, &engine, pack, &prefix)?, &problems)?;
     tasks.first().map_or(Ok(()), |task| config.validate_task(task.as_ref()))?;
     // Last: what is in the file stays there until everything else is known to be sound.
-    let mut out = args.out.as_deref().map(|path| Out::open(path, args.resume)).transpose()?;
+    let mut out = args.out.as_deref().map(|path| LineFile::open(path, "id", args.resume)).transpose()?;
     if let Some(out) = &out {
         problems.retain(|p| !out.done.contains(&p.id));
         tasks.retain(|t| !out.done.contains(t.id()));
@@ -427,57 +425,4 @@ fn print_summary(r: &SolveReport) -> anyhow::Result<()> {
         writeln!(out, "River, {}: {}; {river}", exactness(policy), river_in_words(policy))?;
     }
     Ok(())
-}
-
-/// The `--out` file: whole lines only.
-struct Out {
-    path: PathBuf,
-    file: File,
-    /// Ids it held when it was opened.
-    done: HashSet<String>,
-}
-
-impl Out {
-    /// Starts the file anew, or with `resume` cuts off a line that was in flight and keeps the others.
-    fn open(path: &Path, resume: bool) -> anyhow::Result<Self> {
-        let context = || path.display().to_string();
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(!resume);
-        let mut file = options.open(path).with_context(context)?;
-        let mut bytes = Vec::new();
-        if resume {
-            file.read_to_end(&mut bytes).with_context(context)?;
-        }
-        let (done, whole) =
-            Self::results(&bytes).map_err(|why| rksc::Error::Format { path: path.to_path_buf(), why })?;
-        file.set_len(whole as u64).with_context(context)?;
-        file.seek(SeekFrom::End(0)).with_context(context)?;
-        Ok(Self { path: path.to_path_buf(), file, done })
-    }
-
-    /// Ids of the whole lines, and how many bytes those are. What follows them must be the beginning of a line of ours:
-    /// no other file is cut.
-    fn results(bytes: &[u8]) -> Result<(HashSet<String>, usize), String> {
-        const OPENING: &[u8] = b"{\"id\":";
-        let whole = bytes.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1);
-        let (lines, torn) = bytes.split_at(whole);
-        let foreign = |i: usize| format!("line {}: not a result of this command", i + 1);
-        let mut done = HashSet::new();
-        let mut count = 0;
-        for line in lines.split_inclusive(|&b| b == b'\n') {
-            let value: Option<serde_json::Value> = serde_json::from_slice(line).ok();
-            let id = value.as_ref().and_then(|v| v["id"].as_str()).ok_or_else(|| foreign(count))?;
-            done.insert(id.to_string());
-            count += 1;
-        }
-        if torn.starts_with(OPENING) || OPENING.starts_with(torn) { Ok((done, whole)) } else { Err(foreign(count)) }
-    }
-
-    /// One write a line, so that an interruption loses at most the line in flight.
-    fn write(&mut self, result: &ProblemResult) -> rksc::Result<()> {
-        let mut line = serde_json::to_vec(result).map_err(|e| rksc::Error::Internal(e.to_string()))?;
-        line.push(b'\n');
-        let written = self.file.write_all(&line).and_then(|()| self.file.flush());
-        written.map_err(|source| rksc::Error::Io { path: self.path.clone(), source })
-    }
 }

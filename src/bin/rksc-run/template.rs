@@ -35,9 +35,13 @@ fn variable(text: &str) -> std::result::Result<(String, Value), String> {
 }
 
 impl TemplateArgs {
+    /// The template that the flags name, or the model's own if it has one.
+    pub(crate) fn find(&self, source: &ModelSource) -> Result<Option<ChatTemplate>> {
+        source.chat_template(self.chat_template.as_deref(), self.template_name.as_deref())
+    }
+
     pub(crate) fn template(&self, source: &ModelSource) -> Result<ChatTemplate> {
-        let found = source.chat_template(self.chat_template.as_deref(), self.template_name.as_deref())?;
-        found.ok_or_else(|| no_template("give one with --chat-template FILE"))
+        self.find(source)?.ok_or_else(|| no_template("give one with --chat-template FILE"))
     }
 
     /// For a prompt; `tools` are those of a file of messages.

@@ -119,12 +119,25 @@ fn families_differ_as_data() {
 
 #[test]
 fn named_shapes_have_the_known_sizes() {
-    let params = |name| ModelConfig::shape(name).unwrap().num_params();
-    assert_eq!(params("qwen2.5-0.5b"), 494_032_768);
-    assert_eq!(params("qwen2.5-1.5b"), 1_543_714_304);
-    assert_eq!(params("qwen2.5-7b"), 7_615_616_512);
-    assert_eq!(params("llama-3-8b"), 8_030_261_248);
-    for name in ModelConfig::SHAPES {
+    for (name, params) in [
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("llama-3-8b", 8_030_261_248),
+        ("falcon3-7b", 7_455_550_464),
+        ("falcon3-10b", 10_305_653_760),
+        ("mistral-7b-v0.3", 7_248_023_552),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("olmo-2-7b", 7_298_617_344),
+    ] {
+        assert_eq!(ModelConfig::shape(name).unwrap().num_params(), params, "{name}");
+    }
+    for name in ModelConfig::shapes() {
         let config = ModelConfig::shape(name).unwrap();
         assert!(
             config.num_q_heads.is_multiple_of(config.num_kv_heads)

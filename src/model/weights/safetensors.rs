@@ -6,17 +6,18 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
 use ::safetensors::{Dtype, SafeTensors};
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 use serde::Deserialize;
 use serde::de::{Deserializer, IntoDeserializer, MapAccess, Visitor};
 
-use super::{Packed, Stored, Tensor, TensorData, shown_shape, weights_error};
+use super::{Access, Packed, Stored, Tensor, TensorData, shown_shape, weights_error};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::fields::{json_why, read_small};
@@ -40,8 +41,8 @@ impl Source {
     }
 }
 
-/// Maps a regular file of at least a header length.
-pub(crate) fn map(path: &Path) -> Result<Arc<Mmap>> {
+/// The bytes of a regular file of at least a header length.
+pub(crate) fn load(path: &Path, access: Access) -> Result<Arc<Mmap>> {
     let meta = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if !meta.is_file() {
         return Err(Error::format(path, "not a regular file"));
@@ -49,12 +50,26 @@ pub(crate) fn map(path: &Path) -> Result<Arc<Mmap>> {
     if meta.len() < 8 {
         return Err(Error::format(path, format!("{} bytes long; a safetensors file has at least 8", meta.len())));
     }
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
+    if access == Access::Read {
+        return read(path, &mut file, meta.len());
+    }
     // SAFETY: the map is read-only and private to this process. Nobody may truncate or rewrite the file in place while
     // it is open; that is the user's promise (module docs), as with every mapped model.
     #[allow(unsafe_code)]
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
     Ok(Arc::new(map))
+}
+
+/// A file of `len` bytes in memory of our own, page-aligned as a map is.
+fn read(path: &Path, file: &mut File, len: u64) -> Result<Arc<Mmap>> {
+    let num_bytes = usize::try_from(len).map_err(|_| Error::OutOfMemory { what: "the weights", bytes: len })?;
+    let mut bytes = MmapMut::map_anon(num_bytes).map_err(|_| Error::OutOfMemory { what: "the weights", bytes: len })?;
+    file.read_exact(&mut bytes).map_err(|e| match e.kind() {
+        ErrorKind::UnexpectedEof => Error::format(path, format!("was cut short of its {len} bytes while it was read")),
+        _ => Error::io(path, e),
+    })?;
+    Ok(Arc::new(bytes.make_read_only().map_err(|e| Error::io(path, e))?))
 }
 
 /// What a checked header says of a tensor, and where in the file its bytes are.
