@@ -135,7 +135,8 @@ impl Request {
     pub fn parse(endpoint: Endpoint, mut body: Map<String, Value>) -> Result<Self> {
         body.retain(|field, value| !value.is_null() && !PASSED_OVER.contains(&field.as_str()));
         for (field, nothing, why) in NOT_OFFERED {
-            if body.remove(field).is_some_and(|value| value.to_string() != nothing) {
+            let asked = body.remove(field).map(|value| value.to_string());
+            if asked.is_some_and(|asked| asked != nothing) {
                 return Err(Error::config(field, format!("is not offered: {why}")));
             }
         }
