@@ -213,6 +213,30 @@ fn a_chat_line_says_what_the_template_makes_of_it() {
 }
 
 #[test]
+fn what_is_not_exact_is_what_generate_does_and_is_written_down() {
+    let long = json!({"temperature": 0, "max_tokens": 64, "ignore_eos": true});
+    let folder = Folder::with(&[completion("a", long.clone()), completion("b", long)]);
+    let generate = ["generate", "-p", PROMPT, "--max-new-tokens", "64", "--ignore-eos", "--json"];
+    for (flags, field) in [
+        (&["--kv-budget", "32", "--kv-buffer", "16"][..], "kv"),
+        (&["--river", "fixed=2", "--codes", "codes"], "river"),
+        (&["--quantise", "--codes", "codes"], "quantise"),
+    ] {
+        let run = folder.batch(flags);
+        let expected = folder.json(&[&generate, flags].concat());
+        assert!(!run[field].is_null(), "{field}");
+        for body in folder.bodies() {
+            assert_eq!(texts(&body), texts(&expected), "{flags:?}");
+        }
+    }
+    let refused = folder.run(&["batch", "-i", "in.jsonl", "-o", "x", "--kv-budget", "32", "--kv-prompt", "evict"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("kv-prompt: evict"));
+    let tops = Folder::with(&[completion("a", json!({"logprobs": 2}))]);
+    tops.batch(&["--river", "draft", "--codes", "codes"]);
+    assert_eq!(tops.answers()[0]["response"]["body"]["error"]["param"], "top_logprobs");
+}
+
+#[test]
 fn every_way_to_end_ends() {
     let greedy = |id: &str, more: Value| {
         let mut more = more;

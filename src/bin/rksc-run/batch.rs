@@ -26,6 +26,7 @@ use serde_json::Value;
 
 use crate::choice::Choice;
 use crate::common::{EngineArgs, print_json, progress, refused};
+use crate::decoding::{Decoding, DecodingArgs};
 use crate::line_file::LineFile;
 use crate::template::TemplateArgs;
 
@@ -58,6 +59,8 @@ pub(crate) struct Args {
     seed: u64,
     #[command(flatten)]
     template: TemplateArgs,
+    #[command(flatten)]
+    decoding: DecodingArgs,
     /// One JSON object about the run on stdout.
     #[arg(long)]
     json: bool,
@@ -66,6 +69,7 @@ pub(crate) struct Args {
 /// What every request of a run is given.
 struct Setup<'a> {
     args: &'a Args,
+    decoding: &'a Decoding,
     model: String,
     tokenizer: Arc<Tokenizer>,
     end_tokens: Vec<u32>,
@@ -114,8 +118,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let bytes = std::fs::read(&args.input).with_context(|| args.input.display().to_string())?;
     let mut lines = parse_lines(&args.input, &bytes)?;
     let mut totals = Totals { lines: lines.len(), ..Totals::default() };
-    let mut engine = args.engine.open()?;
-    let setup = Setup::new(args, &engine)?;
+    let mut config = args.engine.config();
+    let decoding = args.decoding.apply(&mut config)?;
+    decoding.check_shared("use pin")?;
+    let mut engine = decoding.open(config)?;
+    let setup = Setup::new(args, &decoding, &engine)?;
     // Last: what is in the file stays there until everything else is known to be sound.
     let mut out = LineFile::open(&args.out, "custom_id", args.resume)?;
     lines.retain(|line| !out.done.contains(&line.custom_id));
@@ -127,16 +134,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     })?;
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
-        return print_json(&serde_json::json!({
+        let mut report = serde_json::json!({
             "model": engine.info(), "totals": totals, "seconds": seconds, "stats": engine.engine_stats(),
             "counters": engine.counters(),
-        }));
+        });
+        decoding.describe(&engine, None, &mut report);
+        return print_json(&report);
     }
     let Totals { lines, resumed, answered, refused, usage } = totals;
     eprintln!(
         "{lines} lines: {answered} answered, {refused} refused, {resumed} there before; {} prompt and {} generated tokens in {seconds:.1} s",
         usage.prompt_tokens, usage.completion_tokens
     );
+    decoding.say(&engine, None);
     Ok(())
 }
 
@@ -193,7 +203,7 @@ fn take(engine: &mut Engine, queue: &mut VecDeque<Entry>, event: Event) -> anyho
 }
 
 impl<'a> Setup<'a> {
-    fn new(args: &'a Args, engine: &Engine) -> anyhow::Result<Self> {
+    fn new(args: &'a Args, decoding: &'a Decoding, engine: &Engine) -> anyhow::Result<Self> {
         let source = args.engine.source();
         let tokenizer = args.engine.tokenizer()?;
         let chat = match args.template.find(&source)? {
@@ -206,7 +216,7 @@ impl<'a> Setup<'a> {
             }),
         };
         let end_tokens = source.end_tokens(engine.model())?;
-        Ok(Self { args, model: engine.info().name.clone(), tokenizer, end_tokens, chat })
+        Ok(Self { args, decoding, model: engine.info().name.clone(), tokenizer, end_tokens, chat })
     }
 
     /// Starts a line's branches, or answers it with why that cannot be. What is no fault of the request ends the run.
@@ -236,12 +246,16 @@ impl<'a> Setup<'a> {
         let root = engine.prefill(&tokens, PrefillOptions::default())?;
         let mut branches = vec![BranchId::default(); request.num_choices];
         let top_k = request.top_logprobs.unwrap_or(0);
+        if top_k > 0 {
+            self.decoding.check_top_logprobs("top_logprobs")?;
+        }
         let begun = engine.fork(root, &mut branches).and_then(|()| {
+            engine.exit_prompt(root)?;
             branches.iter().try_for_each(|&branch| {
                 if top_k > 0 {
                     engine.watch(branch, &[], top_k)?;
                 }
-                engine.start(branch, params.clone())
+                self.decoding.start(engine, branch, tokens.len(), &params)
             })
         });
         if let Err(error) = begun {

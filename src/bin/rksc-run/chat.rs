@@ -7,16 +7,11 @@ use std::time::Instant;
 use clap::Args as ClapArgs;
 use rksc::chat::{Message, MessageFile, Placement, ReplyPart, Session};
 use rksc::engine::{EndReason, Engine, GenerateParams};
-use rksc::gate::river::River;
-use rksc::kv::budget::KvLimit;
-use rksc::report::kv::limit_in_words;
-use rksc::report::river::{exactness, river_in_words};
 use rksc::tokenizer::Tokenizer;
 
 use crate::choice::{self, Choice, show};
 use crate::common::{self, EngineArgs, SamplingArgs, print_json, refused};
-use crate::kv::KvArgs;
-use crate::river::{RiverArgs, RiverReport};
+use crate::decoding::{Decoding, DecodingArgs};
 use crate::template::TemplateArgs;
 
 #[derive(ClapArgs)]
@@ -44,9 +39,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "hide_thinking")]
     json: bool,
     #[command(flatten)]
-    kv: KvArgs,
-    #[command(flatten)]
-    river: RiverArgs,
+    decoding: DecodingArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -83,25 +76,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let options = args.template.options(file.as_ref().and_then(|f| f.tools.clone()))?;
     let sampling = args.sampling.params()?;
     let mut config = args.engine.config();
-    let limit = args.kv.limit(&mut config)?;
-    let river = args.river.policy(false, &mut config)?;
-    if limit.is_some() {
-        river.iter().try_for_each(River::check_budget)?;
-    }
-    let mut engine = common::open(config)?;
-    engine.set_river(river)?;
+    let decoding = args.decoding.apply(&mut config)?;
+    let engine = decoding.open(config)?;
     let tokenizer = args.engine.tokenizer()?;
     let mut end_tokens = source.end_tokens(engine.model())?;
     end_tokens.extend(template.turn_end(&tokenizer));
     let params = GenerateParams { sampling, max_new_tokens: args.max_new_tokens, min_new_tokens: 0, end_tokens };
-    let mut session = Session::new(template, tokenizer.clone(), options, limit);
+    let mut session = Session::new(template, tokenizer.clone(), options, decoding.limit);
     args.system.iter().for_each(|text| session.push(Message::system(text)));
     let mut chat = Chat { args, engine, tokenizer, session, params, turns: Vec::new() };
     match file {
         Some(file) => chat.say_all(file.messages)?,
         None => chat.read_lines()?,
     }
-    chat.report(limit.as_ref())
+    chat.report(&decoding)
 }
 
 impl Chat<'_> {
@@ -228,27 +216,18 @@ impl Chat<'_> {
         Ok(())
     }
 
-    fn report(&self, limit: Option<&KvLimit>) -> anyhow::Result<()> {
-        let river = RiverReport::of(&self.engine);
+    fn report(&self, decoding: &Decoding) -> anyhow::Result<()> {
         if self.args.json {
-            return print_json(&serde_json::json!({
+            let mut report = serde_json::json!({
                 "model": self.engine.info(),
                 "messages": self.session.messages(),
                 "turns": self.turns,
                 "stats": self.engine.engine_stats(),
-                "kv": limit.map(|limit| serde_json::json!({
-                    "limit": limit, "window": self.engine.config().kv_window,
-                })),
-                "river": river,
-                "quantise": self.engine.config().quantise,
-            }));
+            });
+            decoding.describe(&self.engine, None, &mut report);
+            return print_json(&report);
         }
-        if let Some(limit) = limit {
-            eprintln!("KV budget, not exact: {}", limit_in_words(limit));
-        }
-        if let Some(RiverReport { policy, totals, .. }) = &river {
-            eprintln!("River, {}: {}; {totals}", exactness(policy), river_in_words(policy));
-        }
+        decoding.say(&self.engine, None);
         Ok(())
     }
 }

@@ -9,16 +9,13 @@ use anyhow::Context;
 use clap::Args as ClapArgs;
 use rksc::chat::{Message, RenderOptions};
 use rksc::engine::{BranchId, BranchStats, Engine, GenerateParams, PrefillOptions};
-use rksc::gate::river::{River, RiverExit};
-use rksc::kv::budget::{KvLimit, KvPrompt};
-use rksc::report::kv::{KvTotals, limit_in_words};
-use rksc::report::river::{exactness, river_in_words};
+use rksc::kv::budget::KvPrompt;
+use rksc::report::kv::KvTotals;
 use rksc::tokenizer::Tokenizer;
 
 use crate::choice::{self, Choice, NON_FINITE};
-use crate::common::{self, EngineArgs, SamplingArgs, print_json, read_text, refused};
-use crate::kv::KvArgs;
-use crate::river::{RiverArgs, RiverReport};
+use crate::common::{EngineArgs, SamplingArgs, print_json, read_text};
+use crate::decoding::{Decoding, DecodingArgs};
 use crate::template::required_template;
 
 #[derive(ClapArgs)]
@@ -62,9 +59,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "K", default_value_t = 0, requires = "json")]
     top_logprobs: usize,
     #[command(flatten)]
-    kv: KvArgs,
-    #[command(flatten)]
-    river: RiverArgs,
+    decoding: DecodingArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -95,25 +90,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     anyhow::ensure!(!prompt.is_empty(), "--prompt: is empty");
     let sampling = args.sampling.params()?;
     let mut config = args.engine.config();
-    let limit = args.kv.limit(&mut config)?;
-    if args.n > 1 && limit.is_some_and(|l| l.prompt == KvPrompt::Evict) {
-        let why = format!("evict drops nothing of a prompt that {} continuations share; use -n 1, or pin", args.n);
-        return Err(refused("kv-prompt", why).into());
+    let decoding = args.decoding.apply(&mut config)?;
+    if args.n > 1 {
+        decoding.check_shared("use -n 1, or pin")?;
     }
-    let river = args.river.policy(false, &mut config)?;
-    if args.top_logprobs > 0 && river.as_ref().is_some_and(|r| matches!(r.exit, RiverExit::Draft(_))) {
-        return Err(refused(
-            "top-logprobs",
-            "draft settles several tokens in a step, and only the last one's row is kept; drop one of the two",
-        )
-        .into());
-    }
-    if limit.is_some() {
-        river.iter().try_for_each(River::check_budget)?;
+    if args.top_logprobs > 0 {
+        decoding.check_top_logprobs("top-logprobs")?;
     }
     let template = args.chat.then(|| required_template(&args.engine.source())).transpose()?;
-    let mut engine = common::open(config)?;
-    engine.set_river(river)?;
+    let mut engine = decoding.open(config)?;
     let tokenizer = args.engine.tokenizer()?;
     let mut end_tokens = args.stop_id.clone();
     if !args.ignore_eos {
@@ -132,25 +117,25 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         min_new_tokens: args.min_new_tokens,
         end_tokens,
     };
-    let mut choices = start(&mut engine, &tokenizer, &prompt_tokens, (&params, limit.as_ref()), args)?;
+    let mut choices = start(&mut engine, &tokenizer, &prompt_tokens, (&params, &decoding), args)?;
     let started = Instant::now();
     let first_token_ms = choice::run(&mut engine, &mut choices, &mut |text| {
         if args.stream { choice::show(text) } else { Ok(()) }
     })?;
     let timing = (started.elapsed().as_secs_f64(), first_token_ms);
-    report(args, &engine, &prompt_tokens, (&choices, limit.as_ref()), timing)
+    report(args, &engine, &prompt_tokens, (&choices, &decoding), timing)
 }
 
 fn start(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
     prompt: &[u32],
-    (params, limit): (&GenerateParams, Option<&KvLimit>),
+    (params, decoding): (&GenerateParams, &Decoding),
     args: &Args,
 ) -> anyhow::Result<Vec<Choice>> {
     let root = engine.prefill(prompt, PrefillOptions::default())?;
     let mut branches = vec![BranchId::default(); args.n];
-    match limit {
+    match &decoding.limit {
         // What a fork has from its parent is never dropped: where the prompt may go, its own branch goes on.
         Some(limit) if limit.prompt == KvPrompt::Evict => branches.fill(root),
         _ => engine.fork(root, &mut branches)?,
@@ -160,13 +145,7 @@ fn start(
     branches
         .into_iter()
         .map(|branch| {
-            if let Some(limit) = limit {
-                engine.limit_kv(branch, limit.for_prompt(prompt.len(), engine.config().block_size))?;
-            }
-            engine.start(branch, params.clone())?;
-            if params.max_new_tokens > 0 {
-                engine.exit_prompt(branch)?;
-            }
+            decoding.start(engine, branch, prompt.len(), params)?;
             if args.top_logprobs > 0 {
                 engine.watch(branch, &[], args.top_logprobs)?;
             }
@@ -179,13 +158,12 @@ fn report(
     args: &Args,
     engine: &Engine,
     prompt: &[u32],
-    (choices, limit): (&[Choice], Option<&KvLimit>),
+    (choices, decoding): (&[Choice], &Decoding),
     (seconds, first_token_ms): (f64, Option<f64>),
 ) -> anyhow::Result<()> {
     let stats: Vec<BranchStats> = choices.iter().map(|c| engine.stats(c.branch)).collect::<rksc::Result<_>>()?;
     let mut totals = KvTotals::default();
     stats.iter().for_each(|s| totals.add(s.num_slots, s.num_computed_tokens, s.kv_cuts));
-    let river = RiverReport::of(engine);
     let generated: usize = choices.iter().map(|c| c.tokens.len()).sum();
     if args.json {
         let choices: Vec<_> = choices
@@ -201,19 +179,16 @@ fn report(
                 })
             })
             .collect();
-        return print_json(&serde_json::json!({
+        let mut report = serde_json::json!({
             "model": engine.info(),
             "choices": choices,
             "usage": {"prompt_tokens": prompt.len(), "completion_tokens": generated},
             "seconds": seconds,
             "ttft_ms": first_token_ms,
             "counters": engine.counters(),
-            "kv": limit.map(|limit| serde_json::json!({
-                "limit": limit, "window": engine.config().kv_window, "totals": totals,
-            })),
-            "river": river,
-            "quantise": engine.config().quantise,
-        }));
+        });
+        decoding.describe(engine, Some(&totals), &mut report);
+        return print_json(&report);
     }
     let mut out = std::io::stdout().lock();
     if args.stream {
@@ -235,11 +210,6 @@ fn report(
         generated as f64 / seconds,
         first_token_ms.unwrap_or(f64::NAN)
     );
-    if let Some(limit) = limit {
-        eprintln!("KV budget, not exact: {}; {totals}", limit_in_words(limit));
-    }
-    if let Some(RiverReport { policy, totals, .. }) = &river {
-        eprintln!("River, {}: {}; {totals}", exactness(policy), river_in_words(policy));
-    }
+    decoding.say(engine, Some(&totals));
     Ok(())
 }

@@ -15,6 +15,7 @@ mod calibration;
 mod chat;
 mod choice;
 mod common;
+mod decoding;
 mod gates;
 mod generate;
 mod inspect;
