@@ -213,6 +213,22 @@ fn a_chat_line_says_what_the_template_makes_of_it() {
 }
 
 #[test]
+fn reasoning_stands_apart_from_the_reply() {
+    let body = json!({
+        "messages": [{"role": "user", "content": "Tom has 5 apples and buys 7 more. How many apples does he have?"}],
+        "temperature": 0, "max_completion_tokens": 512,
+    });
+    let folder = Folder::with(&[request("x", "/v1/chat/completions", body)]);
+    let thinks = "<|bos|>{% for m in messages %}Problem: {{ m.content }}\n<think>\n{% endfor %}";
+    std::fs::write(folder.at("t.jinja"), thinks).unwrap();
+    folder.batch(&[]);
+    let message = &folder.bodies()[0]["choices"][0]["message"];
+    let (reasoning, content) = (message["reasoning_content"].as_str().unwrap(), message["content"].as_str().unwrap());
+    assert!(reasoning.contains("5+7=12") && !reasoning.contains("think>"), "{reasoning}");
+    assert_eq!(content, "The answer is 12.");
+}
+
+#[test]
 fn what_is_not_exact_is_what_generate_does_and_is_written_down() {
     let long = json!({"temperature": 0, "max_tokens": 64, "ignore_eos": true});
     let folder = Folder::with(&[completion("a", long.clone()), completion("b", long)]);
