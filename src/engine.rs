@@ -8,6 +8,7 @@
 //! Nothing here is generic, borrows across calls or touches a device: the model and its KV cache stand behind one
 //! object, and outputs go to buffers of the caller.
 
+mod cancel;
 mod codes;
 mod draft;
 mod evict;
@@ -29,8 +30,6 @@ mod stats;
 mod step;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::backend::Counters;
 use crate::batch::Batch;
@@ -53,6 +52,7 @@ pub(crate) use open::kv_layout;
 pub use crate::backend::{RowStats, Similarity};
 pub use crate::model::{LayerRow, LayerStep};
 pub use crate::tree::{BranchId, EndReason, GenerateParams, RowAnswer};
+pub use cancel::CancelFlag;
 pub use codes::MadeCodes;
 pub(crate) use gating::BranchGate;
 pub use gating::GroupSimilarity;
@@ -116,27 +116,6 @@ pub struct GeneratedToken {
     pub logprob: f32,
     /// What the row said.
     pub stats: RowStats,
-}
-
-/// Raised from any thread; the running [`Engine::step`] finishes its pass, later ones return [`Error::Cancelled`].
-#[derive(Clone, Debug, Default)]
-pub struct CancelFlag(Arc<AtomicBool>);
-
-impl CancelFlag {
-    /// Asks the engine to stop.
-    pub fn raise(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    /// Lets the engine run again.
-    pub fn clear(&self) {
-        self.0.store(false, Ordering::Release);
-    }
-
-    /// True once raised.
-    pub fn is_raised(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
 }
 
 /// See the module text.

@@ -35,6 +35,7 @@ pub mod sampler;
 pub mod scheduler;
 pub mod solver;
 pub mod stats;
+mod sync;
 #[doc(hidden)]
 pub mod testing;
 pub mod tokenizer;

@@ -272,7 +272,8 @@ pub(crate) fn kv_layout(config: &EngineConfig, model: &ModelConfig, budget: Opti
         dtype: config.dtype,
     };
     let block_bytes = one.block_bytes(model.num_layers);
-    let contexts = (model.max_position_embeddings as u64).div_ceil(config.block_size as u64) * block_bytes;
+    let contexts =
+        (model.max_position_embeddings as u64).div_ceil(config.block_size as u64).saturating_mul(block_bytes);
     let bytes = config
         .kv_cache_memory
         .unwrap_or_else(|| budget.unwrap_or(u64::MAX).min(DEFAULT_CONTEXTS.saturating_mul(contexts)));

@@ -1,10 +1,14 @@
 //! Typed access to the fields of a JSON file, with errors that name file and field.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+
+/// See [`Fields::opt_factor`].
+pub(crate) const FACTORS: RangeInclusive<f64> = 1e-6..=1e6;
 
 /// A parsed JSON file that remembers its path.
 pub(crate) struct Json {
@@ -23,6 +27,10 @@ impl Json {
     pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
         let value = serde_json::from_slice(bytes).map_err(|e| Error::format(path, json_why(bytes, &e)))?;
         Ok(Self { path: path.to_owned(), value })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(crate) fn fields(&self) -> Result<Fields<'_>> {
@@ -119,6 +127,14 @@ impl<'a> Fields<'a> {
         match value.as_f64() {
             Some(x) if x.is_finite() => Ok(Some(x)),
             _ => Err(self.bad(field, format!("{} must be a number", shown(value)))),
+        }
+    }
+
+    /// What something is multiplied or divided by: neither it nor what becomes of it may leave what f32 holds.
+    pub(crate) fn opt_factor(&self, field: &str) -> Result<Option<f64>> {
+        match self.opt_number(field)? {
+            Some(x) if !FACTORS.contains(&x) => Err(self.bad(field, format!("{x} must lie between 1e-6 and 1e6"))),
+            factor => Ok(factor),
         }
     }
 

@@ -202,6 +202,13 @@ impl WeightStore {
         Ok(store)
     }
 
+    /// Reads the bytes of a safetensors file and copies its tensors; `path` is what errors call it.
+    pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let mut store = Self::empty(path.to_owned());
+        store.add_bytes(path.to_owned(), &safetensors::Source::Lent(bytes))?;
+        Ok(store)
+    }
+
     /// The tensor called `name`, which must have this shape.
     pub fn get(&self, name: &str, expected_shape: &[usize]) -> Result<Tensor> {
         let Some((file, stored)) = self.tensors.get(name) else {
@@ -322,7 +329,7 @@ impl WeightStore {
         self.add_bytes(path, &safetensors::Source::Mapped(bytes))
     }
 
-    fn add_bytes(&mut self, path: PathBuf, source: &safetensors::Source) -> Result<()> {
+    fn add_bytes(&mut self, path: PathBuf, source: &safetensors::Source<'_>) -> Result<()> {
         let file = self.files.len();
         for (name, stored) in safetensors::parse(&path, source)? {
             if let Some((other, _)) = self.tensors.insert(name.clone(), (file, stored)) {

@@ -137,9 +137,7 @@ impl QuantWeights {
         }
         Ok(Some(Self { options: None, tensors }))
     }
-}
 
-impl QuantWeights {
     /// Bytes that a model takes whose projections are these: their codes, and the store's other tensors.
     pub(crate) fn model_bytes(&self, model: &ModelConfig, store: &WeightStore) -> u64 {
         let dense = |(name, shape): (String, Vec<usize>)| match self.get(&name) {

@@ -12,12 +12,11 @@ use std::any::Any;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::PoisonError;
 
-/// Spins between jobs before a worker parks; a few tens of microseconds.
-const SPINS: u32 = 1 << 14;
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Arc, Mutex, MutexGuard, SPINS};
 
 type Job = *const (dyn Fn(usize) + Sync);
 
@@ -96,7 +95,9 @@ impl ThreadPool {
             if spins.is_multiple_of(SPINS) { thread::yield_now() } else { std::hint::spin_loop() }
         }
         lock(&self.shared.job).1 = None;
-        if let Some(panic) = lock(&self.shared.panic).take() {
+        // Taken first: unwinding with the lock held would poison it.
+        let panic = lock(&self.shared.panic).take();
+        if let Some(panic) = panic {
             resume_unwind(panic);
         }
     }
@@ -158,7 +159,7 @@ impl Drop for ThreadPool {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -201,7 +202,7 @@ impl<'a, T> SharedMut<'a, T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -13,6 +13,9 @@ use crate::quant::CheckpointFormat;
 /// The largest number that any size in a config may be.
 pub(super) const MAX_ABSURD: u64 = 1_000_000_000;
 
+/// Weights of a model, so that bytes and bits of any part of it are whole numbers that fit. No model comes near.
+const MAX_PARAMS: u128 = 1 << 44;
+
 /// What config.json says, checked.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 #[non_exhaustive]
@@ -104,7 +107,8 @@ impl ModelConfig {
             return Err(unsupported("use_bidirectional_attention = true (use a model that generates)".to_owned()));
         }
         let rms_norm_eps = f.opt_number("rms_norm_eps")?.unwrap_or(1e-6);
-        if !(rms_norm_eps > 0.0 && rms_norm_eps < 1.0) {
+        // As the f32 that it becomes.
+        if !(rms_norm_eps as f32 > 0.0 && rms_norm_eps < 1.0) {
             return Err(f.bad("rms_norm_eps", format!("{rms_norm_eps} must lie between 0 and 1")));
         }
         let num_layers = f.count("num_hidden_layers", 1 << 14)?;
@@ -114,7 +118,7 @@ impl ModelConfig {
         }
         let (context, context_limit) = rope.reach(f.count("max_position_embeddings", MAX_ABSURD)?);
         let vocab_size = f.count("vocab_size", 1 << 28)?;
-        Ok(Self {
+        let config = Self {
             hidden: heads.hidden,
             intermediate: f.count("intermediate_size", 1 << 24)?,
             activation: activation(&f, &family)?,
@@ -141,7 +145,11 @@ impl ModelConfig {
             dtype: dtype(&f)?,
             quantization,
             family,
-        })
+        };
+        match config.num_params() {
+            ..=MAX_PARAMS => Ok(config),
+            n => Err(Error::format(json.path(), format!("the sizes make {n} weights; at most {MAX_PARAMS} are read"))),
+        }
     }
 
     /// The model for a context of so many positions; `None` leaves what config.json says. It decides about frequencies where the rule for long contexts
@@ -296,32 +304,25 @@ fn local_rope(f: &Fields<'_>, family: &Family, head_dim: usize) -> Result<Option
     if nested {
         return Rope::from_fields(f, "sliding_attention", theta, head_dim).map(Some);
     }
-    let theta = f.opt_number("rope_local_base_freq")?.unwrap_or(theta);
-    Ok(Some(Rope::plain(theta, head_dim)))
+    let field = "rope_local_base_freq";
+    let theta = f.opt_number(field)?.unwrap_or(theta);
+    Rope::plain(theta, head_dim).checked(f, field).map(Some)
 }
 
 fn sm_scale(f: &Fields<'_>, family: &Family, head_dim: usize) -> Result<f32> {
     let Some(default) = family.query_scalar else { return Ok(1.0 / (head_dim as f32).sqrt()) };
-    let scalar = f.opt_number("query_pre_attn_scalar")?.unwrap_or(default);
-    if !(scalar > 0.0 && scalar <= 1e6) {
-        return Err(f.bad("query_pre_attn_scalar", format!("{scalar} must lie above 0 and not above 1e6")));
-    }
+    let scalar = f.opt_factor("query_pre_attn_scalar")?.unwrap_or(default);
     Ok((1.0 / scalar.sqrt()) as f32)
 }
 
 /// A field that is `null` says that there is no cap; one that is not there leaves it to the family.
 fn softcap(f: &Fields<'_>, field: &str, default: Option<f64>) -> Result<Option<f32>> {
-    let cap = match f.opt_number(field)? {
+    let cap = match f.opt_factor(field)? {
         None if f.has(field) => None,
         None => default,
         cap => cap,
     };
-    match cap {
-        Some(cap) if !(cap > 0.0 && cap <= 1e6) => {
-            Err(f.bad(field, format!("{cap} must lie above 0 and not above 1e6")))
-        }
-        cap => Ok(cap.map(|cap| cap as f32)),
-    }
+    Ok(cap.map(|cap| cap as f32))
 }
 
 /// The window of each layer; empty where none has one below the longest context.

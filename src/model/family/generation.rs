@@ -10,7 +10,7 @@ use crate::model::fields::Json;
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 #[non_exhaustive]
 pub struct GenerationConfig {
-    /// Tokens that end a text; empty leaves it to [`ModelConfig::eos_ids`].
+    /// Tokens that end a text; empty leaves it to [`ModelConfig::eos_ids`](super::ModelConfig::eos_ids).
     pub eos_ids: Vec<u32>,
     /// Longest answer.
     pub max_new_tokens: Option<usize>,

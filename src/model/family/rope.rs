@@ -15,7 +15,7 @@
 use std::f64::consts::PI;
 
 use crate::error::{Error, Result};
-use crate::model::fields::Fields;
+use crate::model::fields::{FACTORS, Fields};
 
 /// How one kind of layer rotates q and k.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -192,12 +192,13 @@ impl Rope {
         }
         let rotary_dim = rotary_dim(f, rope.as_ref(), head_dim)?;
         let scaling = rope.map_or(Ok(RopeScaling::Default), |rope| scaling(f, &rope, rotary_dim))?;
-        Self { theta: said.unwrap_or(theta), rotary_dim, scaling }.checked(f)
+        Self { theta: said.unwrap_or(theta), rotary_dim, scaling }.checked(f, "rope_theta")
     }
 
-    fn checked(self, f: &Fields<'_>) -> Result<Self> {
+    /// Refuses a base that makes no waves; `field` is where it stands.
+    pub(super) fn checked(self, f: &Fields<'_>, field: &str) -> Result<Self> {
         if !(1.0..=1e12).contains(&self.theta) {
-            return Err(f.bad("rope_theta", format!("{} must lie between 1 and 1e12", self.theta)));
+            return Err(f.bad(field, format!("{} must lie between 1 and 1e12", self.theta)));
         }
         Ok(self)
     }
@@ -221,11 +222,7 @@ fn scaling(f: &Fields<'_>, rope: &Fields<'_>, rotary_dim: usize) -> Result<RopeS
         let outer = f.opt_count(field, super::config::MAX_ABSURD)?;
         Ok(outer.or(rope.opt_count(field, super::config::MAX_ABSURD)?).unwrap_or(positions))
     };
-    let positive = |field: &str, value: f64| -> Result<f64> {
-        let ok = value > 0.0 && value <= 1e6;
-        if ok { Ok(value) } else { Err(rope.bad(field, format!("{value} must lie above 0 and not above 1e6"))) }
-    };
-    let optional = |field: &str| rope.opt_number(field)?.map(|x| positive(field, x)).transpose();
+    let optional = |field: &str| rope.opt_factor(field);
     let number = |field: &str| -> Result<f64> { optional(field)?.ok_or_else(|| rope.missing(field)) };
     match rope.string("rope_type")?.or(rope.string("type")?) {
         None | Some("default") => Ok(RopeScaling::Default),
@@ -259,11 +256,15 @@ fn scaling(f: &Fields<'_>, rope: &Fields<'_>, rotary_dim: usize) -> Result<RopeS
         Some("longrope" | "su" | "yarn") => {
             let trained = trained()?;
             let factor = optional("factor")?.unwrap_or(positions as f64 / trained as f64);
-            let inferred = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (trained as f64).ln()).sqrt() };
+            let inferred = || match trained {
+                _ if factor <= 1.0 => Ok(1.0),
+                1 => Err(rope.bad("attention_factor", "missing, and original_max_position_embeddings = 1 tells none")),
+                _ => Ok((1.0 + factor.ln() / (trained as f64).ln()).sqrt()),
+            };
             Ok(RopeScaling::LongRope {
                 short_factor: factors(rope, "short_factor", rotary_dim / 2)?,
                 long_factor: factors(rope, "long_factor", rotary_dim / 2)?,
-                attention_factor: optional("attention_factor")?.unwrap_or(inferred),
+                attention_factor: optional("attention_factor")?.map_or_else(inferred, Ok)?,
                 trained,
             })
         }
@@ -276,8 +277,8 @@ fn scaling(f: &Fields<'_>, rope: &Fields<'_>, rotary_dim: usize) -> Result<RopeS
 
 fn factors(rope: &Fields<'_>, field: &str, len: usize) -> Result<Vec<f64>> {
     let list = rope.numbers(field)?.ok_or_else(|| rope.missing(field))?;
-    if list.len() != len || list.iter().any(|&x| !(x > 0.0 && x <= 1e6)) {
-        let why = format!("must be {len} numbers above 0 (half of what is rotated), not {}", list.len());
+    if list.len() != len || !list.iter().all(|x| FACTORS.contains(x)) {
+        let why = format!("must be {len} numbers from 1e-6 to 1e6 (half of what is rotated), not {}", list.len());
         return Err(rope.bad(field, why));
     }
     Ok(list)

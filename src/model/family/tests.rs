@@ -57,6 +57,54 @@ fn a_rope_scaling_that_says_too_little_or_something_unknown_is_refused_by_name()
 }
 
 #[test]
+fn numbers_that_f32_does_not_hold_are_refused_by_name() {
+    let gemma = |name: &str, rest: &str| {
+        let family = BASE.replace("LlamaForCausalLM", name);
+        why(ModelConfig::from_bytes(Path::new("config.json"), format!("{{{family},{rest}}}").as_bytes()))
+    };
+    let (two, three) = (|rest| gemma("Gemma2ForCausalLM", rest), |rest| gemma("Gemma3ForCausalLM", rest));
+    for (why, name) in [
+        (why(parse(r#","rope_scaling":{"type":"linear","factor":1e-300}"#)), "rope_scaling.factor"),
+        (
+            why(parse(r#","rope_scaling":{"rope_type":"yarn","factor":4,"attention_factor":1e-60}"#)),
+            "rope_scaling.attention_factor",
+        ),
+        (two(r#""attn_logit_softcapping":1e-60"#), "attn_logit_softcapping"),
+        (two(r#""query_pre_attn_scalar":1e-100"#), "query_pre_attn_scalar"),
+        (
+            three(r#""sliding_window":4,"rope_local_base_freq":0"#),
+            "rope_local_base_freq: 0 must lie between 1 and 1e12",
+        ),
+    ] {
+        assert!(why.starts_with("config.json: ") && why.contains(name), "{name}: {why}");
+    }
+    let eps = BASE.replace("1e-5", "1e-61");
+    let eps = why(ModelConfig::from_bytes(Path::new("config.json"), format!("{{{eps}}}").as_bytes()));
+    assert!(eps.contains("rms_norm_eps: "), "{eps}");
+}
+
+#[test]
+fn sizes_whose_bytes_cannot_be_counted_are_refused() {
+    let large = BASE.replace("192", "1048576").replace("448", "16777216").replace("layers\":8", "layers\":16384");
+    let why = why(ModelConfig::from_bytes(Path::new("config.json"), format!("{{{large}}}").as_bytes()));
+    assert!(why.contains("at most 17592186044416 are read"), "{why}");
+}
+
+#[test]
+fn longrope_trained_on_one_token_needs_its_attention_factor() {
+    let ones = format!("[{}1]", "1,".repeat(15));
+    let longrope = |rest: &str| {
+        let family = BASE.replace("LlamaForCausalLM", "Phi3ForCausalLM");
+        let scaling = format!(r#"{{"rope_type":"longrope","short_factor":{ones},"long_factor":{ones}{rest}}}"#);
+        let text = format!(r#"{{{family},"original_max_position_embeddings":1,"rope_scaling":{scaling}}}"#);
+        ModelConfig::from_bytes(Path::new("config.json"), text.as_bytes())
+    };
+    assert_eq!(longrope(r#","attention_factor":2"#).unwrap().rope.scale(), 2.0);
+    let why = why(longrope(""));
+    assert!(why.contains("rope_scaling.attention_factor: missing"), "{why}");
+}
+
+#[test]
 fn a_rule_for_long_contexts_says_how_far_it_reaches() {
     let reach = |extra: &str| parse(extra).map(|c| (c.max_position_embeddings, c.context_limit)).unwrap();
     assert_eq!(reach(""), (2048, 2048));

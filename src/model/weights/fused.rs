@@ -9,8 +9,9 @@ use crate::error::Result;
 use crate::model::family::ModelConfig;
 
 impl WeightStore {
-    /// Cuts what the model's family fuses; a store without fused tensors stays as it is.
-    pub(crate) fn split_fused(&mut self, model: &ModelConfig) -> Result<()> {
+    /// Cuts what the model's family fuses, as [`open`](crate::model::open) does; a store without fused tensors stays as it
+    /// is.
+    pub fn split_fused(&mut self, model: &ModelConfig) -> Result<()> {
         if !model.family.fused {
             return Ok(());
         }

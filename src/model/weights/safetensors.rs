@@ -27,16 +27,19 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 const MAX_INDEX_BYTES: u64 = 100_000_000;
 
 /// Where a file's bytes are.
-pub(super) enum Source {
+pub(super) enum Source<'a> {
     Mapped(Arc<Mmap>),
     Static(&'static [u8]),
+    /// Not for long: tensors are copied.
+    Lent(&'a [u8]),
 }
 
-impl Source {
+impl Source<'_> {
     fn bytes(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
             Self::Static(bytes) => bytes,
+            Self::Lent(bytes) => bytes,
         }
     }
 }
@@ -99,7 +102,7 @@ pub(crate) fn locate(path: &Path, bytes: &[u8]) -> Result<(Vec<Located>, HashMap
 }
 
 /// All tensors of one file.
-pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Stored)>> {
+pub(super) fn parse(path: &Path, source: &Source<'_>) -> Result<Vec<(Arc<str>, Stored)>> {
     let bytes = source.bytes();
     let mut out = Vec::new();
     let mut copied = 0;
@@ -107,6 +110,7 @@ pub(super) fn parse(path: &Path, source: &Source) -> Result<Vec<(Arc<str>, Store
         let in_place = |range: Range<usize>| match source {
             Source::Mapped(map) => TensorData::Mapped { map: Arc::clone(map), range },
             Source::Static(all) => TensorData::Static(&all[range]),
+            Source::Lent(all) => TensorData::Owned(aligned_copy(&all[range])),
         };
         let stored = match dtype_of(dtype) {
             None => Stored::Packed(Packed { dtype, shape, data: in_place(range) }),
