@@ -13,6 +13,10 @@
 #include "machine.h"
 #include "switch.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace simt {
 
 uint64_t next_random(Machine& m) {
@@ -31,7 +35,12 @@ void to_main(Machine& m) {
 
 namespace {
 
-constexpr size_t kStackBytes = 64 * 1024, kGuardBytes = 4096;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStackBytes = 512 * 1024;  // its frames are several times larger
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+#endif
+constexpr size_t kGuardBytes = 4096;
 constexpr size_t kStacksPerMapping = 32;
 
 void enter();
@@ -58,6 +67,10 @@ int32_t take_stack(Machine& m) {
   if (m.free_stacks.empty()) map_stacks(m);
   const int32_t stack = m.free_stacks.back();
   m.free_stacks.pop_back();
+#if defined(__SANITIZE_ADDRESS__)
+  // Fibers that were abandoned have left the marks of their frames.
+  __asan_unpoison_memory_region(m.stacks[stack], kStackBytes);
+#endif
   return stack;
 }
 
